@@ -1,0 +1,29 @@
+"""JAX as every test sees it: on the CPU, with eight virtual devices, set before any backend exists.
+
+JAX_PLATFORMS goes through the environment, so that subprocesses inherit it; the device count does not: a command that a
+test starts sees one CPU device, as a reader's does, unless the test sets JAX_NUM_CPU_DEVICES for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py: the eight virtual devices would silently be one")
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub; without this each attempt costs its time-out
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences the warning of every fork after a first encode
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import pytest  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if jax.device_count() != 8:
+        raise pytest.UsageError(f"eight virtual CPU devices were asked for, jax sees {jax.devices()}")
