@@ -1,0 +1,118 @@
+"""The records that stages exchange: msgspec structs in msgpack, one record an ArrayRecord entry.
+
+Field names are the contract between stages (design section 2). Records hold no times and no paths, so that equal work
+gives equal bytes.
+"""
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from ipt_jax.corpus.settings import UserError
+
+Kind = Literal["raw", "augmented", "task", "instruction"]
+KINDS: tuple[Kind, ...] = ("raw", "augmented", "task", "instruction")
+Format = Literal["free", "free_cot", "choice", "choice_cot"]
+
+
+class Segment(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A stretch of text, or one control token. Control tokens stand only here: text that spells one stays text."""
+
+    text: str = ""
+    loss: bool = True
+    control: Literal["bos", "eos"] | None = None
+
+
+class Parent(msgspec.Struct, frozen=True):
+    """The span [start, end) of characters of the raw text `id` that a document was made from."""
+
+    id: str
+    start: int
+    end: int
+
+
+class Document(msgspec.Struct, omit_defaults=True):
+    id: str
+    source: str
+    kind: Kind
+    segments: list[Segment]
+    parents: list[Parent] = []
+    meta: dict[str, Any] = {}
+
+    @property
+    def text(self) -> str:
+        """The segments' text, without control tokens."""
+        return "".join(segment.text for segment in self.segments)
+
+
+class Pair(msgspec.Struct, omit_defaults=True):
+    """A question and its answer in the paper's wire form (Table 7); `options` and `rationale` are parts read from it."""
+
+    question: str
+    answer: str
+    format: Format = "free"
+    options: list[str] = []
+    rationale: str | None = None
+    scores: dict[str, float] = {}
+    verdict: Literal["accepted", "rejected"] = "accepted"
+    reason: str | None = None
+
+
+class GroupText(msgspec.Struct):
+    """One text of a few-shot chain: the span [start, end) of raw text `raw_id`, and what the synthesizer made of it."""
+
+    raw_id: str
+    start: int
+    end: int
+    text: str
+    source: str
+    pairs: list[Pair]
+    round: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+
+
+class SynthGroup(msgspec.Struct):
+    """The M texts of one few-shot chain in order, with the provenance of the whole. Rejected pairs are kept, marked."""
+
+    id: str
+    texts: list[GroupText]
+    synthesizer: str
+    weights: str
+    sampling: dict[str, Any]
+    fingerprint: str
+    meta: dict[str, Any] = {}
+
+
+class TokenDocument(msgspec.Struct, omit_defaults=True):
+    """Token ids as little-endian bytes of `dtype`; `loss_runs` are the ranges [start, stop) of tokens that are targets."""
+
+    id: str
+    kind: Kind
+    dtype: Literal["uint16", "uint32"]
+    tokens: bytes
+    loss_runs: list[tuple[int, int]]
+    parents: list[Parent] = []
+    source: str = ""
+
+
+Record = TypeVar("Record", bound=msgspec.Struct)
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[type, Any] = {}
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    return _encoder.encode(record)
+
+
+def decode(data: bytes, cls: type[Record]) -> Record:
+    """The record of type `cls` in `data`. Raises UserError when the bytes are another record or none."""
+    decoder = _decoders.get(cls)
+    if decoder is None:
+        decoder = _decoders[cls] = msgspec.msgpack.Decoder(cls)
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"record is not a {cls.__name__}: {error}; point the config at the stage's own output") from error
