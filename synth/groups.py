@@ -1,0 +1,29 @@
+"""Reading the SynthGroups that `synth run`, `synth mine` and `synth verify` write.
+
+Guaranteed: groups come in shard order, one at a time, whatever the directory's size; checksums are compared first; a
+directory of other records is refused in one line.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ipt_jax.corpus.records import SynthGroup, decode
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.shards import Shards
+
+
+def read_groups(path: str | Path) -> Iterator[SynthGroup]:
+    """Iterates over the SynthGroups of a stage's output directory."""
+    shards = Shards(path)
+    for record in shards:
+        yield decode_group(record, shards)
+
+
+def decode_group(record: bytes, shards: Shards) -> SynthGroup:
+    """One record of `shards`; UserError naming the directory and its stage when it is no group."""
+    try:
+        return decode(record, SynthGroup)
+    except UserError as error:
+        raise UserError(
+            f"{shards.path}: stage {shards.manifest.stage!r} wrote no groups; give the output of synth run, mine or verify"
+        ) from error
