@@ -2,8 +2,8 @@
 
 On a terminal it is one line that repaints itself; anywhere else (a log file, CI, SLURM) it is a plain line at most
 every 30 seconds and one at the end, so that logs stay readable. Standard output stays free for `--json`. Safe to
-advance from several threads. The rate covers the last minute, so a slow start (compilation, engine start) does not spoil
-the ETA, and work that was already done when a run resumes (`done`) does not count as speed.
+advance from several threads. The rate covers the last minute, so a slow start (compilation, engine start) does not
+spoil the ETA, and work that was already done when a run resumes (`done`) does not count as speed.
 """
 
 from __future__ import annotations
