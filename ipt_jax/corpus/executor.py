@@ -1,0 +1,90 @@
+"""Runs one function over many units: in a pool of processes on this machine, or as Ray tasks on a cluster.
+
+The function and its items are the same either way, so the results are too. Results come in the order of completion.
+Worker processes die with the process that started the pool, however it dies.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from typing import Literal, TypeVar
+
+from ipt_jax.corpus.settings import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+ExecutorName = Literal["local", "ray"]
+
+
+def run_units(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    workers: int | None = None,
+    executor: ExecutorName = "local",
+) -> Iterator[tuple[int, Result]]:
+    """(index, function(item)) in order of completion. `workers` None means one a core; 1 runs in this process."""
+    if executor == "ray":
+        yield from _run_ray(function, items)
+        return
+    workers = min(workers or os.cpu_count() or 1, len(items))
+    if workers <= 1:
+        for index, item in enumerate(items):
+            yield index, function(item)
+        return
+    context = multiprocessing.get_context("forkserver")  # a plain fork would copy the threads of readers half-alive
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=partial(die_with, os.getpid())) as pool:
+        futures = {pool.submit(function, item): index for index, item in enumerate(items)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def die_with(parent: int) -> None:
+    """Ends this worker soon after process `parent` is gone; Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while True:
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+
+
+def _run_ray(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    """The cluster of RAY_ADDRESS, or a Ray of this machine alone. At most four tasks a CPU wait at a time."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("executor ray: Ray is not installed; run launch/setup.sh ray, or use executor: local") from error
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)
+    task = ray.remote(num_cpus=1)(function)
+    limit = max(4 * int(ray.cluster_resources().get("CPU", 1)), 1)
+    waiting: dict[ray.ObjectRef, int] = {}
+    for index, item in enumerate(items):
+        waiting[task.remote(item)] = index
+        if len(waiting) >= limit:
+            yield _next_done(ray, waiting)
+    while waiting:
+        yield _next_done(ray, waiting)
+
+
+def _next_done(ray, waiting):  # type: ignore[no-untyped-def]
+    (done,), _ = ray.wait(list(waiting), num_returns=1)
+    try:
+        return waiting.pop(done), ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
