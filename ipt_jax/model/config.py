@@ -1,0 +1,158 @@
+"""The shape of a model: presets, the YAML `model:` block, and what a block resolves to.
+
+Guarantees that a `ModelConfig` is consistent (heads divide, head_dim is even, ids lie inside the vocabulary) and
+that it alone decides the parameters' shapes. Imports no JAX, so that `ipt plan` and the config tests stay light.
+The 500M and 1.3B presets are the paper's (arXiv 2406.14491, Table 10/14); what the paper leaves open (window, norm
+epsilon) is taken from Mistral-7B-v0.1, without its window, which a 2,048-token row never reaches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ipt_jax.corpus.settings import Settings, UserError
+
+
+class RopeScaling(Settings):
+    """Llama-3.1 frequency scaling; `factor` stretches wavelengths longer than the original context."""
+
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_positions: int = Field(gt=0)
+
+
+class ModelConfig(Settings):
+    """Everything that decides parameter shapes and the forward pass; stored beside every checkpoint."""
+
+    family: Literal["mistral", "llama"] = "mistral"
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    q_heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    sliding_window: int | None = Field(default=None, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    norm_eps: float = Field(default=1e-5, gt=0)
+    max_positions: int = Field(default=2048, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0)
+    bos_id: int | None = 1
+    eos_id: int | None = 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.q_heads % self.kv_heads:
+            raise ValueError(f"q_heads ({self.q_heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, RoPE rotates pairs")
+        for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} ({token}) must lie in 0..{self.vocab_size - 1} (vocab_size {self.vocab_size})")
+        return self
+
+
+class ModelSettings(Settings):
+    """The YAML `model:` block: a preset or a directory with weights, and any field that overrides it."""
+
+    preset: str | None = None
+    from_: str | None = Field(default=None, alias="from")
+    family: Literal["mistral", "llama"] | None = None
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    layers: int | None = None
+    q_heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    sliding_window: int | None = None
+    rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool | None = None
+    norm_eps: float | None = None
+    max_positions: int | None = None
+    initializer_range: float | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSettings:
+        if self.preset and self.from_:
+            raise ValueError("give `preset` (new weights) or `from` (weights of a directory), not both")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A miniature for CPUs: takes the vocabulary and the control ids of the sources' tokenizer.
+    "tiny": dict(
+        hidden_size=128, layers=3, q_heads=4, kv_heads=2, head_dim=32, intermediate_size=384,
+        tie_embeddings=True, initializer_range=0.05,
+    ),
+    "mistral-500m": dict(
+        vocab_size=32_000, hidden_size=1536, layers=16, q_heads=24, kv_heads=24, head_dim=64, intermediate_size=4320,
+    ),
+    "mistral-1.3b": dict(
+        vocab_size=32_000, hidden_size=2048, layers=20, q_heads=32, kv_heads=8, head_dim=64, intermediate_size=8192,
+    ),
+    "mistral-7b": dict(
+        vocab_size=32_000, hidden_size=4096, layers=32, q_heads=32, kv_heads=8, head_dim=128, intermediate_size=14_336,
+        sliding_window=4096, max_positions=32_768,
+    ),
+    "llama3-8b": dict(
+        family="llama", vocab_size=128_256, hidden_size=4096, layers=32, q_heads=32, kv_heads=8, head_dim=128,
+        intermediate_size=14_336, rope_theta=500_000.0, max_positions=8192, bos_id=128_000, eos_id=128_001,
+    ),
+    "smollm2-135m": dict(
+        family="llama", vocab_size=49_152, hidden_size=576, layers=30, q_heads=9, kv_heads=3, head_dim=64,
+        intermediate_size=1536, rope_theta=100_000.0, tie_embeddings=True, max_positions=8192,
+    ),
+}  # fmt: skip
+
+
+def resolve_model(
+    settings: ModelSettings, vocab_size: int | None = None, bos_id: int | None = None, eos_id: int | None = None
+) -> ModelConfig:
+    """What a `model:` block means; `vocab_size` and the control ids are those of the sources' tokenizer."""
+    stated = settings.model_dump(exclude_unset=True, exclude={"preset", "from_"})
+    if settings.from_:
+        from ipt_jax.model.source import read_model_config, resolve_checkpoint
+
+        fields = read_model_config(resolve_checkpoint(settings.from_)).model_dump() | stated
+    else:
+        tokenizer = {"vocab_size": vocab_size, "bos_id": bos_id, "eos_id": eos_id}
+        known = {name: value for name, value in tokenizer.items() if value is not None}
+        fields = known | PRESETS.get(settings.preset or "", {}) | stated
+    if "hidden_size" in fields and "q_heads" in fields:
+        fields.setdefault("head_dim", fields["hidden_size"] // fields["q_heads"])
+    config = _validate(fields)
+    if vocab_size is not None and vocab_size > config.vocab_size:
+        raise UserError(
+            f"model: vocab_size is {config.vocab_size}, but the sources' tokenizer has {vocab_size} ids; "
+            f"set model.vocab_size to {vocab_size} or more"
+        )
+    return config
+
+
+def _validate(fields: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "fields"
+        raise UserError(f"model: {place}: {first['msg']}; give a preset or every field of the model") from error
+
+
+def param_count(config: ModelConfig) -> int:
+    """Parameters, embeddings included; a tied head counts once."""
+    c = config
+    attention = c.hidden_size * c.head_dim * 2 * (c.q_heads + c.kv_heads)
+    mlp = 3 * c.hidden_size * c.intermediate_size
+    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
+    return c.layers * (attention + mlp + 2 * c.hidden_size) + c.hidden_size + embeddings

@@ -1,0 +1,218 @@
+"""Mistral and Llama: one decoder for both families, layers stacked on a leading axis and scanned.
+
+Guarantees the arithmetic of transformers' MistralForCausalLM and LlamaForCausalLM (logits within 1e-4 in float32,
+beyond the window too). Parameters are float32; `compute_dtype` is what matrix products and the residual stream use;
+norms, softmax and RoPE angles are float32 always, since bfloat16 loses the small differences they live on. Says
+nothing about devices: parameters carry logical axis names that ipt_jax.parallel maps to a mesh.
+
+Letters, in this project always: B batch, T query position, S key position, D model, F feed-forward, N query heads,
+K key-value heads, G = N / K, H head dimension, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from ipt_jax.model.attention import attend
+from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.rope import rope_tables, rotate
+
+Axes = tuple[str | None, ...]
+Constrain = Callable[[Array, Axes], Array]
+Initializer = Callable[..., Array]
+Tables = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of the parameter table."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+    init: Initializer
+
+
+def weights(config: ModelConfig) -> dict[str, Any]:
+    """The parameter table: shape, logical axes and initializer of every tensor, as the nested dict the model holds."""
+    L, D, F, V = config.layers, config.hidden_size, config.intermediate_size, config.vocab_size
+    N, K, H = config.q_heads, config.kv_heads, config.head_dim
+    normal, ones = nnx.initializers.normal(config.initializer_range), nnx.initializers.ones
+    table: dict[str, Any] = {
+        "embedding": Weight((V, D), ("vocab", "embed"), normal),
+        "layers": {
+            "attention_norm": Weight((L, D), ("layers", "embed"), ones),
+            "query": Weight((L, D, N, H), ("layers", "embed", "q_heads", "head_dim"), normal),
+            "key": Weight((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), normal),
+            "value": Weight((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), normal),
+            "output": Weight((L, N, H, D), ("layers", "q_heads", "head_dim", "embed"), normal),
+            "mlp_norm": Weight((L, D), ("layers", "embed"), ones),
+            "gate": Weight((L, D, F), ("layers", "embed", "mlp"), normal),
+            "up": Weight((L, D, F), ("layers", "embed", "mlp"), normal),
+            "down": Weight((L, F, D), ("layers", "mlp", "embed"), normal),
+        },
+        "norm": Weight((D,), ("embed",), ones),
+    }
+    if not config.tie_embeddings:
+        table["head"] = Weight((D, V), ("embed", "vocab"), normal)
+    return table
+
+
+def _map_weights(function: Callable[[Weight], Any], config: ModelConfig) -> dict[str, Any]:
+    return jax.tree.map(function, weights(config), is_leaf=lambda node: isinstance(node, Weight))
+
+
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
+    """Axis names of every parameter, in the structure of `params_of(model)`."""
+    return _map_weights(lambda weight: weight.axes, config)
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Shape and dtype of every parameter, in the structure of `params_of(model)`."""
+    return _map_weights(lambda weight: jax.ShapeDtypeStruct(weight.shape, dtype), config)
+
+
+def init_params(config: ModelConfig, key: Array) -> dict[str, Any]:
+    """Fresh float32 parameters; each tensor draws from its own key."""
+    table, tree = jax.tree.flatten(weights(config), is_leaf=lambda node: isinstance(node, Weight))
+    keys = jax.random.split(key, len(table))
+    drawn = [row.init(one, row.shape, jnp.float32) for row, one in zip(table, keys, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+class Mistral(nnx.Module):
+    """The decoder. Its parameters are the nested dict of `weights(config)`, each an nnx.Param with logical `axes`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None = None, params: dict[str, Any] | None = None):
+        self.config = config
+        if params is None:
+            assert rngs is not None, "give rngs for fresh parameters, or the parameters themselves"
+            params = init_params(config, rngs.params())
+        axes = logical_axes(config)
+        for name, value in params.items():
+            setattr(self, name, _as_params(value, axes[name]))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters as a plain nested dict of arrays."""
+        return params_of(self)
+
+    def hidden(
+        self,
+        tokens: Array,
+        *,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        compute_dtype: Any = jnp.float32,
+        remat: str = "none",
+        attention: str = "xla",
+        constrain: Constrain = lambda x, axes: x,
+    ) -> Array:
+        """Final hidden states [B, T, D] of tokens [B, T]. Without segment ids documents of a row see each other."""
+        return forward(
+            self.params, self.config, tokens, segment_ids=segment_ids, positions=positions,
+            compute_dtype=compute_dtype, remat=remat, attention=attention, constrain=constrain,
+        )  # fmt: skip
+
+    def head(self) -> Array:
+        """The output projection [D, V]; the transposed embedding where the two are tied."""
+        return head_of(self.params, self.config)
+
+    def logits(self, hidden: Array) -> Array:
+        """float32 [B, T, V]; large: training computes its loss in chunks from `head()` instead."""
+        return logits_of(self.params, self.config, hidden)
+
+
+def _as_params(value: Any, axes: Any) -> Any:
+    if isinstance(value, dict):
+        return nnx.Dict({name: _as_params(inner, axes[name]) for name, inner in value.items()})
+    return nnx.Param(value, axes=axes)
+
+
+def params_of(model: Mistral) -> dict[str, Any]:
+    """The parameters of a model as a plain nested dict of arrays: what checkpoints hold and `forward` takes."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def head_of(params: dict[str, Any], config: ModelConfig) -> Array:
+    """[D, V]"""
+    return params["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def logits_of(params: dict[str, Any], config: ModelConfig, hidden: Array) -> Array:
+    """float32 [..., V] of hidden states [..., D]; the product runs in the hidden states' dtype."""
+    head = head_of(params, config).astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def forward(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokens: Array,
+    *,
+    segment_ids: Array | None = None,
+    positions: Array | None = None,
+    compute_dtype: Any = jnp.float32,
+    remat: str = "none",
+    attention: str = "xla",
+    constrain: Constrain = lambda x, axes: x,
+) -> Array:
+    """`Mistral.hidden` as a pure function of the parameters."""
+    if positions is None:
+        positions = jnp.arange(tokens.shape[1])[None]  # [1, T]
+    tables = rope_tables(config, positions)
+
+    def see(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+        return attend(q, k, v, window=config.sliding_window, segment_ids=segment_ids, kernel=attention), None
+
+    def step(x: Array, layer: dict[str, Array]) -> tuple[Array, None]:
+        x, _ = decoder_layer(layer, config, x, tables, see)
+        return constrain(x, ("batch", "length", None)), None
+
+    x = embed(params, tokens, compute_dtype)  # [B, T, D]
+    x = constrain(x, ("batch", "length", None))
+    x, _ = jax.lax.scan(rematerialized(step, remat), x, params["layers"])
+    return rms_norm(x, params["norm"], config.norm_eps)
+
+
+def rematerialized(step: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """What a layer keeps for its backward pass: everything, the products with weights, or only its input."""
+    if remat == "none":
+        return step
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    assert remat in policies, f"unknown remat {remat}"
+    return jax.checkpoint(step, policy=policies[remat], prevent_cse=False)
+
+
+def embed(params: dict[str, Any], tokens: Array, compute_dtype: Any) -> Array:
+    """[B, T, D]"""
+    return params["embedding"][tokens].astype(compute_dtype)
+
+
+def decoder_layer(
+    layer: dict[str, Array], config: ModelConfig, x: Array, tables: Tables, see: Callable[..., tuple[Array, Any]]
+) -> tuple[Array, Any]:
+    """One layer on x [B, T, D]. `see(q, k, v)` is the attention; what else it returns (a cache) is handed through."""
+    w = {name: value.astype(x.dtype) for name, value in layer.items()}
+    h = rms_norm(x, layer["attention_norm"], config.norm_eps)
+    q = rotate(jnp.einsum("btd,dnh->btnh", h, w["query"]), tables)  # [B, T, N, H]
+    k = rotate(jnp.einsum("btd,dkh->btkh", h, w["key"]), tables)  # [B, T, K, H]
+    v = jnp.einsum("btd,dkh->btkh", h, w["value"])  # [B, T, K, H]
+    seen, carried = see(q, k, v)
+    x = x + jnp.einsum("btnh,nhd->btd", seen, w["output"])
+    h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
+    gated = jax.nn.silu(h @ w["gate"]) * (h @ w["up"])  # [B, T, F]
+    return x + gated @ w["down"], carried
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square norm in float32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
