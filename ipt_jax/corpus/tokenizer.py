@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer as JsonTokenizer
 
 from ipt_jax.corpus.settings import UserError, directory_digest
@@ -110,8 +111,9 @@ class Tokenizer:
             encoding = self._json.encode(text, add_special_tokens=False)
             return encoding.ids, [end for _, end in encoding.offsets]
         pieces = self._sentencepiece.encode(text, return_type="proto").pieces
-        data = text.encode()  # SentencePiece counts bytes; a character that falls apart into bytes ends with its last
-        return [piece.id for piece in pieces], [len(data[: piece.end].decode(errors="ignore")) for piece in pieces]
+        leading = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80  # SentencePiece counts bytes, not characters
+        chars = np.concatenate([[0], np.cumsum(leading)])
+        return [piece.id for piece in pieces], [int(chars[piece.end]) for piece in pieces]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens are left out."""

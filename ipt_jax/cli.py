@@ -1,0 +1,127 @@
+"""The `ipt` command: tokenize, plan, train, import, export, eval, report.
+
+Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
+runs, so that `ipt plan` starts without jax.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ipt_jax.corpus.command import AsJson, Config, Overrides, quiet_stdout, run_app, show
+from ipt_jax.corpus.settings import load_settings
+
+app = typer.Typer(
+    name="ipt",
+    help="Pre-train language models on instruction-augmented text.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    run_app(app)
+
+
+@app.command()
+def tokenize(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Documents, JSON Lines (.gz, .zst) and Parquet become token shards."""
+    from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
+
+    settings = load_settings(TokenizeSettings, config, overrides)
+    with quiet_stdout():
+        result = run_tokenize(settings)
+    show(result, as_json)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Solve and print the token mix of a training recipe; refuse what cannot be met."""
+    from ipt_jax.config import Recipe
+    from ipt_jax.data.plan import build_plan, print_plan
+
+    recipe = load_settings(Recipe, config, overrides)
+    with quiet_stdout():
+        solved = build_plan(recipe.data, rows_per_step=recipe.rows_per_step)
+    if as_json:
+        show(solved.summary(), as_json)
+    else:
+        print_plan(solved)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train a model; run again, it resumes from its latest checkpoint."""
+    from ipt_jax.config import Recipe
+
+    recipe = load_settings(Recipe, config, overrides)
+    with quiet_stdout():
+        from ipt_jax.train.loop import run_train
+
+        result = run_train(recipe)
+    show(result, as_json)
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint directory to write.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Read a Hugging Face model, tensor by tensor, into a checkpoint."""
+    with quiet_stdout():
+        from ipt_jax.hf.import_ import run_import
+
+        result = run_import(hf_dir, output)
+    show(result, as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a step's directory, or an import.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HF directory to write.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face model that transformers and vLLM read."""
+    with quiet_stdout():
+        from ipt_jax.hf.export import run_export
+
+        result = run_export(checkpoint, output)
+    show(result, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory, a run or a checkpoint.", show_default=False)],
+    tasks: Annotated[
+        str, typer.Option(help="Task files, [NAME=]FILE.jsonl, separated by commas.", show_default=False)
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A JSON file for the results.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score log-likelihood and exact-match tasks, with standard errors."""
+    with quiet_stdout():
+        from ipt_jax.evaluate import run_eval
+
+        result = run_eval(str(model), tasks.split(","), output=output, limit=limit)
+    show(result, as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML page to write.", show_default=False)],
+    evals: Annotated[list[Path] | None, typer.Option("--eval", help="Results of `ipt eval -o`, one a run.")] = None,
+    groups: Annotated[Path | None, typer.Option(help="Synthesized groups to show samples of.")] = None,
+    title: Annotated[str, typer.Option(help="The page's title.")] = "Training report",
+    as_json: AsJson = False,
+) -> None:
+    """One self-contained HTML page: curves, the mix, evaluations and samples."""
+    from ipt_jax.report import run_report
+
+    with quiet_stdout():
+        result = run_report(runs, output, evals=evals or [], groups=groups, title=title)
+    show(result, as_json)

@@ -1,0 +1,96 @@
+"""What both console scripts share: exit codes, one-line errors, and a stdout that holds the result alone.
+
+Exit 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault (with its traceback), 130 on Ctrl-C. Whatever
+libraries and their child processes print while a stage runs goes to stderr.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ipt_jax.corpus.settings import UserError
+
+Config = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Fields to override.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
+
+
+def run_app(app: typer.Typer) -> None:
+    """Runs a console script and ends the process with the exit code that the contract gives."""
+    sys.exit(_exit_code(app))
+
+
+def _exit_code(app: typer.Typer) -> int:
+    try:
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        return _mistake(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    except click.UsageError as error:
+        usage = f" ({error.ctx.command_path} --help)" if error.ctx else ""
+        return _mistake(f"{error.format_message()}{usage}")
+    except click.ClickException as error:
+        return _mistake(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _mistake(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Sends all that is written to stdout, by this process or its children, to stderr meanwhile."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def show(result: dict[str, Any], as_json: bool, *, hide: tuple[str, ...] = ()) -> None:
+    """Prints a stage's result: one JSON object, or a table of its figures without the keys in `hide`."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in result.items():
+        if key not in hide:
+            table.add_row(key.replace("_", " "), _plain(value))
+    Console(highlight=False).print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

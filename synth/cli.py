@@ -1,0 +1,90 @@
+"""The `synth` command: collect, run, render, miniworld, inspect.
+
+Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
+runs, so that `synth collect` starts without an engine.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ipt_jax.corpus.command import AsJson, Config, Overrides, quiet_stdout, run_app, show
+from ipt_jax.corpus.settings import load_settings
+
+app = typer.Typer(
+    name="synth",
+    help="Write question-answer pairs grounded in raw text, and documents made of both.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    run_app(app)
+
+
+@app.command()
+def collect(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Question-answering data sets become documents that tune a synthesizer."""
+    from synth.collect import CollectSettings, run_collect
+
+    settings = load_settings(CollectSettings, config, overrides)
+    with quiet_stdout():
+        result = run_collect(settings)
+    show(result, as_json)
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Raw text and a synthesizer make groups of texts with pairs; run again, it goes on."""
+    from synth.config import RunSettings
+    from synth.run import run_synth
+
+    settings = load_settings(RunSettings, config, overrides)
+    with quiet_stdout():
+        result = run_synth(settings)
+    show(result, as_json)
+
+
+@app.command()
+def render(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Groups become augmented documents through templates."""
+    from synth.render import RenderSettings, run_render
+
+    settings = load_settings(RenderSettings, config, overrides)
+    with quiet_stdout():
+        result = run_render(settings)
+    show(result, as_json)
+
+
+@app.command()
+def miniworld(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.", show_default=False)],
+    articles: Annotated[int, typer.Option(help="Raw articles to write.", min=1)] = 4000,
+    seed: Annotated[int, typer.Option(help="Another seed, another world.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A seeded invented world: raw articles, QA data sets, instructions, held-out questions."""
+    from synth.miniworld import run_miniworld
+
+    with quiet_stdout():
+        result = run_miniworld(output, articles=articles, seed=seed)
+    show(result, as_json)
+
+
+@app.command()
+def inspect(
+    groups: Annotated[Path, typer.Argument(help="Output of `synth run`.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="An HTML page instead of the terminal.")] = None,
+    limit: Annotated[int, typer.Option(help="Groups to show.", min=1)] = 5,
+    rejected: Annotated[bool, typer.Option(help="Show rejected pairs with their reasons.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show groups, readable."""
+    from synth.inspect import run_inspect
+
+    result = run_inspect(groups, output, limit, rejected)
+    if as_json or output:
+        show(result, as_json)
