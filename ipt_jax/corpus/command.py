@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +23,8 @@ Config = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=Fals
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Fields to override.", show_default=False)
 ]
+# Typer brings its own copy of click or uses the one installed, by version; its public errors lead to the bases in both.
+UsageError, ClickError = typer.BadParameter.__mro__[1:3]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
 
 
@@ -38,15 +39,16 @@ def _exit_code(app: typer.Typer) -> int:
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _mistake(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        return 2
-    except click.UsageError as error:
-        usage = f" ({error.ctx.command_path} --help)" if error.ctx else ""
-        return _mistake(f"{error.format_message()}{usage}")
-    except click.ClickException as error:
-        return _mistake(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except UsageError as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        if message.startswith("Usage:"):  # a bare command asks for its help
+            print(message, file=sys.stderr)
+            return 2
+        usage = f"; see {error.ctx.command_path} --help" if error.ctx else ""  # type: ignore[attr-defined]
+        return _mistake(message.rstrip(".") + usage)
+    except ClickError as error:
+        return _mistake(error.format_message())  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
