@@ -25,5 +25,5 @@ def decode_group(record: bytes, shards: Shards) -> SynthGroup:
         return decode(record, SynthGroup)
     except UserError as error:
         raise UserError(
-            f"{shards.path}: stage {shards.manifest.stage!r} wrote no groups; give the output of synth run, mine or verify"
+            f"{shards.path}: stage {shards.manifest.stage!r} wrote no groups; give what synth run, mine or verify wrote"
         ) from error

@@ -73,6 +73,17 @@ def pair_format(has_options: bool, has_rationale: bool) -> Format:
     return "free_cot" if has_rationale else "free"
 
 
+def question_stem(pair: Pair) -> str:
+    """The question without its options and its reasoning cue."""
+    stem = pair.question if pair.rationale is None else f"\n{pair.question}".removesuffix(COT_CUE).removeprefix("\n")
+    return f"\n{stem}".partition(OPTIONS_CUE)[0].removeprefix("\n") if pair.options else stem
+
+
+def final_answer(pair: Pair) -> str:
+    """The answer without its reasoning."""
+    return (pair.answer if pair.rationale is None else pair.answer.partition(ANSWER_CUE)[2]).strip()
+
+
 def example_segments(text: str, pairs: Sequence[Pair]) -> list[Segment]:
     """One example of a tuning document: BOS, the context (no loss), the pairs (loss), EOS (loss: it ends the list)."""
     segments = [Segment(loss=False, control="bos"), Segment(text=context_block(text), loss=False)]
@@ -115,7 +126,7 @@ class Prompt:
         return [token for example in self.examples for token in example] + self.current
 
     def close(self, completion_ids: Sequence[int], pairs: Sequence[Pair]) -> bool:
-        """Takes in what came back for the open text; True when a rejected pair was cut out (the cache match is lost)."""
+        """Takes in what came back for the open text; True when a rejected pair was cut out (the cache hit is lost)."""
         kept, cut = keep_accepted(self.tokenizer, completion_ids, pairs)
         if kept:
             self.examples.append([*self.current, *kept, self.eos_id])
