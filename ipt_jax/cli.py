@@ -39,8 +39,9 @@ def tokenize(config: Config, overrides: Overrides = None, as_json: AsJson = Fals
 @app.command()
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Solve and print the token mix of a training recipe; refuse what cannot be met."""
-    from ipt_jax.config import Recipe
     from ipt_jax.data.plan import build_plan, print_plan
+
+    from ipt_jax.config import Recipe
 
     recipe = load_settings(Recipe, config, overrides)
     with quiet_stdout():
@@ -67,7 +68,9 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 @app.command("import")
 def import_(
     hf_dir: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint directory to write.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The checkpoint directory to write.", show_default=False)
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Read a Hugging Face model, tensor by tensor, into a checkpoint."""
@@ -95,9 +98,7 @@ def export(
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory, a run or a checkpoint.", show_default=False)],
-    tasks: Annotated[
-        str, typer.Option(help="Task files, [NAME=]FILE.jsonl, separated by commas.", show_default=False)
-    ],
+    tasks: Annotated[str, typer.Option(help="Task files, [NAME=]FILE.jsonl, separated by commas.", show_default=False)],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A JSON file for the results.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.")] = None,
     as_json: AsJson = False,

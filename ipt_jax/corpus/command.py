@@ -1,7 +1,7 @@
 """What both console scripts share: exit codes, one-line errors, and a stdout that holds the result alone.
 
-Exit 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault (with its traceback), 130 on Ctrl-C. Whatever
-libraries and their child processes print while a stage runs goes to stderr.
+Exit 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault (with its traceback), 130 on Ctrl-C.
+Whatever libraries and their child processes print while a stage runs goes to stderr.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Fields to override.", show_default=False)
 ]
 # Typer brings its own copy of click or uses the one installed, by version; its public errors lead to the bases in both.
+UsageError: Any
+ClickError: Any
 UsageError, ClickError = typer.BadParameter.__mro__[1:3]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
 
@@ -40,14 +42,14 @@ def _exit_code(app: typer.Typer) -> int:
     except UserError as error:
         return _mistake(str(error))
     except UsageError as error:
-        message = error.format_message()  # type: ignore[attr-defined]
+        message = error.format_message()
         if message.startswith("Usage:"):  # a bare command asks for its help
             print(message, file=sys.stderr)
             return 2
-        usage = f"; see {error.ctx.command_path} --help" if error.ctx else ""  # type: ignore[attr-defined]
+        usage = f"; see {error.ctx.command_path} --help" if error.ctx else ""
         return _mistake(message.rstrip(".") + usage)
     except ClickError as error:
-        return _mistake(error.format_message())  # type: ignore[attr-defined]
+        return _mistake(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130

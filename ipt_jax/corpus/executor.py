@@ -68,7 +68,9 @@ def _run_ray(function: Callable[[Item], Result], items: Sequence[Item]) -> Itera
     try:
         import ray
     except ImportError as error:
-        raise UserError("executor ray: Ray is not installed; run launch/setup.sh ray, or use executor: local") from error
+        raise UserError(
+            "executor ray: Ray is not installed; run launch/setup.sh ray, or use executor: local"
+        ) from error
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
     task = ray.remote(num_cpus=1)(function)

@@ -46,7 +46,7 @@ class Document(msgspec.Struct, omit_defaults=True):
 
 
 class Pair(msgspec.Struct, omit_defaults=True):
-    """A question and its answer in the paper's wire form (Table 7); `options` and `rationale` are parts read from it."""
+    """A question and its answer in the paper's wire form (Table 7); `options` and `rationale` are read from it."""
 
     question: str
     answer: str
@@ -87,7 +87,7 @@ class SynthGroup(msgspec.Struct):
 
 
 class TokenDocument(msgspec.Struct, omit_defaults=True):
-    """Token ids as little-endian bytes of `dtype`; `loss_runs` are the ranges [start, stop) of tokens that are targets."""
+    """Token ids as little-endian bytes of `dtype`; `loss_runs` are ranges [start, stop) of target tokens."""
 
     id: str
     kind: Kind
@@ -115,4 +115,6 @@ def decode(data: bytes, cls: type[Record]) -> Record:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"record is not a {cls.__name__}: {error}; point the config at the stage's own output") from error
+        raise UserError(
+            f"record is not a {cls.__name__}: {error}; point the config at the stage's own output"
+        ) from error

@@ -6,6 +6,7 @@ shard with counts and SHA-256; `complete` turns true when the stage has finished
 held with flock and dies with its process. ArrayRecord writes to local disks only.
 """
 
+import bisect
 import fcntl
 import hashlib
 import os
@@ -26,6 +27,7 @@ SCHEMA = 1
 WRITER_OPTIONS = "group_size:1,zstd:3"  # one record a group: Grain reads at random
 READ_RECORDS = 1024  # records a batched read when streaming; single reads are forty times slower
 TEMPORARY = ".tmp"
+Raised = type[BaseException] | None
 
 
 class ShardEntry(msgspec.Struct):
@@ -75,7 +77,7 @@ class Output:
                 raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: Raised, error: BaseException | None, trace: TracebackType | None) -> None:
         os.close(self._lock)
 
     def _resume(self) -> None:
@@ -177,7 +179,7 @@ class writing:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: Raised, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError):
             raise UserError(
                 f"output {self.path}: cannot be written ({error.strerror or error}); free space or give another path"
@@ -205,6 +207,7 @@ def write_shard(path: Path, records: Iterable[bytes]) -> int:
             count += 1
         writer.close()
     except RuntimeError as error:  # array_record reports a failed write this way
+        path.unlink(missing_ok=True)
         raise OSError(str(error)) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -276,7 +279,9 @@ def _load_manifest(path: Path) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path / 'manifest.json'}: damaged ({error}); delete the directory and run again") from error
     if manifest.schema != SCHEMA:
-        raise UserError(f"{path / 'manifest.json'}: schema {manifest.schema}, this version reads {SCHEMA}; make it again")
+        raise UserError(
+            f"{path / 'manifest.json'}: schema {manifest.schema}, this version reads {SCHEMA}; make it again"
+        )
     return manifest
 
 
@@ -315,8 +320,6 @@ class Shards:
         return records
 
     def _shard_of(self, index: int) -> int:
-        import bisect
-
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
         return bisect.bisect_right(self._ends, index)
@@ -351,7 +354,9 @@ def verify_shard(path: Path, entry: ShardEntry, *, checksum: bool) -> None:
         raise UserError(f"{file}: listed in the manifest but absent; run its stage again")
     size = file.stat().st_size
     if size != entry.bytes:
-        raise UserError(f"{file}: {size} bytes where the manifest says {entry.bytes}; delete it and run its stage again")
+        raise UserError(
+            f"{file}: {size} bytes where the manifest says {entry.bytes}; delete it and run its stage again"
+        )
     if checksum and _sha256(file) != entry.sha256:
         raise UserError(f"{file}: its bytes differ from the manifest's checksum; delete it and run its stage again")
 

@@ -133,11 +133,15 @@ def _document(row: dict[str, Any], settings: SourceSettings, *, where: str, name
     names = _FIELD.findall(settings.template) if settings.template else [settings.text]
     for name in names:
         if name not in row:
-            raise UserError(f"{named}: no field {name!r}, found {', '.join(sorted(row)) or 'none'}; name the text field")
+            raise UserError(
+                f"{named}: no field {name!r}, found {', '.join(sorted(row)) or 'none'}; name the text field"
+            )
         if row[name] is None:
             return Dropped("null_text", where)
         if not isinstance(row[name], str):
-            raise UserError(f"{named}: field {name!r} is a {type(row[name]).__name__}, expected text; name another field")
+            raise UserError(
+                f"{named}: field {name!r} is a {type(row[name]).__name__}, expected text; name another field"
+            )
     values = {name: row[name] for name in names}
     text = _FIELD.sub(lambda match: values[match[1]], settings.template) if settings.template else row[settings.text]
     if not text.strip():
