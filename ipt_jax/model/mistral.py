@@ -6,7 +6,8 @@ norms, softmax and RoPE angles are float32 always, since bfloat16 loses the smal
 nothing about devices: parameters carry logical axis names that ipt_jax.parallel maps to a mesh.
 
 Letters, in this project always: B batch, T query position, S key position, D model, F feed-forward, N query heads,
-K key-value heads, G = N / K, H head dimension, V vocabulary, L layers.
+K key-value heads, G = N / K, H head dimension, V vocabulary, L layers; of a step's rows: R all of them, A accumulation
+steps, M rows of a micro-batch.
 """
 
 from __future__ import annotations
