@@ -1,0 +1,206 @@
+"""Line charts as inline SVG: several runs over one x axis, with axes, ticks and a read-out under the pointer.
+
+The thick line is smoothed (a centred mean), the thin one is as logged. Long runs are thinned to
+POINTS a line, each the mean of its neighbours; nothing is thinned before it is smoothed. Values that are not finite
+break the line. The read-out needs no script: each x bin carries its own label, which CSS shows on hover.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ipt_jax.report.markup import Markup, tag
+
+WIDTH, HEIGHT = 460, 280
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 30, 44
+POINTS = 400
+BINS = 60
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    colour: int  # index into the page's run colours
+    points: list[tuple[float, float]]  # x ascending
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Data to pixels, linearly."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+
+def line_chart(
+    lines: list[Line], *, title: str, x_label: str, y_label: str, smooth: bool, zero: bool = False
+) -> Markup:
+    """One SVG. `zero` starts the y axis at 0; `smooth` draws the smoothed line over the logged one."""
+    drawn = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
+    assert drawn, "a chart needs a finite point"
+    smoothed = {line.name: smooth_points(line.points) if smooth else line.points for line in drawn}
+    x_scale, y_scale = _scales(drawn, smoothed, zero)
+    children = [
+        _axes(x_scale, y_scale, x_label, y_label),
+        *(_path(thin(line.points), x_scale, y_scale, line.colour, "logged") for line in drawn if smooth),
+        *(_path(thin(smoothed[line.name]), x_scale, y_scale, line.colour, "line") for line in drawn),
+        _readout(drawn, smoothed, x_scale, y_scale),
+    ]
+    return tag(
+        "svg",
+        *children,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        class_="chart",
+        aria_label=_describe(title, drawn, smoothed),
+    )
+
+
+def smooth_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Mean over a fiftieth of the line around each point, so that a falling loss is not shown too high.
+
+    The window shrinks evenly towards the start, where a curve is steep; at the end it keeps what lies behind it.
+    """
+    half = len(points) // 100
+    counts, sums = [0], [0.0]
+    for _, y in points:
+        counts.append(counts[-1] + math.isfinite(y))
+        sums.append(sums[-1] + (y if math.isfinite(y) else 0.0))
+    result = []
+    for i, (x, y) in enumerate(points):
+        low, high = i - min(half, i), min(i + min(half, i), len(points) - 1) + 1
+        count = counts[high] - counts[low]
+        result.append((x, (sums[high] - sums[low]) / count if math.isfinite(y) else math.nan))
+    return result
+
+
+def thin(points: list[tuple[float, float]], limit: int = POINTS) -> list[tuple[float, float]]:
+    """At most `limit` points, each the mean of a run of neighbours; the first and the last point stay."""
+    if len(points) <= limit:
+        return points
+    inner = points[1:-1]
+    count = limit - 2
+    groups = [inner[i * len(inner) // count : (i + 1) * len(inner) // count] for i in range(count)]
+    means = [
+        (math.fsum(x for x, _ in group) / len(group), math.fsum(y for _, y in group) / len(group)) for group in groups
+    ]
+    return [points[0], *means, points[-1]]
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers inside [low, high], about `count` of them: ticks(0, 97) = [0, 20, 40, 60, 80]."""
+    rough = (high - low) / count
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """`1.2M`, `950k`, `0.25`, `3e-4`: three digits at most, for ticks and read-outs."""
+    size = abs(value)
+    if size < 1e-12:
+        return "0"
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size >= limit * 0.9995:
+            return f"{value / limit:.3g}{unit}"
+    if size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.3g}"
+
+
+def _scales(lines: list[Line], smoothed: dict[str, list[tuple[float, float]]], zero: bool) -> tuple[Scale, Scale]:
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for points in (line.points, smoothed[line.name]) for _, y in points if math.isfinite(y)]
+    low, high = (0.0 if zero else min(ys)), max(ys)
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    x_low, x_high = min(xs), max(xs)
+    if x_low < 0.1 * x_high:
+        x_low = 0.0
+    if x_low == x_high:
+        x_low, x_high = x_low - 1, x_high + 1
+    return (
+        Scale(x_low, x_high, LEFT, WIDTH - RIGHT),
+        Scale(0.0 if zero else low - margin, high + margin, HEIGHT - BOTTOM, TOP),
+    )
+
+
+def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
+    left, right, bottom = x.start, x.stop, y.start
+    parts = []
+    for value in ticks(y.low, y.high):
+        at = y(value)
+        parts.append(tag("line", class_="grid", x1=left, x2=right, y1=at, y2=at))
+        parts.append(tag("text", short(value), class_="tick", x=left - 7, y=at + 4, text_anchor="end"))
+    for value in ticks(x.low, x.high):
+        at = x(value)
+        parts.append(tag("line", class_="mark", x1=at, x2=at, y1=bottom, y2=bottom + 4))
+        parts.append(tag("text", short(value), class_="tick", x=at, y=bottom + 18, text_anchor="middle"))
+    parts.append(tag("line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom))
+    parts.append(tag("text", x_label, class_="label", x=(left + right) / 2, y=HEIGHT - 6, text_anchor="middle"))
+    parts.append(tag("text", y_label, class_="label corner", x=2, y=16))
+    return tag("g", *parts)
+
+
+def _path(points: list[tuple[float, float]], x: Scale, y: Scale, colour: int, kind: str) -> Markup:
+    commands, pen = [], "M"
+    for at, value in points:
+        if math.isfinite(value):
+            commands.append(f"{pen}{x(at):.1f} {y(value):.1f}")
+            pen = "L"
+        else:
+            pen = "M"
+    if len(commands) == 1:
+        commands.append("h0.1")  # a single point is drawn as a dot by the round line cap
+    return tag("path", d="".join(commands), class_=f"{kind} c{colour}")
+
+
+def _readout(lines: list[Line], smoothed: dict[str, list[tuple[float, float]]], x: Scale, y: Scale) -> Markup:
+    """Invisible columns over the plot; the one under the pointer shows its x and every line's value there."""
+    thinned = {line.name: thin(smoothed[line.name]) for line in lines}
+    width = (x.stop - x.start) / BINS
+    columns = []
+    for i in range(BINS):
+        low, high = (x.low + (x.high - x.low) * j / BINS for j in (i, i + 1))
+        values = [(line, found) for line in lines if (found := _nearest(thinned[line.name], low, high))]
+        if values:
+            area = tag("rect", x=x.start + i * width, y=TOP, width=width, height=y.start - TOP)
+            columns.append(tag("g", area, *_reading(values, x, y), class_="bin"))
+    return tag("g", *columns)
+
+
+def _reading(values: list[tuple[Line, tuple[float, float]]], x: Scale, y: Scale) -> list[Markup]:
+    at = values[0][1][0]
+    words = f"{short(at)}: " + ", ".join(f"{line.name} {short(value)}" for line, (_, value) in values)
+    named = len(words) <= 56  # wider than the chart: the colours alone say whose value it is, the title names them
+    spans = [
+        tag("tspan", f"{line.name} {short(value)}" if named else short(value), class_=f"c{line.colour}", dx=8)
+        for line, (_, value) in values
+    ]
+    return [
+        tag("line", x1=x(at), x2=x(at), y1=TOP, y2=y.start, class_="show"),
+        *(tag("circle", cx=x(p[0]), cy=y(p[1]), r=3.5, class_=f"show c{line.colour}") for line, p in values),
+        tag("text", short(at), *spans, class_="show words", x=WIDTH - RIGHT, y=16, text_anchor="end"),
+        tag("title", words),
+    ]
+
+
+def _nearest(points: list[tuple[float, float]], low: float, high: float) -> tuple[float, float] | None:
+    """The finite point nearest to the middle of [low, high], if one lies inside."""
+    inside = [point for point in points if low <= point[0] <= high and math.isfinite(point[1])]
+    return min(inside, key=lambda point: abs(point[0] - (low + high) / 2), default=None)
+
+
+def _describe(title: str, lines: list[Line], smoothed: dict[str, list[tuple[float, float]]]) -> str:
+    parts = []
+    for line in lines:
+        values = [y for _, y in smoothed[line.name] if math.isfinite(y)]
+        parts.append(f"{line.name} goes from {short(values[0])} to {short(values[-1])}")
+    return f"{title}: {'; '.join(parts)}"
