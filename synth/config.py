@@ -15,24 +15,24 @@ from ipt_jax.corpus.sources import SourceSettings
 class FaultSettings(Settings):
     """What the scripted engine does wrong, as shares of its requests; a request's faults follow from its prompt."""
 
-    malformed: float = Field(0.0, ge=0, le=1)
-    truncated: float = Field(0.0, ge=0, le=1)
-    error: float = Field(0.0, ge=0, le=1)
-    latency_seconds: float = Field(0.0, ge=0)
+    malformed: float = Field(default=0.0, ge=0, le=1)
+    truncated: float = Field(default=0.0, ge=0, le=1)
+    error: float = Field(default=0.0, ge=0, le=1)
+    latency_seconds: float = Field(default=0.0, ge=0)
 
 
 class SynthesizerSettings(Settings):
-    """The model that reads texts and writes pairs. `model` is an HF directory; the jax engine also takes a checkpoint."""
+    """The model that writes pairs. `model` is an HF directory; the jax engine also takes a checkpoint."""
 
     model: str
     engine: Literal["vllm", "jax", "scripted"] = "vllm"
-    max_model_len: int = Field(4096, ge=2)
-    max_new_tokens: int = Field(400, ge=1)
-    temperature: float = Field(0.0, ge=0)
+    max_model_len: int = Field(default=4096, ge=2)
+    max_new_tokens: int = Field(default=400, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_num_seqs: int = Field(64, ge=1)
-    tensor_parallel_size: int = Field(1, ge=1)
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    max_num_seqs: int = Field(default=64, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     faults: FaultSettings | None = None
 
     @field_validator("max_new_tokens")
@@ -65,14 +65,14 @@ class SynthesizerSettings(Settings):
 class CorpusSettings(SourceSettings):
     """Raw texts; `fraction` of them are converted, drawn from (seed, id)."""
 
-    fraction: float = Field(1.0, gt=0, le=1)
+    fraction: float = Field(default=1.0, gt=0, le=1)
 
 
 class SeedExamples(Settings):
     """Examples shown before each group's first text: rows {context, qa: [{question, answer, …}]}."""
 
     path: str
-    count: int = Field(2, ge=1)
+    count: int = Field(default=2, ge=1)
 
 
 class RunSettings(Settings):
@@ -80,10 +80,10 @@ class RunSettings(Settings):
 
     synthesizer: SynthesizerSettings
     corpus: CorpusSettings
-    rounds: int = Field(2, ge=1)
+    rounds: int = Field(default=2, ge=1)
     grouping: Literal["position", "source"] = "position"
     seed_examples: SeedExamples | None = None
     seed: int = 0
     executor: Literal["local", "ray"] = "local"
-    groups_per_shard: int = Field(10_000, ge=1)
+    groups_per_shard: int = Field(default=10_000, ge=1)
     output: str

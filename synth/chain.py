@@ -1,0 +1,129 @@
+"""One few-shot group: a coroutine that asks for its texts' pairs one after the other (design decision 8).
+
+Guaranteed: prompt and answer fit the model's length, counted with the synthesizer's own tokens; a text too long alone
+is cut at a sentence end and its span recorded; a history too long loses its oldest examples; whatever the model writes,
+or fails to write, becomes a record. Groups know nothing of each other, so nothing waits for a round to end.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup
+from ipt_jax.corpus.settings import digest
+from ipt_jax.corpus.tokenizer import Tokenizer
+from synth.config import SynthesizerSettings
+from synth.engine import Completion, Engine, RequestFailed
+from synth.grouping import Group
+from synth.parse import parse_completion
+from synth.prompt import Prompt, context_tokens, fit_text
+
+ATTEMPTS = 3  # a request that fails so often yields a text without pairs
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What all groups of a run have in common: the model's name and contents, the budget, the examples shown first."""
+
+    synthesizer: SynthesizerSettings
+    tokenizer: Tokenizer
+    seed: int
+    examples: list[list[int]]
+    name: str
+    weights: str
+    fingerprint: str
+
+    async def run(self, engine: Engine, group: Group) -> SynthGroup:
+        """The group's record. A text of which nothing fits the budget is left out and counted."""
+        prompt = Prompt(self.tokenizer)
+        prompt.examples = list(self.examples)
+        texts: list[GroupText] = []
+        meta = {"texts_cut": 0, "examples_dropped": 0, "cache_lost_tokens": 0, "no_room": 0}
+        for number, text in enumerate(group.texts, start=1):
+            span = self.fit(text.text)
+            if span is None:
+                meta["no_room"] += 1
+                continue
+            meta["texts_cut"] += span != (0, len(text.text))
+            texts.append(await self.ask(engine, prompt, group.id, text, span, number, meta))
+        return SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
+
+    def fit(self, text: str) -> tuple[int, int] | None:
+        """The span that a prompt of its own can hold; None where not even one character can."""
+        limit = self.synthesizer.max_prompt_tokens
+        start, end = fit_text(text, self.tokenizer, limit)
+        if end - start < len(text) and context_tokens(text[start:end], self.tokenizer) > limit:
+            return None
+        return start, end
+
+    async def ask(
+        self,
+        engine: Engine,
+        prompt: Prompt,
+        group_id: str,
+        text: Document,
+        span: tuple[int, int],
+        number: int,
+        meta: dict[str, int],
+    ) -> GroupText:
+        """One round: asks for the text's pairs and takes the accepted ones into the prompt."""
+        context = text.text[slice(*span)]
+        shown = len(prompt.examples)
+        prompt_ids = prompt.open(context, self.synthesizer.max_prompt_tokens)
+        meta["examples_dropped"] += shown - len(prompt.examples)
+        completion = await self.generate(engine, prompt_ids, group_id, number)
+        pairs = parse_completion(self.tokenizer.decode(completion.ids), finished=completion.finish_reason == "stop")
+        meta["cache_lost_tokens"] += close(prompt, completion.ids, pairs)
+        return GroupText(
+            raw_id=text.id,
+            start=span[0],
+            end=span[1],
+            text=context,
+            source=text.source,
+            pairs=pairs,
+            round=number,
+            prompt_tokens=completion.prompt_tokens,
+            cached_prompt_tokens=completion.cached_prompt_tokens,
+            completion_tokens=len(completion.ids),
+            finish_reason=completion.finish_reason,
+        )
+
+    async def generate(self, engine: Engine, prompt_ids: list[int], group_id: str, number: int) -> Completion:
+        """The engine's completion; an empty one with finish reason 'error' when it failed every time."""
+        seed = int(digest([self.seed, "generate", group_id, number])[:8], 16)
+        failure: RequestFailed | None = None
+        for attempt in range(ATTEMPTS):
+            try:
+                return await engine.generate(
+                    prompt_ids,
+                    max_new_tokens=self.synthesizer.max_new_tokens,
+                    temperature=self.synthesizer.temperature,
+                    seed=seed,
+                    request_id=f"{group_id}/{number}/{attempt}",
+                )
+            except RequestFailed as error:
+                failure = error
+        log.warning("group %s, text %d: failed %d times, kept without pairs: %s", group_id, number, ATTEMPTS, failure)
+        return Completion([], "error", len(prompt_ids), 0)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {
+            **self.synthesizer.model_dump(include={"max_model_len", "max_new_tokens", "temperature"}),
+            "seed": self.seed,
+        }
+
+
+def close(prompt: Prompt, completion_ids: list[int], pairs: list[Pair]) -> int:
+    """Closes the open example; the number of its kept tokens that a prefix cache cannot reuse.
+
+    Tokens behind a rejected pair that was cut out have moved, so their cached keys and values no longer fit.
+    """
+    opened, before = len(prompt.current), len(prompt.examples)
+    prompt.close(completion_ids, pairs)
+    if len(prompt.examples) == before:
+        return 0
+    kept = prompt.examples[-1][opened:-1]
+    same = next((i for i, (a, b) in enumerate(zip(kept, completion_ids, strict=False)) if a != b), len(kept))
+    return len(kept) - same

@@ -1,0 +1,43 @@
+"""Engines behind one interface: vLLM, this project's own model in JAX, and a scripted one for tests and rehearsals."""
+
+from pathlib import Path
+
+from ipt_jax.corpus.settings import UserError, digest
+from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from synth.config import SynthesizerSettings
+from synth.engine.base import Completion, Engine, RequestFailed, weights_digest
+
+__all__ = ["Completion", "Engine", "RequestFailed", "model_digest", "open_engine", "synthesizer_tokenizer"]
+
+
+def synthesizer_tokenizer(settings: SynthesizerSettings) -> Tokenizer:
+    """The tokenizer of an HF directory, a run directory, one step's directory, or what `ipt import` wrote."""
+    model = Path(settings.model)
+    if not model.is_dir():
+        raise UserError(f"synthesizer.model {model}: no such directory; give an HF directory with a tokenizer")
+    for folder in (model, model / "tokenizer", model.parent.parent / "tokenizer"):
+        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            return load_tokenizer(folder)
+    raise UserError(f"synthesizer.model {model}: no tokenizer.json or tokenizer.model in it; copy the model's there")
+
+
+def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer) -> str:
+    """What answers, by its contents. The scripted engine has no weights: its tokenizer is all it needs."""
+    if settings.engine == "scripted":
+        return digest({"engine": "scripted", "tokenizer": tokenizer.digest})
+    return weights_digest(settings.model)
+
+
+def open_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Engine:
+    """Starts the engine that the settings name; only its own packages are imported."""
+    if settings.engine == "vllm":
+        from synth.engine.vllm_ import VllmEngine
+
+        return VllmEngine(settings, tokenizer)
+    if settings.engine == "jax":
+        from synth.engine.jax_ import JaxEngine
+
+        return JaxEngine(settings, tokenizer)
+    from synth.engine.scripted import ScriptedEngine
+
+    return ScriptedEngine(settings, tokenizer)

@@ -1,0 +1,104 @@
+"""An engine without a model: its answer follows from the prompt's ids, and its faults can be switched on.
+
+It quotes: each pair asks what stands behind a few words of the last context of the prompt. It stands in for a real
+engine in tests and rehearsals, so a request takes `faults.latency_seconds`, give or take half, and cached prompt tokens
+are what an endless prefix cache would have reused of the same group's former request.
+"""
+
+import asyncio
+from collections import OrderedDict
+from random import Random
+
+from ipt_jax.corpus.records import Pair
+from ipt_jax.corpus.settings import digest, draw
+from ipt_jax.corpus.tokenizer import Tokenizer
+from synth.config import FaultSettings, SynthesizerSettings
+from synth.engine.base import Completion, RequestFailed
+from synth.prompt import PAIR_SEPARATOR, pair_text, wire_pair
+
+# Groups whose last request is remembered, a concurrent one each: latency spreads by a factor of three, so no group is
+# forgotten between two of its own requests.
+REMEMBERED = 8
+
+
+class ScriptedEngine:
+    def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.faults = settings.faults or FaultSettings()
+        self._remembered = REMEMBERED * settings.max_num_seqs
+        self._last: OrderedDict[str, list[int]] = OrderedDict()
+
+    async def generate(
+        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+    ) -> Completion:
+        luck = draw(seed if temperature > 0 else 0, digest(prompt_ids))
+        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
+        if luck.random() < self.faults.error:
+            raise RequestFailed("scripted error")
+        pairs = [pair_text(pair) for pair in quote_pairs(last_context(self.tokenizer, prompt_ids), luck)]
+        if luck.random() < self.faults.malformed:
+            broken = luck.randrange(len(pairs))
+            pairs[broken] = malform(pairs[broken], luck)
+        ids = self.tokenizer.encode(PAIR_SEPARATOR.join(pairs), continuing=True)
+        room = max_new_tokens
+        if luck.random() < self.faults.truncated:
+            room = min(room, luck.randrange(len(ids)))
+        # The closing EOS takes a token of the room too.
+        finish_reason, ids = ("stop" if len(ids) < room else "length"), ids[:room]
+        chain = request_id.split("/")[0]
+        cached = common_prefix(self._last.get(chain, []), prompt_ids)
+        self._remember(chain, prompt_ids + ids)
+        return Completion(ids, finish_reason, len(prompt_ids), cached)
+
+    def _remember(self, chain: str, ids: list[int]) -> None:
+        self._last[chain] = ids
+        self._last.move_to_end(chain)
+        if len(self._last) > self._remembered:
+            self._last.popitem(last=False)
+
+    async def close(self) -> None:
+        self._last.clear()
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """[1, 2, 3], [1, 2, 4] -> 2"""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def last_context(tokenizer: Tokenizer, prompt_ids: list[int]) -> str:
+    """The text of the example that the prompt leaves open: what stands behind its last BOS, without the tags."""
+    starts = [place for place, token in enumerate(prompt_ids) if token == tokenizer.bos_id]
+    opened = tokenizer.decode(prompt_ids[starts[-1] + 1 if starts else 0 :])
+    return opened.strip().removeprefix("<CON>").removesuffix("</CON>").strip()
+
+
+def quote_pairs(context: str, luck: Random) -> list[Pair]:
+    """One to four pairs of the four formats; every answer stands in the context."""
+    words = context.split() or ["nothing"]
+    pairs = []
+    for place in luck.sample(range(len(words)), min(len(words), luck.randint(1, 4))):
+        before, answer = " ".join(words[max(0, place - 3) : place]), words[place]
+        question = f'What stands behind "{before}"?' if before else "What is the first word?"
+        others = sorted(set(words) - {answer})
+        options = luck.sample([answer, *luck.sample(others, min(3, len(others)))], min(4, len(others) + 1))
+        several = len(options) > 1 and luck.random() < 0.5
+        rationale = f'The text says "{before} {answer}".' if luck.random() < 0.5 else None
+        pairs.append(wire_pair(question, answer, options if several else None, rationale))
+    return pairs
+
+
+def malform(pair: str, luck: Random) -> str:
+    """A pair's text with one of the faults that real models make."""
+    return luck.choice(
+        [
+            pair.replace("<ANS>", ""),
+            pair.replace("<QUE>", ""),
+            pair.replace("<ANS>", "<ANS> twice <ANS>"),
+            pair.replace("<QUE>", "<QUE> again <QUE>"),
+            pair.replace("</END>", ""),
+            f"Sure! {pair}",
+            "<QUE> <ANS> yes </END>",
+            "<QUE> Why? <ANS> </END>",
+            "<QUE> Which?\nOptions:\n- one\n- two <ANS> three </END>",
+        ]
+    )

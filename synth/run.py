@@ -1,0 +1,161 @@
+"""`synth run`: raw texts and a synthesizer become SynthGroups, group by group, without a barrier between rounds.
+
+Guaranteed: every group of the corpus stands in the output exactly once, whole and in order, wherever runs were killed.
+With the scripted engine the shards are equal to the byte however often that was. A run again goes on, a finished one
+returns its figures at once, one with other settings is refused. Not guaranteed: equal bytes from vLLM, whose sums of
+floats depend on what else is in the batch.
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ipt_jax.corpus.progress import Progress
+from ipt_jax.corpus.records import SynthGroup
+from ipt_jax.corpus.settings import UserError, digest, file_digest
+from ipt_jax.corpus.shards import Manifest, Output
+from ipt_jax.corpus.sources import source_identity
+from ipt_jax.corpus.tokenizer import Tokenizer
+from synth.chain import Chain
+from synth.config import RunSettings
+from synth.drive import Put, drive
+from synth.engine import Engine, model_digest, open_engine, synthesizer_tokenizer
+from synth.grouping import Group, form_groups, survey_corpus
+from synth.prompt import context_tokens
+from synth.seeds import load_seed_examples
+from synth.store import Store
+
+LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistake
+
+
+def run_synth(settings: RunSettings) -> dict[str, Any]:
+    """Runs the stage, or what is left of it. `seconds` are those of this call."""
+    started = time.monotonic()
+    tokenizer = synthesizer_tokenizer(settings.synthesizer)
+    identity = run_identity(settings, tokenizer)
+    summary = finished_summary(settings.output, identity) or synthesize(settings, tokenizer, identity)
+    return {**summary, "seconds": round(time.monotonic() - started, 3)}
+
+
+def run_identity(settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the groups depend on, by contents: neither paths nor what only changes the speed."""
+    controls = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    seeds = settings.seed_examples
+    return {
+        "synthesizer": {
+            **settings.synthesizer.meaning,
+            "weights": model_digest(settings.synthesizer, tokenizer),
+            "tokenizer": {"digest": tokenizer.digest, **controls},
+        },
+        "corpus": source_identity(settings.corpus),
+        "seed_examples": seeds and {"contents": seed_digest(seeds.path), "count": seeds.count},
+        **settings.model_dump(include={"rounds", "grouping", "seed", "groups_per_shard"}),
+    }
+
+
+def seed_digest(path: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"seed_examples {path}: no such file; give JSON Lines of {{context, qa}}, or null")
+    return file_digest(path)
+
+
+def finished_summary(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of an output that is complete: nothing of the corpus needs to be read again."""
+    if not (Path(output) / "manifest.json").is_file():
+        return None
+    with open_output(output, identity) as found:
+        return found.manifest.summary if found.complete else None
+
+
+def open_output(path: str, identity: dict[str, Any]) -> Output:
+    return Output(path, stage="synth", identity=identity, shard_name="groups")
+
+
+def synthesize(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, Any]:
+    """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
+    chain = make_chain(settings, tokenizer, identity)
+    survey = survey_corpus(settings)
+    with open_output(settings.output, identity) as output:
+        store = Store(output, survey, settings.groups_per_shard)
+        try:
+            if store.open_shards:
+                fill_here(settings, chain, store)
+        finally:
+            store.close()
+        store.remove_spools()
+        manifest = output.finish(summarize(output.manifest, settings.synthesizer.engine))
+    return manifest.summary
+
+
+def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any]) -> Chain:
+    room = settings.synthesizer.max_prompt_tokens - context_tokens("", tokenizer)
+    if room < LEAST_TEXT_TOKENS:
+        raise UserError(
+            f"synthesizer.max_model_len: {settings.synthesizer.max_model_len} less max_new_tokens leaves a text {room} "
+            f"tokens, expected {LEAST_TEXT_TOKENS} or more; raise max_model_len"
+        )
+    return Chain(
+        synthesizer=settings.synthesizer,
+        tokenizer=tokenizer,
+        seed=settings.seed,
+        examples=load_seed_examples(settings, tokenizer),
+        name=Path(settings.synthesizer.model).resolve().name,
+        weights=identity["synthesizer"]["weights"],
+        fingerprint=digest(identity),
+    )
+
+
+def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
+    """The figures of a whole run; shares are over all pairs, those that were cut off by the token limit included."""
+    counts = manifest.counts
+    rejected = part(counts, "rejected.")
+    pairs = counts.get("pairs", 0)
+    written = pairs + sum(rejected.values())
+    names = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens")
+    details = ("texts_cut", "examples_dropped", "cache_lost_tokens")
+    return {
+        "texts": counts.get("texts", 0),
+        "groups": counts.get("groups", 0),
+        "pairs": pairs,
+        "rejected": rejected,
+        "well_formed": round(pairs / written, 4) if written else 0.0,
+        "dropped": {name: count for name, count in manifest.dropped.items() if count},
+        **{name: counts.get(name, 0) for name in names + details},
+        "finished": part(counts, "finished."),
+        "engine": engine,
+    }
+
+
+def part(counts: dict[str, int], prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)}
+
+
+def fill_here(settings: RunSettings, chain: Chain, store: Store) -> None:
+    """One engine in this process does all that is missing. Stops cleanly on SIGINT and SIGTERM."""
+    engine = open_engine(settings.synthesizer, chain.tokenizer)
+    missing = (group for group in form_groups(settings) if group.number not in store)
+    with Progress(store.survey.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
+        started, before = time.monotonic(), store.counts["completion_tokens"]
+
+        def put(group: Group, answer: SynthGroup) -> None:
+            store.put(group.number, answer)
+            speed = (store.counts["completion_tokens"] - before) / (time.monotonic() - started)
+            progress.advance(len(answer.texts), pairs=store.counts["pairs"], new_tokens_per_second=round(speed))
+
+        stopped_by = asyncio.run(run_engine(engine, chain, missing, put, settings.synthesizer.max_num_seqs))
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
+
+
+async def run_engine(
+    engine: Engine, chain: Chain, groups: Iterator[Group], put: Put, in_flight: int
+) -> signal.Signals | None:
+    try:
+        return await drive(engine, chain, groups, put, in_flight)
+    finally:
+        await engine.close()

@@ -1,0 +1,114 @@
+"""Where finished groups go: a spool for each open shard, and from a full spool the sealed shard.
+
+Guaranteed: what `put` has taken survives the death of this process; no group is held twice; a shard holds its groups in
+corpus order. A run's figures are sums over its records, so that a resumed run's equal an undisturbed one's.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from ipt_jax.corpus.records import SynthGroup, decode, encode
+from ipt_jax.corpus.shards import Output
+from synth.grouping import Survey
+from synth.spool import Spool
+
+DROPPED = "dropped."
+
+
+class Store:
+    """The groups of one output; `counts` are the sums over all that are held, sealed or not."""
+
+    def __init__(self, output: Output, survey: Survey, groups_per_shard: int) -> None:
+        self.output, self.survey, self.groups_per_shard = output, survey, groups_per_shard
+        self.shards = -(-survey.groups // groups_per_shard)
+        self.counts: Counter[str] = Counter()
+        self._spools: dict[int, Spool] = {}
+        for shard in range(self.shards):
+            if output.has(shard):
+                self.counts.update(output.entry(shard).counts)
+        for path in sorted((output.path / "spool").glob("*.spool")):
+            self.resume(int(path.stem))
+
+    def resume(self, shard: int) -> None:
+        """Takes over the spool that a run before, or a worker, left; seals it when it is full."""
+        if self.output.has(shard):
+            self.spool_path(shard).unlink()
+            return
+        self._spools[shard] = Spool(self.spool_path(shard))
+        self.counts.update(self._count(shard))
+        self._seal_if_full(shard)
+
+    def release(self) -> None:
+        """Lets go of all spools, so that workers can go on with them."""
+        for shard in list(self._spools):
+            self.counts.subtract(self._count(shard))
+            self._spools.pop(shard).close()
+
+    def spool_path(self, shard: int) -> Path:
+        return self.output.path / "spool" / f"{shard:05d}.spool"
+
+    def size(self, shard: int) -> int:
+        return min(self.groups_per_shard, self.survey.groups - shard * self.groups_per_shard)
+
+    @property
+    def open_shards(self) -> list[int]:
+        return [shard for shard in range(self.shards) if not self.output.has(shard)]
+
+    def __contains__(self, index: int) -> bool:
+        shard, place = divmod(index, self.groups_per_shard)
+        return self.output.has(shard) or (shard in self._spools and place in self._spools[shard])
+
+    def put(self, index: int, group: SynthGroup) -> None:
+        shard, place = divmod(index, self.groups_per_shard)
+        if shard not in self._spools:
+            self._spools[shard] = Spool(self.spool_path(shard))
+        self._spools[shard].append(place, encode(group))
+        self.counts.update(tally(group))
+        self._seal_if_full(shard)
+
+    def _seal_if_full(self, shard: int) -> None:
+        spool, size = self._spools[shard], self.size(shard)
+        if len(spool) < size:
+            return
+        counts = self._count(shard)
+        dropped = {name.removeprefix(DROPPED): counts.pop(name) for name in list(counts) if name.startswith(DROPPED)}
+        if shard == 0:  # what fell out before there were groups is booked once
+            dropped = dict(Counter(dropped) + self.survey.dropped)
+        # A group none of whose texts fitted is counted, and no record.
+        places = [place for place in range(size) if decode(spool.read(place), SynthGroup).texts]
+        records = (spool.read(place) for place in places)
+        self.output.seal(shard, self.shards, records, counts=dict(sorted(counts.items())), dropped=dropped)
+        self._spools.pop(shard).close()
+        self.spool_path(shard).unlink()
+
+    def _count(self, shard: int) -> Counter[str]:
+        spool = self._spools[shard]
+        total: Counter[str] = Counter()
+        for place in spool:
+            total.update(tally(decode(spool.read(place), SynthGroup)))
+        return total
+
+    def close(self) -> None:
+        for spool in self._spools.values():
+            spool.close()
+
+    def remove_spools(self) -> None:
+        """Nothing is left in them once every shard is sealed."""
+        assert not self.open_shards, self.open_shards
+        if (self.output.path / "spool").is_dir():
+            (self.output.path / "spool").rmdir()
+
+
+def tally(group: SynthGroup) -> Counter[str]:
+    """The figures of one group; those of its metadata that are drops come under 'dropped.'."""
+    counts = Counter(groups=1 if group.texts else 0, texts=len(group.texts))
+    for text in group.texts:
+        counts["prompt_tokens"] += text.prompt_tokens
+        counts["cached_prompt_tokens"] += text.cached_prompt_tokens
+        counts["completion_tokens"] += text.completion_tokens
+        counts[f"finished.{text.finish_reason}"] += 1
+        for pair in text.pairs:
+            counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
+    counts.update({name: group.meta[name] for name in ("texts_cut", "examples_dropped", "cache_lost_tokens")})
+    counts[f"{DROPPED}no_room"] = group.meta["no_room"]
+    return counts
