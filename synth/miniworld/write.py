@@ -1,0 +1,185 @@
+"""`synth miniworld`: writes the world to a directory, streaming.
+
+    raw/articles.jsonl       {id, text, genre}: the corpus that synthesis may convert
+    raw/heldout.jsonl        the same for held-out provinces: raw text to pre-train on, never to be converted
+    tuning/NAME.jsonl        {id, context, qa}: one data set a task format, over provinces of their own
+    instructions.jsonl       {id, task, prompt, response}
+    heldout/questions.jsonl  {id, prompt, choices, gold} on held-out provinces; heldout/answers.jsonl {id, prompt, answer}
+    tokenizer/               a small tokenizer trained on the tuning text
+    world.json               what the world was made from; written first, marked complete last
+
+Equal settings give equal bytes. A complete directory is left as it is; one made with other settings is refused.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from ipt_jax.corpus.progress import Progress
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.shards import lock_directory, write_whole, writing
+from synth.miniworld.instructions import write_instruction
+from synth.miniworld.prose import write_article
+from synth.miniworld.questions import TUNING_SETS, held_out_questions, tuning_row
+from synth.miniworld.tokenizer import save_tokenizer, train_tokenizer
+from synth.miniworld.world import PROVINCE, World, spelling_book
+from synth.prompt import context_block, pairs_text, wire_pair
+
+SCHEMA = 1
+OURS = {"raw", "tuning", "heldout", "tokenizer", "instructions.jsonl", "world.json", "world.json.tmp", ".lock"}
+# What the tokenizer is trained on. The book of syllables makes a name's syllables merge first, one id each.
+TOKENIZER_ARTICLES = 1500
+TOKENIZER_INSTRUCTIONS = 500
+SPELLING_REPEATS = 2000
+
+
+def run_miniworld(
+    output: Path | str,
+    *,
+    articles: int = 4000,
+    entities: int | None = None,
+    seed: int = 0,
+    tuning_articles: int = 12_000,
+    instructions: int = 2000,
+    questions: int = 800,
+    tokenizer_size: int = 2000,
+) -> dict[str, Any]:
+    """Writes the world; `entities` defaults to half the articles, so that each fact is told a few times."""
+    output = Path(output)
+    world = World(seed, articles, entities or max(1, articles // 2), tuning_articles)
+    sizes = {"instructions": instructions, "questions": questions, "tokenizer_size": tokenizer_size}
+    identity = {"schema": SCHEMA, **vars(world), **sizes}
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = lock_directory(output)
+        try:
+            return _resume(output, identity) or _write(output, world, identity)
+        finally:
+            os.close(lock)
+
+
+def open_world(directory: Path | str) -> World:
+    """The world that `synth miniworld` wrote to `directory`, for `judge`."""
+    found = _read_identity(Path(directory))
+    return World(**{name: found[name] for name in ("seed", "articles", "entities", "tuning_articles")})
+
+
+def _read_identity(directory: Path) -> dict[str, Any]:
+    path = directory / "world.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no world.json; give a directory that synth miniworld wrote")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); delete the directory and run synth miniworld again") from error
+
+
+def _resume(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of a complete directory; None where there is work to do; UserError where the directory is another's."""
+    if not (output / "world.json").exists():
+        if foreign := sorted(entry.name for entry in output.iterdir() if entry.name not in OURS):
+            raise UserError(f"output {output}: holds {foreign[0]!r} but no world.json; give an empty directory")
+        return None
+    found = _read_identity(output)
+    for name, value in identity.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"output {output}: made with {name}={found.get(name)!r}, now {value!r}; give another output, or delete it"
+            )
+    return found["figures"]
+
+
+def _write(output: Path, world: World, identity: dict[str, Any]) -> dict[str, Any]:
+    _write_json(output / "world.json", {**identity, "figures": None})
+    for folder in ("raw", "tuning", "heldout"):
+        (output / folder).mkdir(exist_ok=True)
+    figures = {"articles": world.articles, "entities": world.provinces * PROVINCE}
+    total = world.articles + world.tuning_articles
+    with Progress(total, "articles", "synth miniworld") as progress:
+        figures["heldout_articles"] = _write_articles(output / "raw", world, progress)
+        figures["pairs"] = _write_tuning(output / "tuning", world, progress)
+    figures["questions"] = _write_questions(output / "heldout", world, identity["questions"])
+    figures["instructions"] = identity["instructions"]
+    rows = (write_instruction(world.seed, index)._asdict() for index in range(identity["instructions"]))
+    _write_rows(output / "instructions.jsonl", rows)
+    tokenizer = train_tokenizer(_tokenizer_texts(world), identity["tokenizer_size"])
+    save_tokenizer(tokenizer, output / "tokenizer")
+    figures["tokenizer_ids"] = tokenizer.get_vocab_size()
+    _write_json(output / "world.json", {**identity, "figures": figures})
+    return figures
+
+
+def _write_articles(folder: Path, world: World, progress: Progress) -> int:
+    """Both raw files; returns the number of held-out articles."""
+    held_out = 0
+    with open_text(folder / "articles.jsonl") as seen, open_text(folder / "heldout.jsonl") as unseen:
+        for index in range(world.articles):
+            article = write_article(world, "article", index)
+            is_held_out = world.held_out(index)
+            held_out += is_held_out
+            row = {"id": article.id, "text": article.text, "genre": article.genre}
+            _write_row(unseen if is_held_out else seen, row)
+            progress.advance()
+    return held_out
+
+
+def _write_tuning(folder: Path, world: World, progress: Progress) -> int:
+    """One file a data set; returns the number of pairs."""
+    pairs = 0
+    with contextlib.ExitStack() as stack:
+        data_sets = {one: stack.enter_context(open_text(folder / f"{one.name}.jsonl")) for one in TUNING_SETS}
+        for index in range(world.tuning_articles):
+            tuning_set, row = tuning_row(world, index)
+            _write_row(data_sets[tuning_set], row)
+            pairs += len(row["qa"])
+            progress.advance()
+    return pairs
+
+
+def _write_questions(folder: Path, world: World, count: int) -> int:
+    written = 0
+    with open_text(folder / "questions.jsonl") as choices, open_text(folder / "answers.jsonl") as answers:
+        for question in held_out_questions(world, count):
+            _write_row(choices, question._asdict())
+            answer = question.choices[question.gold]
+            _write_row(answers, {"id": question.id, "prompt": question.prompt, "answer": answer})
+            written += 1
+    return written
+
+
+def _tokenizer_texts(world: World) -> Iterator[str]:
+    for index in range(min(world.tuning_articles, TOKENIZER_ARTICLES)):
+        _, row = tuning_row(world, index)
+        yield context_block(row["context"]) + pairs_text([wire_pair(**pair) for pair in row["qa"]])
+        yield "".join(f"Question: {pair['question']}\nAnswer: {pair['answer']}\n\n" for pair in row["qa"])
+    for index in range(TOKENIZER_INSTRUCTIONS):
+        instruction = write_instruction(world.seed, index)
+        yield f"{instruction.prompt} {instruction.response}"
+    for _ in range(SPELLING_REPEATS):
+        yield "\n".join(spelling_book())
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """A text file that gets its name when it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        yield file
+    os.replace(temporary, path)
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with open_text(path) as file:
+        for row in rows:
+            _write_row(file, row)
+
+
+def _write_row(file: IO[str], row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
