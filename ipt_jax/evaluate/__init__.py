@@ -1,0 +1,5 @@
+"""Scores a model on tasks of one's own, with standard errors: `run_eval`."""
+
+from ipt_jax.evaluate.run import run_eval
+
+__all__ = ["run_eval"]

@@ -1,0 +1,186 @@
+"""Evaluation tasks: JSON Lines files of questions, and how an answer to one is scored.
+
+A row is `{id, prompt, choices, gold}` (log-likelihood: which choice does the model find likeliest) or `{id, prompt,
+answer}` (greedy generation; `answer` is a string or a list of accepted ones). One file holds one sort of row; other
+fields are ignored. A mistake in a file is a UserError that names the file and the line, before any model is loaded.
+
+Scores of a choice, from its tokens' log-probabilities: `acc` picks by their sum; `acc_norm` by the sum a byte of the
+choice as written (the headline: it does not depend on the tokenizer; lm-eval's acc_norm where choices are ASCII);
+`acc_token` by the mean a token (what the paper's own domain benchmarks use, LMOps `choice_losses`). Scores of a
+generated answer: `exact_match` (the headline) after folding case and white space and cutting one final full stop;
+`f1` over its words, the best of the accepted answers. A standard error is the sample standard deviation over sqrt(n),
+as lm-eval has it; None for a single question.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.sources import read_jsonl
+
+Sort = Literal["choices", "answer"]
+HEADLINE: dict[Sort, str] = {"choices": "acc_norm", "answer": "exact_match"}
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    prompt: str
+    choices: tuple[str, ...] = ()
+    gold: int = 0  # index into choices
+    answers: tuple[str, ...] = ()  # accepted ones
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    path: Path
+    sort: Sort
+    questions: tuple[Question, ...]
+
+    @property
+    def chance(self) -> float | None:
+        """What guessing scores, on average over the questions."""
+        if self.sort == "answer":
+            return None
+        return statistics.fmean(1 / len(question.choices) for question in self.questions)
+
+
+def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:
+    """The tasks of `FILE`, `NAME=FILE`, and comma-joined lists of these; `limit` keeps each file's first questions."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: expected a whole number of questions above 0; leave it out for all of them")
+    parts = [part for spec in specs for part in ([spec] if Path(spec).is_file() else spec.split(",")) if part]
+    if not parts:
+        raise UserError("no tasks given; name at least one JSON Lines file of questions")
+    tasks = [_read_task(*_name_and_path(part), limit) for part in parts]
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise UserError(f"tasks: {count} files are called {name!r}; tell them apart with NAME=FILE")
+    return tasks
+
+
+def _name_and_path(spec: str) -> tuple[str, Path]:
+    name, separator, rest = spec.partition("=")
+    if separator and not Path(spec).is_file():
+        return name, Path(rest)
+    path = Path(spec)
+    return re.sub(r"\.(jsonl|json)(\.gz|\.zst)?$", "", path.name), path
+
+
+def _read_task(name: str, path: Path, limit: int | None) -> Task:
+    questions: list[Question] = []
+    lines: dict[str, int] = {}
+    first: Sort | None = None
+    for line, row in read_jsonl(path):
+        where = f"task {path}: line {line}"
+        sort, question = _question(row, where)
+        if sort != (first or sort):
+            raise UserError(
+                f"{where} has {sort!r} where the lines before have {first!r}; keep the two sorts in two files"
+            )
+        if question.id in lines:
+            raise UserError(f"{where}: id {question.id!r} stands on line {lines[question.id]} already; make ids unique")
+        first, lines[question.id] = sort, line
+        questions.append(question)
+    if first is None:
+        raise UserError(f"task {path}: no questions in it; give rows with id, prompt and choices or answer")
+    return Task(name, path, first, tuple(questions[:limit]))
+
+
+def _question(row: dict[str, Any], where: str) -> tuple[Sort, Question]:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, which no tokenizer takes; mend the text") from None
+    for field in ("id", "prompt"):
+        if field not in row:
+            raise UserError(
+                f"{where}: no field {field!r}; a row needs id, prompt and either choices and gold or answer"
+            )
+    if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
+        raise UserError(f"{where}: id is {row['id']!r}, expected a string or a whole number")
+    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+        raise UserError(f"{where}: prompt is {row['prompt']!r}, expected a text that is not empty")
+    if ("choices" in row) == ("answer" in row):
+        found = "both choices and answer" if "choices" in row else "neither choices nor answer"
+        raise UserError(f"{where} has {found}; give one of them")
+    if "answer" in row:
+        return "answer", Question(str(row["id"]), row["prompt"], answers=_answers(row["answer"], where))
+    choices = _choices(row["choices"], where)
+    return "choices", Question(str(row["id"]), row["prompt"], choices, _gold(row, len(choices), where))
+
+
+def _answers(value: Any, where: str) -> tuple[str, ...]:
+    answers = value if isinstance(value, list) else [value]
+    if not answers or not all(isinstance(answer, str) and normalise(answer) for answer in answers):
+        raise UserError(
+            f"{where}: answer is {value!r}, expected a text or a list of accepted texts, none of them empty"
+        )
+    return tuple(answers)
+
+
+def _choices(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise UserError(f"{where}: choices is {value!r}, expected a list of at least two texts")
+    if not all(isinstance(choice, str) and choice.strip() for choice in value):
+        raise UserError(f"{where}: choices holds something other than a text, or an empty text; give a text for each")
+    return tuple(value)
+
+
+def _gold(row: dict[str, Any], count: int, where: str) -> int:
+    if "gold" not in row:
+        raise UserError(f"{where}: choices without gold; add the index of the right choice, counted from 0")
+    gold = row["gold"]
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < count:
+        raise UserError(f"{where}: gold is {gold!r}, expected an index from 0 to {count - 1}")
+    return gold
+
+
+def normalise(text: str) -> str:
+    """`' The  Guild. '` and `'the guild'` are the same answer."""
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def token_f1(prediction: str, answer: str) -> float:
+    """Harmonic mean of precision and recall over words (letters and digits, case folded), repeats counted."""
+    predicted, wanted = (Counter(re.findall(r"\w+", text.casefold())) for text in (prediction, answer))
+    shared = (predicted & wanted).total()
+    return 2 * shared / (predicted.total() + wanted.total()) if shared else 0.0
+
+
+def score_answer(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    exact = any(normalise(prediction) == normalise(answer) for answer in answers)
+    return {"exact_match": float(exact), "f1": max(token_f1(prediction, answer) for answer in answers)}
+
+
+def score_choices(question: Question, sums: Sequence[float], tokens: Sequence[int]) -> tuple[dict[str, float], int]:
+    """The three accuracies of one question and the headline's pick."""
+    sizes = [len(choice.encode()) for choice in question.choices]
+    picks = {
+        "acc": _likeliest(sums, [1] * len(sums)),
+        "acc_norm": _likeliest(sums, sizes),
+        "acc_token": _likeliest(sums, tokens),
+    }
+    return {name: float(pick == question.gold) for name, pick in picks.items()}, picks[HEADLINE["choices"]]
+
+
+def _likeliest(sums: Sequence[float], sizes: Sequence[int]) -> int:
+    """The first of equally likely ones, so that a model which prefers nothing still gives one answer."""
+    rates = [total / size for total, size in zip(sums, sizes, strict=True)]
+    return rates.index(max(rates))
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    if len(values) < 2:
+        return statistics.fmean(values), None
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))

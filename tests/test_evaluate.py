@@ -1,0 +1,220 @@
+"""Evaluation: what the model is asked, how its answers are scored, and what a mistaken task file is told."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ipt_jax
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.evaluate import run_eval
+from ipt_jax.evaluate.lm import first_line, join
+from ipt_jax.evaluate.tasks import (
+    Question,
+    mean_and_stderr,
+    normalise,
+    read_tasks,
+    score_answer,
+    score_choices,
+    token_f1,
+)
+
+
+class Letters:
+    """A token a letter."""
+
+    def encode(self, text: str, continuing: bool = False) -> list[int]:
+        assert continuing
+        return [ord(letter) for letter in text]
+
+
+class FakeModel:
+    """Likes a continuation by its number of vowels; answers every prompt with its last word."""
+
+    def __init__(self) -> None:
+        self.tokenizer = Letters()
+        self.batches: list[list[tuple[str, str]]] = []
+
+    def loglikelihood(self, prompts: list[str], continuations: list[str]) -> list[float]:
+        self.batches.append(list(zip(prompts, continuations, strict=True)))
+        return [float(sum(letter in "aeiou" for letter in text) - len(text)) for text in continuations]
+
+    def generate(self, prompts: list[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+        assert temperature == 0.0
+        return [f" {prompt.split()[-1]}\nQuestion: more" for prompt in prompts]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    model = FakeModel()
+    monkeypatch.setattr(ipt_jax, "load", lambda path, dtype: model, raising=False)
+    return model
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def choice(key: str, gold: int = 0, **more: Any) -> dict[str, Any]:
+    return {"id": key, "prompt": "Where is it?", "choices": ["rhythm", "aeiou"], "gold": gold, **more}
+
+
+def test_a_choice_task(tmp_path: Path, model: FakeModel) -> None:
+    tasks = write(
+        tmp_path / "places.jsonl", [choice("a", 1), choice("b", 1), choice("c", 0), choice("d", 1, topic="x")]
+    )
+    result = run_eval("some/model", [tasks], output=tmp_path / "out" / "eval.json", batch_size=3)
+    task = result["tasks"]["places"]
+    assert (task["metric"], task["value"], task["n"], task["chance"]) == ("acc_norm", 0.75, 4, 0.5)
+    assert task["stderr"] == pytest.approx(0.5 / math.sqrt(4))  # sample sd of 1, 1, 0, 1 is 0.5
+    assert set(task["metrics"]) == {"acc", "acc_norm", "acc_token"}
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == result
+    rows = [json.loads(line) for line in (tmp_path / "out" / "eval.rows.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["a", "b", "c", "d"]
+    assert rows[0] == {
+        **{"task": "places", "id": "a", "prompt": "Where is it?", "prediction": "aeiou", "answer": "aeiou"},
+        **{"correct": True, "acc_norm": 1.0, "acc": 1.0, "acc_token": 1.0, "logprobs": [-7.0, -1.0], "tokens": [7, 6]},
+    }
+    assert [len(batch) for batch in model.batches] == [3, 3, 2]
+    assert model.batches[0][0] == ("Where is it?", " rhythm")  # the longest first
+
+
+def test_an_answer_task(tmp_path: Path, model: FakeModel) -> None:
+    rows = [
+        {"id": 1, "prompt": "Say Velmoor", "answer": "velmoor."},
+        {"id": 2, "prompt": "Say no", "answer": ["yes", "No"]},
+        {"id": 3, "prompt": "Say Issel", "answer": "river Issel"},
+    ]
+    result = run_eval("m", ["names=" + write(tmp_path / "t.jsonl", rows)])
+    task = result["tasks"]["names"]
+    assert (task["metric"], task["n"], task["chance"]) == ("exact_match", 3, None)
+    assert task["value"] == pytest.approx(2 / 3)
+    assert task["metrics"]["f1"]["value"] == pytest.approx((1 + 1 + 2 / 3) / 3)
+
+
+def test_several_tasks_and_a_limit(tmp_path: Path, model: FakeModel) -> None:
+    first = write(tmp_path / "a.jsonl", [choice(str(i)) for i in range(5)])
+    second = write(tmp_path / "b.jsonl", [{"id": "q", "prompt": "x", "answer": "x"}])
+    result = run_eval("m", [f"{first},other={second}"], limit=2)
+    assert {name: task["n"] for name, task in result["tasks"].items()} == {"a": 2, "other": 1}
+    assert result["tasks"]["other"]["stderr"] is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "joined"),
+    [
+        ("Where?", "Velmoor", ("Where?", " Velmoor")),
+        ("Where?  ", "Velmoor", ("Where?", " Velmoor")),
+        ("Where?", " Velmoor", ("Where?", " Velmoor")),
+        ("Where?", "\nVelmoor", ("Where?", "\nVelmoor")),
+        ("Where?\n", "Velmoor", ("Where?\n", "Velmoor")),
+    ],
+)
+def test_one_space_joins(prompt: str, continuation: str, joined: tuple[str, str]) -> None:
+    assert join(prompt, continuation) == joined
+
+
+def test_the_three_accuracies_differ_by_what_they_divide_by() -> None:
+    # log-likelihoods -4, -6, -7; bytes 2, 6, 10 -> -2, -1, -0.7; tokens 4, 9, 7 -> -1, -0.67, -1
+    question = Question("q", "p", ("ab", "éab12", "abcdefghij"), gold=1)
+    metrics, pick = score_choices(question, [-4.0, -6.0, -7.0], [4, 9, 7])
+    assert metrics == {"acc": 0.0, "acc_norm": 0.0, "acc_token": 1.0}
+    assert pick == 2
+    assert score_choices(question, [-1.0, -3.0, -5.0], [1, 3, 5])[0]["acc_token"] == 0.0  # a tie goes to the first
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "exact", "f1"),
+    [
+        ("The  Guild of\tLanterns.", ["the guild of lanterns"], 1.0, 1.0),
+        ("guild", ["the guild of lanterns"], 0.0, 0.4),
+        ("", ["x"], 0.0, 0.0),
+        ("a a b", ["a b b"], 0.0, 2 / 3),
+        ("U.S.A.", ["u.s.a"], 1.0, 1.0),
+        ("B", ["A", "b"], 1.0, 1.0),
+    ],
+)
+def test_answers_are_compared_without_case_space_and_full_stop(
+    prediction: str, answers: list[str], exact: float, f1: float
+) -> None:
+    assert score_answer(prediction, answers) == {"exact_match": exact, "f1": pytest.approx(f1)}
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_scores_are_symmetric_and_bounded(left: str, right: str) -> None:
+    assert 0.0 <= token_f1(left, right) <= 1.0
+    assert token_f1(left, right) == token_f1(right, left)
+    assert normalise(normalise(left) + " ") in (normalise(left), normalise(left).removesuffix(".").rstrip())
+
+
+def test_a_generation_ends_at_its_first_newline() -> None:
+    assert first_line(" Orsa Tamblin\nQuestion: next") == "Orsa Tamblin"
+    assert first_line("\nlate") == ""
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=50))
+def test_the_standard_error_of_a_proportion(values: list[float]) -> None:
+    mean, stderr = mean_and_stderr(values)
+    assert stderr == pytest.approx(math.sqrt(mean * (1 - mean) / (len(values) - 1)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([choice("a"), {"id": "b", "prompt": "x", "answer": "y"}], r"line 2 has 'answer' where .* 'choices'"),
+        ([choice("a"), choice("a")], r"line 2: id 'a' stands on line 1"),
+        ([{"id": "a", "choices": ["x", "y"], "gold": 0}], r"line 1: no field 'prompt'"),
+        ([{"prompt": "a", "answer": "x"}], r"line 1: no field 'id'"),
+        ([choice("a", 2)], r"line 1: gold is 2, expected an index from 0 to 1"),
+        ([choice("a", -1)], r"gold is -1"),
+        ([choice("a", True)], r"gold is True"),
+        ([{"id": "a", "prompt": "p", "choices": ["x", "y"]}], r"choices without gold"),
+        ([choice("a", choices=["x"])], r"at least two"),
+        ([choice("a", choices=["x", " "])], r"empty text"),
+        ([choice("a", answer="x")], r"both choices and answer"),
+        ([{"id": "a", "prompt": "p"}], r"neither choices nor answer"),
+        ([{"id": "a", "prompt": "p", "answer": " . "}], r"answer is ' \. '"),
+        ([{"id": "a", "prompt": "p", "answer": []}], r"answer is \[\]"),
+        ([{"id": "a", "prompt": " ", "answer": "x"}], r"prompt is ' '"),
+        ([{"id": None, "prompt": "p", "answer": "x"}], r"id is None"),
+        ([choice("a"), "{broken"], r"line 2 is not valid JSON"),
+        ([choice("a"), r'{"id": "b", "prompt": "\ud800", "answer": "x"}'], r"line 2: holds half of a surrogate"),
+        ([""], r"no questions"),
+    ],
+)
+def test_a_mistaken_file_is_named_with_its_line(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_tasks([write(tmp_path / "t.jsonl", rows)])
+    assert str(tmp_path / "t.jsonl") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+    good = write(tmp_path / "t.jsonl", [choice("a")])
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "t.jsonl", [choice("a")])
+    for tasks, message in [
+        ([str(tmp_path / "none.jsonl")], "no such file"),
+        ([str(tmp_path / "empty.jsonl")], "empty"),
+        ([good, str(tmp_path / "sub" / "t.jsonl")], "2 files are called 't'"),
+        ([], "no tasks"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run_eval("no/such/model", tasks)
+    with pytest.raises(UserError, match="a directory"):
+        run_eval("no/such/model", [good], output=tmp_path)
+    with pytest.raises(UserError, match="limit 0"):
+        run_eval("no/such/model", [good], limit=0)
+
+
+def test_a_broken_model_is_told(tmp_path: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "loglikelihood", lambda prompts, continuations: [math.nan] * len(prompts))
+    with pytest.raises(UserError, match="no numbers"):
+        run_eval("m", [write(tmp_path / "t.jsonl", [choice("a")])])
