@@ -1,0 +1,142 @@
+"""Side files of token shards: what planning must know about each document without opening a shard.
+
+Beside `tokens-00000-of-00010.array_record` lie `….index.npy` (a row a document: tokens, characters, a key of its id),
+`….parents.npy` (a row a parent: key of the raw id, character span) and, where the shard holds raw documents,
+`….chars.npy` (characters that each token covers, control tokens none). Index and parents are checked against the
+manifest's digests and counts; the characters of a document are checked against its row when they are used.
+
+A key is the first 64 bits of BLAKE2b of the id: among 2e8 ids two share a key with probability 1e-3.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ipt_jax.corpus.records import Parent
+from ipt_jax.corpus.settings import UserError, file_digest
+from ipt_jax.corpus.shards import TEMPORARY, Manifest, ShardEntry
+
+INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("id", "<u8")])
+PARENTS = np.dtype([("id", "<u8"), ("start", "<u4"), ("end", "<u4")])
+CHECKED = ("index", "parents")
+
+
+def id_key(document_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "little")
+
+
+def side_path(directory: Path, shard: str, what: str) -> Path:
+    return directory / f"{shard.removesuffix('.array_record')}.{what}.npy"
+
+
+class SideFiles:
+    """Collects the rows of one shard's documents, in record order."""
+
+    def __init__(self) -> None:
+        self._index: list[tuple[int, int, int]] = []
+        self._parents: list[tuple[int, int, int]] = []
+        self._chars: list[np.ndarray] = []
+        self._any_chars = False
+
+    def add(self, document_id: str, tokens: int, ends: np.ndarray | None, parents: list[Parent]) -> None:
+        """`ends`: the character position where each token ends, for a raw document."""
+        chars = np.zeros(tokens, np.uint32)
+        if ends is not None:
+            chars = np.diff(np.maximum.accumulate(ends), prepend=0).astype(np.uint32)
+            self._any_chars = True
+        self._chars.append(chars)
+        self._index.append((tokens, int(chars.sum()), id_key(document_id)))
+        self._parents += [(id_key(parent.id), parent.start, parent.end) for parent in parents]
+
+    def write(self, temporary: Path) -> None:
+        """Writes the files beside the shard's temporary one; `name_side_files` gives them their final names."""
+        _save(_temporary(temporary, "index"), np.array(self._index, INDEX))
+        _save(_temporary(temporary, "parents"), np.array(self._parents, PARENTS))
+        if self._any_chars:
+            chars = np.concatenate(self._chars)
+            smallest = np.min_scalar_type(int(chars.max()))  # one byte a token but for very long pieces
+            _save(_temporary(temporary, "chars"), chars.astype(smallest))
+
+
+def _temporary(shard: Path, what: str) -> Path:
+    return shard.with_name(f"{shard.name.removesuffix(TEMPORARY)}.{what}{TEMPORARY}")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def name_side_files(temporary: Path, shard: str) -> None:
+    """Renames what `SideFiles.write(temporary)` wrote, before the shard gets its name: a named shard has all."""
+    for what in (*CHECKED, "chars"):
+        if (written := _temporary(temporary, what)).exists():
+            os.replace(written, side_path(temporary.parent, shard, what))
+
+
+def side_digests(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """SHA-256 of each small side file by name, for the manifest's summary."""
+    paths = [side_path(directory, entry.name, what) for entry in manifest.shards for what in CHECKED]
+    return {path.name: file_digest(path) for path in paths}
+
+
+def whole(directory: Path, entry: ShardEntry) -> bool:
+    """Whether the side files of a sealed shard are there and fit it."""
+    try:
+        index = np.load(side_path(directory, entry.name, "index"), allow_pickle=False)
+        np.load(side_path(directory, entry.name, "parents"), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    fits = len(index) == entry.records and int(index["tokens"].sum(dtype=np.int64)) == entry.tokens
+    return fits and (not index["characters"].any() or side_path(directory, entry.name, "chars").is_file())
+
+
+def read_index(directory: Path, manifest: Manifest) -> list[np.ndarray]:
+    """The index of each shard. Raises UserError naming a file that is absent or differs from the manifest."""
+    arrays = [_read_checked(directory, manifest, entry, "index") for entry in manifest.shards]
+    for entry, index in zip(manifest.shards, arrays, strict=True):
+        if len(index) != entry.records or int(index["tokens"].sum(dtype=np.int64)) != entry.tokens:
+            raise UserError(_damaged(side_path(directory, entry.name, "index")))
+    return arrays
+
+
+def read_parents(directory: Path, manifest: Manifest) -> np.ndarray:
+    arrays = [_read_checked(directory, manifest, entry, "parents") for entry in manifest.shards]
+    return np.concatenate(arrays) if arrays else np.zeros(0, PARENTS)
+
+
+def _read_checked(directory: Path, manifest: Manifest, entry: ShardEntry, what: str) -> np.ndarray:
+    path = side_path(directory, entry.name, what)
+    if not path.is_file():
+        raise UserError(f"{path}: absent; run ipt tokenize again to make it")
+    if file_digest(path) != manifest.summary["side_files"].get(path.name):
+        raise UserError(_damaged(path))
+    return np.load(path, allow_pickle=False)
+
+
+def _damaged(path: Path) -> str:
+    return f"{path}: its bytes differ from the manifest's; delete it and run ipt tokenize again"
+
+
+class CharacterEnds:
+    """Where the tokens of single documents end in their raw text, read from one shard's memory-mapped file."""
+
+    def __init__(self, directory: Path, shard: str, index: np.ndarray):
+        self._path = side_path(directory, shard, "chars")
+        try:
+            self._chars = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{self._path}: absent or damaged; delete it and run ipt tokenize again") from error
+        self._index = index
+        self._starts = np.cumsum(index["tokens"], dtype=np.int64) - index["tokens"]
+
+    def __call__(self, document: int) -> np.ndarray:
+        row, start = self._index[document], self._starts[document]
+        ends = np.cumsum(self._chars[start : start + row["tokens"]], dtype=np.int64)
+        if len(ends) != row["tokens"] or ends[-1] != row["characters"]:
+            raise UserError(_damaged(self._path))
+        return ends
