@@ -12,9 +12,9 @@ from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Shards
 
 
-def read_groups(path: str | Path) -> Iterator[SynthGroup]:
-    """Iterates over the SynthGroups of a stage's output directory."""
-    shards = Shards(path)
+def read_groups(path: str | Path, *, verify: bool = True) -> Iterator[SynthGroup]:
+    """Iterates over the SynthGroups of a stage's output directory. `verify` reads every byte once before the first."""
+    shards = Shards(path, verify=verify)
     for record in shards:
         yield decode_group(record, shards)
 

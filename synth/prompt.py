@@ -81,7 +81,8 @@ def question_stem(pair: Pair) -> str:
 
 def final_answer(pair: Pair) -> str:
     """The answer without its reasoning."""
-    return (pair.answer if pair.rationale is None else pair.answer.partition(ANSWER_CUE)[2]).strip()
+    _, cue, final = pair.answer.partition(ANSWER_CUE)
+    return (final if cue and pair.rationale is not None else pair.answer).strip()
 
 
 def example_segments(text: str, pairs: Sequence[Pair]) -> list[Segment]:
