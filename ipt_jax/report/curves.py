@@ -102,18 +102,27 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
-    """`1.2M`, `950k`, `0.25`, `3e-4`: three digits at most, for ticks and read-outs."""
+def short(value: float, digits: int = 3) -> str:
+    """`1.2M`, `950k`, `0.25`, `3e-4`, in at most `digits` digits: for ticks and read-outs."""
     size = abs(value)
     if size < 1e-12:
         return "0"
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= limit * 0.9995:
-            return f"{value / limit:.3g}{unit}"
+            return f"{value / limit:.{digits}g}{unit}"
     if size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.3g}"
+    return f"{value:.{digits}g}"
+
+
+def tick_labels(values: list[float]) -> list[str]:
+    """As short as tells the ticks apart: a narrow range around 2 needs 2.0005, not 2 five times."""
+    for digits in range(3, 12):
+        labels = [short(value, digits) for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _scales(lines: list[Line], smoothed: dict[str, list[tuple[float, float]]], zero: bool) -> tuple[Scale, Scale]:
@@ -135,14 +144,16 @@ def _scales(lines: list[Line], smoothed: dict[str, list[tuple[float, float]]], z
 def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
     left, right, bottom = x.start, x.stop, y.start
     parts = []
-    for value in ticks(y.low, y.high):
+    values = ticks(y.low, y.high)
+    for value, label in zip(values, tick_labels(values), strict=True):
         at = y(value)
         parts.append(tag("line", class_="grid", x1=left, x2=right, y1=at, y2=at))
-        parts.append(tag("text", short(value), class_="tick", x=left - 7, y=at + 4, text_anchor="end"))
-    for value in ticks(x.low, x.high):
+        parts.append(tag("text", label, class_="tick", x=left - 7, y=at + 4, text_anchor="end"))
+    values = ticks(x.low, x.high)
+    for value, label in zip(values, tick_labels(values), strict=True):
         at = x(value)
         parts.append(tag("line", class_="mark", x1=at, x2=at, y1=bottom, y2=bottom + 4))
-        parts.append(tag("text", short(value), class_="tick", x=at, y=bottom + 18, text_anchor="middle"))
+        parts.append(tag("text", label, class_="tick", x=at, y=bottom + 18, text_anchor="middle"))
     parts.append(tag("line", class_="axis", x1=left, x2=right, y1=bottom, y2=bottom))
     parts.append(tag("text", x_label, class_="label", x=(left + right) / 2, y=HEIGHT - 6, text_anchor="middle"))
     parts.append(tag("text", y_label, class_="label corner", x=2, y=16))

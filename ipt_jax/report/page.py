@@ -7,14 +7,13 @@ said.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.shards import write_whole, writing
 from ipt_jax.report.details import samples, settings
 from ipt_jax.report.markup import Markup, join, safe, tag
 from ipt_jax.report.results import answers, results
@@ -43,7 +42,9 @@ def run_report(
     files = {path.resolve(): path for path in [*inside, *(Path(path) for path in evals)]}
     entrants = read_entrants(list(files.values()), found)
     page = _page(title, found, entrants, Path(groups) if groups is not None else None)
-    _write(output, page)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, page.encode())
     steps = {run.name: run.steps[-1]["step"] if run.steps else 0 for run in found}
     return {"output": str(output), "bytes": len(page.encode()), "runs": steps, "evaluations": len(files)}
 
@@ -68,15 +69,3 @@ def _page(title: str, runs: Sequence[Run], entrants: Sequence[Entrant], groups: 
     template = Template((HERE / "page.html").read_text(encoding="utf-8"))
     style = (HERE / "style.css").read_text(encoding="utf-8")
     return template.substitute(title=safe(title), style=style, body=join(sections))
-
-
-def _write(output: Path, page: str) -> None:
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"report output {output}: not writable ({error.strerror}); give another path") from error
