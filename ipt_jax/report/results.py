@@ -92,7 +92,8 @@ def _all_metrics(tasks: Sequence[str], entrants: Sequence[Entrant]) -> Markup:
     for name in tasks:
         for metric in dict.fromkeys(metric for e in entrants for metric in _metrics(e.tasks.get(name, {}))):
             found = [_metrics(entrant.tasks.get(name, {})).get(metric) for entrant in entrants]
-            best = max(each["value"] for each in found if each)
+            values = sorted((each["value"] for each in found if each), reverse=True)
+            best = values[0] if len(values) > 1 and values[0] > values[1] else None
             rows.append([f"{name}: {METRIC_NAMES.get(metric, metric)}", *(_cell(each, best) for each in found)])
     head = ["metric", *(join([swatch(colour(entrant.colour)), entrant.name]) for entrant in entrants)]
     return tag("div", tag("h3", "All metrics"), table(head, rows), class_="card wide")
@@ -104,7 +105,7 @@ def _metrics(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return task.get("metrics") or {task["metric"]: {"value": task["value"], "stderr": task.get("stderr")}}
 
 
-def _cell(found: dict[str, Any] | None, best: float) -> Child:
+def _cell(found: dict[str, Any] | None, best: float | None) -> Child:
     if not found:
         return "–"
     words = score(found["value"], found.get("stderr"))
