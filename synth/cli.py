@@ -4,6 +4,7 @@ Each command checks its settings, runs one stage and prints the stage's figures.
 runs, so that `synth collect` starts without an engine.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -85,6 +86,7 @@ def inspect(
     """Show groups, readable."""
     from synth.inspect import run_inspect
 
-    result = run_inspect(groups, output, limit, rejected)
+    with quiet_stdout() if as_json else nullcontext():
+        result = run_inspect(groups, output, limit, rejected)
     if as_json or output:
         show(result, as_json)
