@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ipt_jax
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import write_whole, writing
 from ipt_jax.evaluate.lm import run_task
@@ -33,7 +32,9 @@ def run_eval(
     found = read_tasks(tasks, limit)
     if output is not None and Path(output).is_dir():
         raise UserError(f"eval output {output}: a directory; give the path of a file, such as {output}/eval.json")
-    loaded = ipt_jax.load(model, dtype=dtype)
+    from ipt_jax import load  # a mistaken task file is told without the seconds that jax takes to import
+
+    loaded = load(model, dtype=dtype)
     rows = {task.name: run_task(loaded, task, batch_size=batch_size, max_new_tokens=max_new_tokens) for task in found}
     result = {"model": str(model), "tasks": {task.name: summarise(task, rows[task.name]) for task in found}}
     if output is not None:
