@@ -57,9 +57,9 @@ class SynthesizerSettings(Settings):
     @property
     def meaning(self) -> dict[str, Any]:
         """The fields that decide what comes back; the model's contents are hashed by the engine."""
-        faults = self.faults and self.faults.model_dump(exclude={"latency_seconds"})
+        faults = self.faults.model_dump(exclude={"latency_seconds"}) if self.faults else {}
         fields = {"engine", "max_model_len", "max_new_tokens", "temperature", "dtype"}
-        return {**self.model_dump(include=fields), "faults": faults}
+        return {**self.model_dump(include=fields), "faults": {name: share for name, share in faults.items() if share}}
 
 
 class CorpusSettings(SourceSettings):

@@ -27,6 +27,7 @@ SCHEMA = 1
 WRITER_OPTIONS = "group_size:1,zstd:3"  # one record a group: Grain reads at random
 READ_RECORDS = 1024  # records a batched read when streaming; single reads are forty times slower
 TEMPORARY = ".tmp"
+OWN_FIRST = {".lock", f"manifest.json{TEMPORARY}"}  # what a run killed before its first manifest leaves
 Raised = type[BaseException] | None
 
 
@@ -90,7 +91,7 @@ class Output:
                     self._entries[_index(entry.name)] = entry
             if len(self._entries) < len(found.shards):
                 self.manifest.complete = False
-        elif foreign := [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]:
+        elif foreign := sorted({entry.name for entry in self.path.iterdir()} - OWN_FIRST):
             raise UserError(
                 f"output {self.path}: holds {foreign[0]!r} but no manifest of this project; give an empty directory"
             )

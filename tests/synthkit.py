@@ -1,0 +1,77 @@
+"""A small corpus, a byte-level tokenizer and the recipe of a scripted run, for the tests of `synth run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as JsonTokenizer
+
+from ipt_jax.corpus.settings import check_settings
+from synth.config import RunSettings
+
+BOS, EOS = 1, 2
+WORDS = ["river", "mill", "Anna", "stone", "bread", "walks", "sees", "the", "old", "green", "hill", "and", "boat"]
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """One id a byte: <unk> <s> </s>, then byte b is 3 + its place in the byte-level alphabet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: place for place, word in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    tokenizer = JsonTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+def write_corpus(path: Path, texts: int, seed: int = 0) -> Path:
+    luck = Random(seed)
+    with path.open("w") as file:
+        for number in range(texts):
+            sentences = [" ".join(luck.choices(WORDS, k=luck.randint(4, 9))) + "." for _ in range(luck.randint(2, 6))]
+            row = {"id": f"t{number}", "text": " ".join(sentences), "source": luck.choice("ab")}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def recipe(folder: Path, texts: int = 30, **changes: Any) -> dict[str, Any]:
+    """A recipe over files in `folder`, made where they are missing; `synthesizer__field=…` changes a field of a block."""
+    if not (folder / "model").exists():
+        write_tokenizer(folder / "model")
+    if not (folder / "corpus.jsonl").exists():
+        write_corpus(folder / "corpus.jsonl", texts)
+    plain: dict[str, Any] = {
+        "synthesizer": {
+            "model": str(folder / "model"),
+            "engine": "scripted",
+            "max_model_len": 2000,
+            "max_new_tokens": 600,
+            "max_num_seqs": 4,
+        },
+        "corpus": {"path": str(folder / "corpus.jsonl")},
+        "rounds": 3,
+        "groups_per_shard": 3,
+        "output": str(folder / "groups"),
+    }
+    for name, value in changes.items():
+        block, _, field = name.partition("__")
+        if field:
+            plain[block][field] = value
+        else:
+            plain[block] = value
+    return plain
+
+
+def settings(folder: Path, **changes: Any) -> RunSettings:
+    return check_settings(RunSettings, recipe(folder, **changes), where="recipe")
+
+
+def shard_bytes(output: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(output).glob("*.array_record"))}

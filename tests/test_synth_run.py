@@ -1,0 +1,267 @@
+"""`synth run`: prompts to the token, spans, budgets, faults that are counted, and what a second run does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthkit import BOS, EOS, recipe, settings, shard_bytes, write_corpus, write_tokenizer
+
+from ipt_jax.corpus.records import Document, Segment, SynthGroup
+from ipt_jax.corpus.settings import UserError, check_settings
+from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from synth import read_groups
+from synth.chain import Chain
+from synth.config import RunSettings, SynthesizerSettings
+from synth.engine import Completion, RequestFailed
+from synth.grouping import form_groups, make_group
+from synth.run import run_synth
+
+
+class Recorder:
+    """An engine that answers from a list and remembers what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer, answers: list[str | None]) -> None:
+        self.tokenizer, self.answers, self.prompts = tokenizer, answers, list[list[int]]()
+
+    async def generate(self, prompt_ids: list[int], **sampling: Any) -> Completion:
+        self.prompts.append(prompt_ids)
+        answer = self.answers.pop(0)
+        if answer is None:
+            raise RequestFailed("on purpose")
+        return Completion(self.tokenizer.encode(answer, continuing=True), "stop", len(prompt_ids), 0)
+
+    async def close(self) -> None: ...
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return load_tokenizer(write_tokenizer(tmp_path / "model"))
+
+
+def answer_group(
+    tokenizer: Tokenizer,
+    answers: list[str | None],
+    texts: list[str],
+    examples: list[list[int]] | None = None,
+    **fields: int,
+) -> tuple[SynthGroup, list[list[int]]]:
+    """The group that these answers make of these texts, and the prompts that were asked."""
+    lengths = {"max_model_len": 1000, "max_new_tokens": 200, **fields}
+    synthesizer = SynthesizerSettings(model="m", engine="scripted", **lengths)
+    chain = Chain(synthesizer, tokenizer, 0, examples or [], "m", "w", "f")
+    documents = [Document(f"t{number}", "s", "raw", [Segment(text)]) for number, text in enumerate(texts)]
+    engine = Recorder(tokenizer, answers)
+    return asyncio.run(chain.run(engine, make_group(0, documents))), engine.prompts
+
+
+def test_next_prompt_goes_on_from_the_last_tokens(tokenizer: Tokenizer) -> None:
+    first = "<QUE> a? <ANS> b </END>"
+    group, prompts = answer_group(tokenizer, [f"{first}\n\n<QUE> cut", ""], ["one", "two"])
+    encode = tokenizer.encode
+    assert prompts[0] == [BOS, *encode(" <CON> one </CON>\n\n")]
+    assert prompts[1] == [*prompts[0], *encode(first), EOS, BOS, *encode(" <CON> two </CON>\n\n")]
+    assert [pair.verdict for pair in group.texts[0].pairs] == ["accepted", "rejected"]
+    assert group.meta["cache_lost_tokens"] == 0
+    assert [text.round for text in group.texts] == [1, 2]
+
+
+def test_rejected_pair_inside_is_cut_out_and_the_loss_counted(tokenizer: Tokenizer) -> None:
+    one, bad, two = "<QUE> a? <ANS> b </END>", "<QUE> no answer </END>", "<QUE> c? <ANS> d </END>"
+    group, prompts = answer_group(tokenizer, ["\n\n".join([one, bad, two]), ""], ["one", "two"])
+    kept = tokenizer.encode(f"{one}\n\n{two}")
+    assert prompts[1][: len(prompts[0]) + len(kept) + 1] == [*prompts[0], *kept, EOS]
+    # 'a? <ANS> b </END>\n\n<QUE> ' is common to both; from 'c' against 'n' on the cache is of no use.
+    assert group.meta["cache_lost_tokens"] == len(two) - len("<QUE> ")
+
+
+def test_text_without_pairs_is_not_shown_to_the_next(tokenizer: Tokenizer) -> None:
+    _, prompts = answer_group(tokenizer, ["", ""], ["one", "two"])
+    assert prompts[1] == [BOS, *tokenizer.encode(" <CON> two </CON>\n\n")]
+
+
+def test_oldest_examples_are_dropped_first(tokenizer: Tokenizer) -> None:
+    pair = "<QUE> a? <ANS> b </END>"
+    texts = ["x" * 40, "y" * 40, "z" * 40]
+    group, prompts = answer_group(tokenizer, [pair, pair, pair], texts, max_model_len=370, max_new_tokens=200)
+    start = [[BOS, *tokenizer.encode(f" <CON> {text} </CON>\n\n")] for text in texts]
+    assert prompts[1] == [*start[0], *tokenizer.encode(pair), EOS, *start[1]]  # 83 + 58 tokens of 170
+    assert prompts[2] == [*start[1], *tokenizer.encode(pair), EOS, *start[2]]  # 83 more would be 224
+    assert group.meta["examples_dropped"] == 1
+
+
+def test_seed_examples_stand_first(tokenizer: Tokenizer) -> None:
+    seed = [BOS, 50, 51, EOS]
+    _, prompts = answer_group(tokenizer, ["<QUE> a? <ANS> b </END>", ""], ["one", "two"], examples=[seed])
+    assert prompts[0] == [*seed, BOS, *tokenizer.encode(" <CON> one </CON>\n\n")]
+    assert prompts[1][: len(prompts[0])] == prompts[0]
+
+
+def test_long_text_is_cut_at_a_sentence_and_its_span_kept(tokenizer: Tokenizer) -> None:
+    text = "One is here. Two is here! Three is here? Four."
+    group, prompts = answer_group(tokenizer, [""], [text], max_model_len=250, max_new_tokens=200)
+    assert (group.texts[0].start, group.texts[0].end, group.texts[0].text) == (0, 25, "One is here. Two is here!")
+    assert len(prompts[0]) <= 50
+    assert group.meta["texts_cut"] == 1
+
+
+def test_failed_requests_are_tried_again_then_counted(tokenizer: Tokenizer) -> None:
+    pair = "<QUE> a? <ANS> b </END>"
+    group, prompts = answer_group(tokenizer, [None, None, pair, None, None, None], ["one", "two"])
+    assert len(prompts) == 6
+    assert [text.finish_reason for text in group.texts] == ["stop", "error"]
+    assert [len(text.pairs) for text in group.texts] == [1, 0]
+
+
+@pytest.mark.parametrize("fault", ["malformed", "truncated", "error"])
+def test_faults_are_counted_and_never_thrown(tmp_path: Path, fault: str) -> None:
+    result = run_synth(settings(tmp_path, synthesizer__faults={fault: 1.0}))
+    assert (result["texts"], result["groups"]) == (30, 10)
+    rejected, finished = set(result["rejected"]), result["finished"]
+    if fault == "error":
+        assert (result["pairs"], rejected, finished) == (0, set(), {"error": 30})
+    elif fault == "truncated":
+        assert finished == {"length": 30} and "truncated" in rejected
+    else:
+        assert {"no_answer", "two_answers", "no_question", "empty_answer", "leftover_text"} <= rejected
+    assert sum(result["rejected"].values()) > 0 or fault == "error"
+
+
+def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
+    recipe = settings(tmp_path, synthesizer__faults={"malformed": 0.3, "truncated": 0.2, "error": 0.1})
+    result = run_synth(recipe)
+    texts = [text for group in read_groups(recipe.output) for text in group.texts]
+    pairs = [pair for text in texts for pair in text.pairs]
+    assert [text.raw_id for text in texts] == [f"t{number}" for number in range(30)]
+    assert result["pairs"] == sum(pair.verdict == "accepted" for pair in pairs)
+    assert sum(result["rejected"].values()) == sum(pair.verdict == "rejected" for pair in pairs)
+    for name in ("prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
+        assert result[name] == sum(getattr(text, name) for text in texts)
+    assert 0 < result["cached_prompt_tokens"] < result["prompt_tokens"]
+    assert result["engine"] == "scripted" and result["seconds"] > 0
+
+
+def test_second_run_reads_the_figures_and_does_nothing(tmp_path: Path) -> None:
+    recipe = settings(tmp_path)
+    first, before = run_synth(recipe), shard_bytes(recipe.output)
+    (tmp_path / "other").mkdir()
+    again = run_synth(recipe)
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert shard_bytes(recipe.output) == before
+    assert len(before) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rounds": 2}, "rounds"),
+        ({"seed": 1}, "seed"),
+        ({"synthesizer__temperature": 0.5}, "synthesizer.temperature"),
+        ({"corpus__fraction": 0.5}, "corpus.fraction"),
+        ({"groups_per_shard": 4}, "groups_per_shard"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    run_synth(settings(tmp_path))
+    with pytest.raises(UserError, match=f"made with {named}="):
+        run_synth(settings(tmp_path, **change))
+
+
+def test_changed_corpus_is_refused_but_speed_settings_are_not(tmp_path: Path) -> None:
+    run_synth(settings(tmp_path))
+    run_synth(settings(tmp_path, synthesizer__max_num_seqs=9, synthesizer__faults=None))
+    write_corpus(tmp_path / "corpus.jsonl", 30, seed=1)
+    with pytest.raises(UserError, match=r"made with corpus\.contents"):
+        run_synth(settings(tmp_path))
+
+
+def test_concurrency_and_latency_change_no_byte(tmp_path: Path) -> None:
+    faults = {"malformed": 0.2, "truncated": 0.1}
+    one = settings(tmp_path, synthesizer__faults=faults, synthesizer__max_num_seqs=1, output=str(tmp_path / "one"))
+    slow = {**faults, "latency_seconds": 0.005}
+    many = settings(tmp_path, synthesizer__faults=slow, synthesizer__max_num_seqs=7, output=str(tmp_path / "many"))
+    run_synth(one), run_synth(many)
+    assert shard_bytes(one.output) == shard_bytes(many.output)
+
+
+def test_grouping_by_source_and_fraction(tmp_path: Path) -> None:
+    by_source = list(form_groups(settings(tmp_path, grouping="source")))
+    assert all(len({text.source for text in group.texts}) == 1 for group in by_source)
+    assert sorted(len(group.texts) for group in by_source)[-8:] == [3] * 8
+    half = {text.id for group in form_groups(settings(tmp_path, corpus__fraction=0.5)) for text in group.texts}
+    most = {text.id for group in form_groups(settings(tmp_path, corpus__fraction=0.8)) for text in group.texts}
+    assert 6 <= len(half) <= 24
+    assert half < most
+
+
+def test_group_ids_follow_from_raw_ids(tmp_path: Path) -> None:
+    groups = list(form_groups(settings(tmp_path)))
+    assert len({group.id for group in groups}) == 10
+    assert groups[0].id == make_group(5, groups[0].texts).id
+
+
+def test_seed_examples_from_a_file(tmp_path: Path) -> None:
+    rows = [{"context": f"text {n}", "qa": [{"question": "who?", "answer": str(n)}]} for n in range(9)]
+    rows.append({"context": "x" * 2000, "qa": [{"question": "long?", "answer": "yes"}]})
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seeds = {"path": str(tmp_path / "seeds.jsonl"), "count": 2}
+    recipe = settings(tmp_path, seed_examples=seeds)
+    run_synth(recipe)
+    shown = min(text.prompt_tokens - len(text.text) for group in read_groups(recipe.output) for text in group.texts)
+    assert shown > 2 * len(" <CON> text 0 </CON>\n\n<QUE> who? <ANS> 0 </END>")
+    with pytest.raises(UserError, match="9 of 10 rows"):
+        run_synth(settings(tmp_path, seed_examples={**seeds, "count": 10}, output=str(tmp_path / "other")))
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"rounds": 0}, "rounds: input should be greater than or equal to 1"),
+    ({"synthesizer__max_new_tokens": 2000}, r"max_new_tokens: .*max_model_len \(2000\)"),
+    ({"synthesizer__max_new_tokens": 1980}, "leaves a text 3 tokens"),
+    ({"synthesizer__model": "/nowhere"}, "no such directory"),
+    ({"synthesizer__engine": "vllm"}, r"config\.json"),
+    ({"synthesizer__engine": "vllm", "synthesizer__faults": {}}, "faults are for engine: scripted"),
+    ({"synthesizer__max_new_token": 3}, "did you mean 'max_new_tokens'"),
+    ({"corpus__path": "/nowhere.jsonl"}, "no such file"),
+    ({"corpus__fraction": 1e-9}, "no text to convert"),
+    ({"seed_examples": {"path": "/nowhere.jsonl"}}, "seed_examples /nowhere.jsonl: no such file"),
+    ({"seed_examples": {"path": "corpus.jsonl"}}, "line 1: expected context, a text"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=[message[:24] for _, message in MISTAKES])
+def test_mistakes_are_told_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = recipe(tmp_path, **change)
+    with pytest.raises(UserError, match=message) as error:
+        run_synth(check_settings(RunSettings, plain, where="recipe"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "groups").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty"),
+        ('{"id": 1, "text": "a b"}\n{broken\n', "line 2 is not valid JSON"),
+        ('{"id": 1, "text": "a b"}\n{"id": 1, "text": "c d"}\n', "id '1' stands twice"),
+        ('{"id": 1}\n', "no field 'text'"),
+        ('{"id": 1, "text": " "}\n', "empty_text"),
+    ],
+)
+def test_bad_corpus(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "corpus.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        run_synth(settings(tmp_path))
+    assert not (tmp_path / "groups").exists()
+
+
+def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    with (tmp_path / "corpus.jsonl").open("w") as file:
+        for number, text in enumerate(["a b", "  ", "c d", None]):
+            file.write(json.dumps({"id": number, "text": text}) + "\n")
+    assert run_synth(settings(tmp_path))["dropped"] == {"empty_text": 1, "null_text": 1}
