@@ -15,7 +15,6 @@ from scipy.stats import chisquare
 from ipt_jax.corpus.records import Document, GroupText, Pair, Parent, SynthGroup, encode
 from ipt_jax.corpus.settings import UserError, check_settings
 from ipt_jax.corpus.shards import Output, read_documents, read_manifest
-from synth.keep import keeps, read_keep
 from synth.layout import FORMATS, PLACEHOLDER, Draws, OptionStyle, draw_look, fill, lay_out, load_templates, shown_parts
 from synth.parse import reject
 from synth.prompt import wire_pair
@@ -201,46 +200,6 @@ def test_templates_are_whole() -> None:
 def test_fill_is_one_pass(question: str, answer: str) -> None:
     filled = fill("<{question}|{answer}>", {"question": question, "answer": answer})
     assert filled == f"<{question}|{answer}>"
-
-
-@pytest.mark.parametrize(
-    ("expression", "kept"),
-    [
-        (None, True),
-        ("well_formed", True),
-        ("grounded >= 0.3 and well_formed", True),
-        ("grounded > 0.5", False),
-        ("not grounded > 0.5", True),
-        ("0.1 < grounded <= 0.5 and agreement == 1", True),
-        ("grounded < 0.1 or agreement != 0", True),
-        ("other < 1 or other >= 1 or other == other", False),
-        ("grounded > -1", True),
-    ],
-)
-def test_keep(expression: str | None, kept: bool) -> None:
-    pair = Pair("Q?", "A", scores={"grounded": 0.5, "agreement": 1.0})
-    assert keeps(expression, pair) is kept
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "",
-        "grounded >=",
-        "__import__('os')",
-        "grounded.real > 1",
-        "a if b else c",
-        "[1]",
-        "'x' == 'x'",
-        "a + b > 1",
-        "x\0",
-    ],
-)
-def test_keep_refuses_all_else(expression: str) -> None:
-    with pytest.raises(ValueError, match="expected scores, numbers"):
-        read_keep(expression)
-    with pytest.raises(UserError, match="keep: "):
-        recipe(keep=expression)
 
 
 def test_filter_counts_and_leaves_neighbours_alone() -> None:
