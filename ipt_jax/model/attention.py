@@ -18,7 +18,8 @@ from jax import Array
 
 from ipt_jax.model.config import ModelConfig
 
-BLOCK = 512  # queries held against their keys at a time; rows up to this length are one dense block
+STEP = 64  # queries a step in rows up to BLOCK, unrolled: each step meets only the keys it can reach
+BLOCK = 512  # queries a block in longer rows, looped: memory stays that of one block
 MASKED = -1e30  # finite, so that a row without any visible key (padding in generation) is no NaN
 
 
@@ -53,60 +54,73 @@ def attend(
     if kernel == "cudnn":
         return _cudnn(q, k, v, window, segment_ids)
     assert kernel == "xla", f"unknown attention kernel {kernel}"
-    if q.shape[1] <= BLOCK:
-        return dense(q, k, v, row_mask(q.shape[1], window, segment_ids))
-    return _blockwise(q, k, v, window, segment_ids)
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
+    rows = _staircase if T <= BLOCK else _blockwise
+    out = rows(q, k, v, window, segment_ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def row_mask(length: int, window: int | None, segment_ids: Array | None) -> Array:
-    """[1 or B, T, S] bool, True where query t sees key s."""
-    rows = jnp.arange(length)
-    return visible(rows[None, :, None], rows[None, None, :], window) & _same_segment(segment_ids, segment_ids)
-
-
-def visible(query: Array, key: Array, window: int | None) -> Array:
-    """Causality and window between row positions of queries and keys."""
-    seen = key <= query
-    return seen if window is None else seen & (query - key < window)
-
-
-def _same_segment(query: Array | None, key: Array | None) -> Array | bool:
-    if query is None or key is None:
-        return True
-    return query[:, :, None] == key[:, None, :]
+def visible(query: Array, key: Array, window: int | None, segments: tuple[Array, Array] | None = None) -> Array:
+    """[1 or B, T, S] bool: the query at row position `query` [T] sees the key at `key` [S]."""
+    seen = key[None, None, :] <= query[None, :, None]
+    if window is not None:
+        seen = seen & (query[None, :, None] - key[None, None, :] < window)
+    if segments is not None:
+        seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
+    return seen
 
 
 def dense(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """q [B, T, N, H] against k, v [B, S, K, H] under mask [1 or B, T, S]; scores and softmax in float32."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)  # [B, T, K, G, H]
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(H)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+    """q [B, K, G, T, H] against k, v [B, K, S, H] under mask [1 or B, T, S]; scores and softmax in float32.
+
+    The weights are divided by their sum after the product with v, not before: [T, H] numbers instead of [T, S].
+    """
+    B, K, G, T, H = q.shape
+    q = (q * (1 / math.sqrt(H))).astype(q.dtype).reshape(B, K, G * T, H)  # one matrix a key head
+    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(jnp.tile(mask, (1, G, 1))[:, None], scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(B, K, G, T, H)
+
+
+def _staircase(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> Array:
+    """A short row in steps of queries, each against the keys it can reach at all: half of the dense arithmetic."""
+    T = q.shape[3]
+    steps = []
+    for start in range(0, T, STEP):
+        end = min(start + STEP, T)
+        first = 0 if window is None else max(0, start - window + 1)
+        own = None if segment_ids is None else (segment_ids[:, start:end], segment_ids[:, first:end])
+        mask = visible(jnp.arange(start, end), jnp.arange(first, end), window, own)
+        steps.append(dense(q[:, :, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
+    return jnp.concatenate(steps, axis=3)
 
 
 def _blockwise(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> Array:
-    """`dense` over one block of queries after another; a window also bounds the keys that a block touches."""
-    B, T, N, H = q.shape
+    """A long row, one block of queries after another; a window also bounds the keys that a block touches."""
+    B, K, G, T, H = q.shape
     blocks = -(-T // BLOCK)
-    padded = ((0, 0), (0, blocks * BLOCK - T), (0, 0), (0, 0))
-    q = jnp.pad(q, padded)
-    span = T if window is None else min(T, BLOCK + window - 1)  # keys a block of queries can see
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, blocks * BLOCK - T), (0, 0)))
+    span = T if window is None else min(T, BLOCK + window - 1)  # keys that a block of queries can reach
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # else the scan would save every block's weights: T squared
     def one(start: Array) -> Array:
-        first_key = jnp.clip(start + BLOCK - span, 0, T - span) if window is not None else jnp.int32(0)
-        rows, keys = start + jnp.arange(BLOCK), first_key + jnp.arange(span)
-        mask = visible(rows[None, :, None], keys[None, None, :], window)
+        first = jnp.clip(start + BLOCK - span, 0, T - span)
+        rows, keys = start + jnp.arange(BLOCK), first + jnp.arange(span)
+        own = None
         if segment_ids is not None:
-            own = jnp.take(segment_ids, rows, axis=1, mode="fill", fill_value=-1)  # [B, BLOCK]
-            mask = mask & (own[:, :, None] == jnp.take(segment_ids, keys, axis=1)[:, None, :])
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1)
-        return dense(cut(q, start, BLOCK), cut(k, first_key, span), cut(v, first_key, span), mask)
+            own = (segment_ids.take(rows, axis=1, mode="clip"), segment_ids.take(keys, axis=1, mode="clip"))
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=2)
+        mask = visible(rows, keys, window, own)
+        block = jax.lax.dynamic_slice_in_dim(q, start, BLOCK, axis=3)
+        return dense(block, cut(k, first, span), cut(v, first, span), mask)
 
-    out = jax.lax.map(one, jnp.arange(blocks) * BLOCK)  # [blocks, B, BLOCK, N, H]
-    return jnp.moveaxis(out, 0, 1).reshape(B, blocks * BLOCK, N, H)[:, :T]
+    out = jax.lax.map(one, jnp.arange(blocks) * BLOCK)  # [blocks, B, K, G, BLOCK, H]
+    return jnp.moveaxis(out, 0, 3).reshape(B, K, G, blocks * BLOCK, H)[:, :, :, :T]
 
 
 def _cudnn(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> Array:

@@ -53,7 +53,7 @@ class ModelConfig(Settings):
             raise ValueError(f"head_dim ({self.head_dim}) must be even, RoPE rotates pairs")
         for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
             if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} ({token}) must lie in 0..{self.vocab_size - 1} (vocab_size {self.vocab_size})")
+                raise ValueError(f"{name} ({token}) must lie below vocab_size ({self.vocab_size})")
         return self
 
 
