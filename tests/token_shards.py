@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer as JsonTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ipt_jax.corpus.records import Kind, Parent, TokenDocument, encode
-from ipt_jax.corpus.shards import Manifest, Output, write_shard
+from ipt_jax.corpus.shards import Output, write_shard
 from ipt_jax.data.lengths import SideFiles, name_side_files, side_digests
 
 
@@ -20,7 +22,7 @@ def write_tokens(
     tokenizer: str = "t",
     shards: int = 1,
 ) -> Path:
-    """A finished directory. Documents begin with BOS; each later token covers two characters, the last one (EOS) none."""
+    """A finished directory. In a raw document BOS and EOS (first, last) cover no character, other tokens two each."""
     identity = {"tokenizer": tokenizer, "vocab_size": 100, "of": str(documents)}
     names = ids or [f"{kind}-{i}" for i in range(len(documents))]
     with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
@@ -49,7 +51,17 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [[1, *generator.integers(3, 100, length - 2).tolist(), 2][:length] for length in lengths]
 
 
-def manifest_of(path: Path) -> Manifest:
-    from ipt_jax.corpus.shards import read_manifest
-
-    return read_manifest(path, "tokenize")
+def save_tokenizer(folder: Path, *, controls: bool = True) -> Path:
+    """A byte-level BPE of about 300 ids: <s> is 1, </s> is 2."""
+    tokenizer = JsonTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"] if controls else ["<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["a small world of words"] * 4, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

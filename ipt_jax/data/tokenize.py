@@ -213,10 +213,10 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, bos: bool = T
             row.ends.append(position)
             continuing = segment.control == "eos"
         elif segment.text:
-            position += len(segment.text)
             ids, ends = _encode(segment.text, tokenizer, continuing=continuing, raw=document.kind == "raw")
             row.ids.extend(ids)
-            row.ends.extend(position - len(segment.text) + end for end in ends)
+            row.ends.extend([position + end for end in ends] if position else ends)
+            position += len(segment.text)
             continuing = True
         if segment.loss and segment.control != "bos":
             _add_run(row.loss_runs, start, len(row.ids))
