@@ -1,15 +1,15 @@
 """`synth collect`: question-answering data sets become the documents that tune a synthesizer (paper, section 2).
 
-One shard holds one data set. Of each, at most `max_contexts` contexts are kept, those with most pairs first, then put in
-an order drawn from (seed, id). A document is a few-shot sequence: one-shot examples of ONE data set, as many as fit
-`few_shot.max_tokens`; the loss stands on pairs and on the EOS after them. Every pair is read back with the synthesizer's
-own parser first: what that would refuse is never taught. What is left out is counted by reason; reasons of single pairs
-begin with `pair_`. All rows are checked before anything is written.
+One shard holds one data set. Of each, at most `max_contexts` contexts are kept, those with most pairs first, then put
+in an order drawn from (seed, id). A document is a few-shot sequence: one-shot examples of ONE data set, as many as fit
+`few_shot.max_tokens`; the loss stands on pairs and on the EOS after them. Every pair is read back with the parser of
+`synth run` first: what that would refuse is never taught. What is left out is counted by reason; reasons of single
+pairs begin with `pair_`. All rows are checked before anything is written.
 """
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ BATCH = 1000  # examples tokenized at once: the tokenizer's threads share them
 
 
 class InputSettings(Settings):
-    """One or more data sets: a file, a directory or a glob. Files are data sets of their own unless `name` joins them."""
+    """One or more data sets: a file, a directory or a glob. Each file is a data set unless `name` joins them."""
 
     path: str
     adapter: Literal["generic"] = "generic"
@@ -122,23 +122,21 @@ class Choice(NamedTuple):
 def choose(data_set: DataSet, settings: CollectSettings) -> Choice:
     """The `max_contexts` usable rows with most pairs; ties go by draw. Reads everything, keeps positions alone."""
     dropped: Counter[str] = Counter()
-    ranks = (
-        (-len(example.pairs), uniform(settings.seed, "tie", data_set.name, example.id), position)
-        for position, example in read_examples(data_set, dropped)
-    )
-    best = heapq.nsmallest(settings.max_contexts, _counted(ranks, seen := Counter()))
+    usable = 0
+
+    def ranks() -> Iterator[tuple[int, float, int]]:
+        nonlocal usable
+        for position, example in read_examples(data_set, dropped):
+            usable += 1
+            yield -len(example.pairs), uniform(settings.seed, "tie", data_set.name, example.id), position
+
+    best = heapq.nsmallest(settings.max_contexts, ranks())
     if not best:
         why = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "no rows"
         raise UserError(f"data set {data_set.name!r}: no context with pairs in it ({why}); mend or exclude it")
-    if seen["all"] > len(best):
-        dropped["beyond_max_contexts"] = seen["all"] - len(best)
+    if usable > len(best):
+        dropped["beyond_max_contexts"] = usable - len(best)
     return Choice({position for _, _, position in best}, dropped)
-
-
-def _counted(items: Iterable[Any], seen: Counter[str]) -> Iterator[Any]:
-    for item in items:
-        seen["all"] += 1
-        yield item
 
 
 def read_examples(data_set: DataSet, dropped: Counter[str]) -> Iterator[tuple[int, Example]]:
@@ -222,9 +220,8 @@ def _write(
     if tokenizer and settings.few_shot:
         sequences, tokens = _pack(examples, settings.few_shot.max_tokens, tokenizer, dropped)
         if not sequences:
-            raise UserError(
-                f"data set {data_set.name!r}: no example fits few_shot.max_tokens = {settings.few_shot.max_tokens}; raise it"
-            )
+            limit = settings.few_shot.max_tokens
+            raise UserError(f"data set {data_set.name!r}: no example fits few_shot.max_tokens = {limit}; raise it")
     counts = {
         "pairs": sum(len(one.pairs) for sequence in sequences for one in sequence),
         "contexts": sum(map(len, sequences)),

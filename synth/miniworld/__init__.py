@@ -1,4 +1,4 @@
-"""An invented world for trying the whole pipeline: articles, QA data sets, instructions, held-out questions, and a judge.
+"""An invented world to try the whole pipeline on: articles, QA data sets, instructions, held-out questions, a judge.
 
 Everything about entity k follows from (seed, k) by arithmetic: nothing is stored, any number of articles streams out in
 constant memory, and `judge` can look every fact up again.

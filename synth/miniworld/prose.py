@@ -1,7 +1,7 @@
 """Articles: which facts an article tells, and in which words.
 
-An article is framed by its genre, tells two or three facts of one entity, then facts of the entities that these lead to,
-each sentence in one of at least eight wordings. All choices come from (seed, article).
+An article is framed by its genre, tells two or three facts of one entity, then facts of the entities that these lead
+to, each sentence in one of at least eight wordings. All choices come from (seed, article).
 """
 
 import random
@@ -50,8 +50,8 @@ def write_article(world: World, split: Split, index: int, genre: str | None = No
 def choose_facts(world: World, split: Split, index: int, rng: random.Random) -> list[Fact]:
     """Facts of the article's entity, then of entities that they lead to; three to MAX_FACTS in all."""
     entities = province_entities(world.province(split, index))
-    visit = index // world.provinces if split == "article" else rng.randrange(PROVINCE)
-    focus = entities[(visit + index) * 7 % PROVINCE]  # 7 and 20 share no divisor: 20 visits meet all, of mixed kinds
+    visit, place = divmod(index, world.provinces) if split == "article" else (0, rng.randrange(PROVINCE))
+    focus = entities[(visit + place) * 7 % PROVINCE]  # 20 visits meet all; neighbours differ in kind
     facts = _facts_from(focus, start=2 * (visit // PROVINCE), count=rng.choice((2, 2, 3)))
     led_to = [target for fact in facts if (target := world.target(fact)) is not None]
     others = list(dict.fromkeys(led_to)) or [rng.choice([one for one in entities if one != focus])]

@@ -1,7 +1,7 @@
 """A small byte-level BPE tokenizer trained on the world's own text.
 
-Guaranteed: any text round-trips; equal worlds give equal files; `transformers` opens the directory, with `<s>` and `</s>`
-as BOS and EOS. The tags of the wire format are ordinary text that happens to merge into one id each.
+Guaranteed: any text round-trips; equal worlds give equal files; `transformers` opens the directory, with `<s>` and
+`</s>` as BOS and EOS. The tags of the wire format are ordinary text that happens to merge into one id each.
 """
 
 import json

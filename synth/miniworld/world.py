@@ -1,9 +1,9 @@
 """The entities of the mini-world and their facts, computed from (seed, entity) alone.
 
-A province holds four entities of each kind; relations stay inside a province, so that whole provinces can be held out
+A province holds four entities of each kind. Relations stay inside a province, so that whole provinces can be held out
 or kept for tuning and no fact leaks from one to another. Even provinces stand in the raw corpus, odd ones in the tuning
-data; every fifth raw province is held out from synthesis. Names are bijective in the entity's number: no two entities of
-a kind share one. Not guaranteed: that years fit one another (a guild may be older than its founder).
+data; every fifth raw province is held out from synthesis. Names are bijective in the entity's number: no two entities
+of a kind share one. Not guaranteed: that years fit one another (a guild may be older than its founder).
 """
 
 import tomllib
@@ -51,13 +51,11 @@ def closed_values(name: str) -> tuple[str, ...]:
     return tuple(str(year) for year in YEARS) if name == "year" else tuple(values[name])
 
 
-# 16 x 8 = 128 syllables each; a vowel before every seam and a consonant after it, so that words can be spoken.
-_FIRST = [a + b for a in "B Br C D Dr F G H K L M N P S T V".split() for b in "a e i o u ai ea ou".split()]
-_MIDDLE = [a + b for a in "b d f l m n p r s t v z nd th lm rv".split() for b in "a e i o u ia eo ua".split()]
-_LAST = [a + b for a in "b d f k l m n p r s t v z nd ld rv".split() for b in "en el or im und eth ark yn".split()]
-_FAMILY = [
-    a + b for a in "B Bl C D F G Gl H K L M N P R St W".split() for b in "eld olm orv and isk ilk aft ern".split()
-]
+@cache
+def syllables(part: str) -> tuple[str, ...]:
+    """The 128 syllables of one part of a name: 16 onsets by 8 rimes."""
+    onsets, rimes = words()["syllables"][part]
+    return tuple(onset + rime for onset in onsets.split() for rime in rimes.split())
 
 
 class Entity(NamedTuple):
@@ -122,12 +120,9 @@ class World:
         kind = fact_type(fact.entity.kind, fact.attribute)
         if kind not in KINDS:
             return None
-        number = self._number(fact)
-        if kind == fact.entity.kind:
-            slot = (fact.entity.slot + 1 + number % (SLOTS - 1)) % SLOTS
-        else:
-            slot = number % SLOTS
-        return Entity(kind, fact.entity.province, slot)
+        others = SLOTS - (kind == fact.entity.kind)
+        first = fact.entity.slot + 1 if kind == fact.entity.kind else 0
+        return Entity(kind, fact.entity.province, (first + self._number(fact) % others) % SLOTS)
 
     def name(self, entity: Entity) -> str:
         return _name(self.seed, entity)
@@ -173,8 +168,8 @@ def _name(seed: int, entity: Entity) -> str:
     number = scramble(entity.province * SLOTS + entity.slot, mix(seed, KINDS.index(kind)))
     first, second, third = number & 127, (number >> 7) & 127, number >> 14
     if kind == "person":
-        return f"{_FIRST[first]}{_LAST[second]} {_FAMILY[third]}"
-    word = f"{_FIRST[first]}{_MIDDLE[second]}{_LAST[third]}"
+        return f"{syllables('first')[first]}{syllables('last')[second]} {syllables('family')[third]}"
+    word = f"{syllables('first')[first]}{syllables('middle')[second]}{syllables('last')[third]}"
     if kind == "place":
         return word
     nouns = words()["nouns"][kind]
@@ -183,7 +178,8 @@ def _name(seed: int, entity: Entity) -> str:
 
 def spelling_book() -> list[str]:
     """All syllables as they stand in a name, the first of a word behind its space."""
-    return [f" {syllable}" for syllable in _FIRST + _FAMILY] + _MIDDLE + _LAST
+    behind_space = [f" {syllable}" for syllable in syllables("first") + syllables("family")]
+    return [*behind_space, *syllables("middle"), *syllables("last")]
 
 
 def province_entities(province: int) -> list[Entity]:

@@ -4,7 +4,8 @@
     raw/heldout.jsonl        the same for held-out provinces: raw text to pre-train on, never to be converted
     tuning/NAME.jsonl        {id, context, qa}: one data set a task format, over provinces of their own
     instructions.jsonl       {id, task, prompt, response}
-    heldout/questions.jsonl  {id, prompt, choices, gold} on held-out provinces; heldout/answers.jsonl {id, prompt, answer}
+    heldout/questions.jsonl  {id, prompt, choices, gold} on what raw/heldout.jsonl tells
+    heldout/answers.jsonl    {id, prompt, answer}: the same questions without choices
     tokenizer/               a small tokenizer trained on the tuning text
     world.json               what the world was made from; written first, marked complete last
 
@@ -78,7 +79,7 @@ def _read_identity(directory: Path) -> dict[str, Any]:
 
 
 def _resume(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The figures of a complete directory; None where there is work to do; UserError where the directory is another's."""
+    """The figures of a complete directory; None where there is work to do; UserError for other settings."""
     if not (output / "world.json").exists():
         if foreign := sorted(entry.name for entry in output.iterdir() if entry.name not in OURS):
             raise UserError(f"output {output}: holds {foreign[0]!r} but no world.json; give an empty directory")
@@ -86,9 +87,8 @@ def _resume(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     found = _read_identity(output)
     for name, value in identity.items():
         if found.get(name) != value:
-            raise UserError(
-                f"output {output}: made with {name}={found.get(name)!r}, now {value!r}; give another output, or delete it"
-            )
+            made = f"made with {name}={found.get(name)!r}, now {value!r}"
+            raise UserError(f"output {output}: {made}; give another output, or delete this one")
     return found["figures"]
 
 
