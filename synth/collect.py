@@ -174,7 +174,8 @@ def _example(row: dict[str, Any], where: str, default_id: str, dropped: Counter[
         return "no_pairs"
     if _has_lone_surrogate(context + pairs_text(list(pairs.values()))):
         return "lone_surrogate"
-    return Example(str(row.get("id", default_id)), context.strip(), list(pairs.values()))
+    row_id = row.get("id")
+    return Example(str(default_id if row_id is None else row_id), context.strip(), list(pairs.values()))
 
 
 def _pair(entry: Any, where: str) -> Pair:
