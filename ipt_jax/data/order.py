@@ -14,6 +14,7 @@ from ipt_jax.corpus.settings import draw
 
 BLOCK = 256  # neighbouring documents that stay together across the corpus
 WINDOW = 256 * BLOCK  # documents that are shuffled among themselves
+SMALL = 256
 ROUNDS = 6
 
 
@@ -25,9 +26,12 @@ def permute(index: np.ndarray, count: int, key: int) -> np.ndarray:
     """Where a bijection of [0, count) chosen by `key` sends each `index`.
 
     A Feistel network over the next power of four; what falls outside [0, count) is sent on until it falls inside.
+    Small networks mix badly: up to SMALL places are sorted by hash.
     """
+    if count <= SMALL:
+        return np.argsort(_mix(np.arange(count, dtype=np.uint64), key), kind="stable")[index]
     index = np.asarray(index, np.uint64)
-    half = max((max(count - 1, 1).bit_length() + 1) // 2, 4)  # bits of each half; tiny networks would mix badly
+    half = ((count - 1).bit_length() + 1) // 2  # bits of each half
     result = _feistel(index, half, key)
     outside = np.flatnonzero(result >= count)
     while outside.size:

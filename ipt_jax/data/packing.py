@@ -13,8 +13,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ipt_jax.data.order import order_key, permute
-
 LOOK_AHEAD = 256  # rows' worth of pieces that best_fit sees at a time
 
 
@@ -58,12 +56,12 @@ class Concat:
 class BestFit:
     """Documents whole, each where it fits best. Holds a table of pieces in row order."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int):
+    def __init__(self, lengths: np.ndarray, seq_len: int):
         counts = -(-np.asarray(lengths, np.int64) // seq_len)
         document = np.repeat(np.arange(len(lengths)), counts)
         offset = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_len
         length = np.minimum(np.asarray(lengths, np.int64)[document] - offset, seq_len)
-        row = best_fit(length, seq_len, seed)
+        row = best_fit(length, seq_len)
         in_rows = np.argsort(row, kind="stable")
         self._document, self._offset, self._length = document[in_rows], offset[in_rows], length[in_rows]
         self.rows = int(row.max()) + 1
@@ -75,34 +73,34 @@ class BestFit:
         return [Piece(*values) for values in zip(*columns, strict=True)]
 
 
-def best_fit(lengths: np.ndarray, seq_len: int, seed: int) -> np.ndarray:
+def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     """The row of each piece. Within a look-ahead the longest go first, each into the fullest row with room for it.
 
-    Rows of a look-ahead that have room left stay open for one more. Rows that close come in a shuffled order, since
-    longest-first would sort them by length. About a microsecond a piece.
+    Rows of a look-ahead that have room left stay open for one more. Rows that close come in the order of the pieces
+    that opened them: longest-first would sort them by length. About a microsecond a piece.
     """
-    ends = np.cumsum(lengths, dtype=np.int64)
-    views = (ends - 1) // (LOOK_AHEAD * seq_len)
+    views = (np.cumsum(lengths, dtype=np.int64) - 1) // (LOOK_AHEAD * seq_len)
     row = np.empty(len(lengths), np.int64)  # numbered as they open, until all are closed
-    closed: list[np.ndarray] = []
-    opened, was_open, rooms = 0, set[int](), OpenRows(seq_len)
+    opener: list[int] = []
+    closed: list[list[int]] = []
+    still_open, rooms = set[int](), OpenRows(seq_len)
     for view in range(int(views[-1]) + 1):
         first, last = np.searchsorted(views, [view, view + 1])
         longest = first + np.argsort(-lengths[first:last], kind="stable")
-        before = opened
+        before = len(opener)
         for piece, length in zip(longest.tolist(), lengths[longest].tolist(), strict=True):
-            taken, room = rooms.take(length) or (opened, seq_len)
-            opened += taken == opened
+            taken, room = rooms.take(length) or (len(opener), seq_len)
+            if taken == len(opener):
+                opener.append(piece)
             row[piece] = taken
             rooms.put(taken, room - length)
         young = [(one, room) for one, room in rooms.rows() if one >= before]
-        still_open = {one for one, _ in young}
-        closing = np.array(sorted((was_open | set(range(before, opened))) - still_open), np.int64)
-        closed.append(closing[permute(np.arange(len(closing)), len(closing), order_key(seed, "rows", view))])
-        was_open, rooms = still_open, OpenRows(seq_len, young)
-    closed.append(np.array(sorted(was_open), np.int64))
-    number = np.empty(opened, np.int64)
-    number[np.concatenate(closed)] = np.arange(opened)
+        candidates = still_open | set(range(before, len(opener)))
+        still_open, rooms = {one for one, _ in young}, OpenRows(seq_len, young)
+        closed.append(sorted(candidates - still_open, key=opener.__getitem__))
+    closed.append(sorted(still_open, key=opener.__getitem__))
+    number = np.empty(len(opener), np.int64)
+    number[np.concatenate(closed).astype(np.int64)] = np.arange(len(opener))
     return number[row]
 
 

@@ -99,11 +99,8 @@ class Plan:
     ):
         self.settings, self.sources, self.amounts, self.rows_per_step = settings, sources, amounts, rows_per_step
         self._order = Order(sources, amounts, settings.seed)
-        self._packing: Packing = (
-            Concat(self._order.length, settings.seq_len)
-            if settings.packing == "concat"
-            else BestFit(self._order.length, settings.seq_len, settings.seed)
-        )
+        packing = Concat if settings.packing == "concat" else BestFit
+        self._packing: Packing = packing(self._order.length, settings.seq_len)
         self.rows = self._packing.rows
         self.steps = -(-self.rows // rows_per_step)
         self.tokens = sum(amounts)

@@ -19,7 +19,7 @@ from ipt_jax.corpus.shards import Shards
 from ipt_jax.data.packing import Piece
 
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}  # 0 is padding
-DTYPES = {
+DTYPES: dict[str, type] = {
     "tokens": np.int32,
     "targets": np.int32,
     "loss_mask": np.bool_,
@@ -73,7 +73,7 @@ class RowArrays:
     """`fields`: one array [rows, T] a name, padding until filled."""
 
     def __init__(self, rows: int, seq_len: int):
-        self.fields = {name: np.zeros((rows, seq_len), dtype) for name, dtype in DTYPES.items()}
+        self.fields: dict[str, np.ndarray] = {name: np.zeros((rows, seq_len), dtype) for name, dtype in DTYPES.items()}
 
     def fill(self, row: int, pieces: Sequence[tuple[Piece, PlannedTokens]]) -> None:
         at = 0

@@ -173,7 +173,7 @@ def _open_tokenizer(path: str) -> Tokenizer:
 def _records(
     job: Job, tokenizer: Tokenizer, side: SideFiles, counts: Counter[str], dropped: Counter[str]
 ) -> Iterator[bytes]:
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     for document in read_unit(job.unit, job.source):
         if isinstance(document, Dropped):
             dropped[document.reason] += 1
@@ -182,6 +182,9 @@ def _records(
             dropped["empty_text"] += 1
             continue
         row = tokenize_document(document, tokenizer, bos=job.source.bos, eos=job.source.eos)
+        if not row.ids:
+            dropped["no_token"] += 1
+            continue
         ends = np.array(row.ends) if document.kind == "raw" else None
         side.add(document.id, len(row.ids), ends, document.parents)
         counts[document.kind] += 1

@@ -1,0 +1,337 @@
+"""The plan: exact amounts, refusals that name the number to change, order by arithmetic, packing, what is left out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pydantic
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from token_shards import random_documents, write_tokens
+
+from ipt_jax.corpus.records import Parent
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.shards import Shards
+from ipt_jax.data.converted import stay
+from ipt_jax.data.mix import check_sources, solve_mix
+from ipt_jax.data.order import order_key, permute, shuffled
+from ipt_jax.data.packing import BestFit, Concat, Packing
+from ipt_jax.data.plan import Order, Plan, Source, build_plan
+from ipt_jax.data.rows import Documents
+from ipt_jax.data.settings import DataSettings, SourceMix
+from ipt_jax.data.table import plan_summary_table
+
+settings.register_profile("plan", deadline=None)  # a shared machine stalls now and then
+settings.load_profile("plan")
+# Many short, a few very long, all of one length, one alone: what breaks packers.
+awkward = st.one_of(
+    st.lists(st.integers(1, 30), min_size=1, max_size=60),
+    st.lists(st.sampled_from([1, 2, 16, 17, 400]), min_size=1, max_size=40),
+    st.integers(1, 40).flatmap(lambda length: st.integers(1, 30).map(lambda count: [length] * count)),
+)
+
+
+def mix(seq_len: int = 16, tokens: int | None = None, **sources: dict) -> DataSettings:
+    listed = [SourceMix.model_validate({"name": name, "path": name} | one) for name, one in sources.items()]
+    return DataSettings(seq_len=seq_len, tokens=tokens, sources=listed)
+
+
+def order_of(data: DataSettings, lengths: Sequence[Sequence[int]], amounts: Sequence[int]) -> Order:
+    """The order alone needs no shards."""
+    sources = [
+        Source(one, cast(Shards, None), Documents(np.array(tokens, np.uint32)))
+        for one, tokens in zip(data.sources, lengths, strict=True)
+    ]
+    return Order(sources, amounts, data.seed)
+
+
+# ---- amounts
+
+
+@given(st.lists(awkward, min_size=3, max_size=3), st.floats(0.05, 5), st.floats(0.05, 0.6), st.integers(1, 500))
+def test_each_source_gives_what_was_asked(lengths: list[list[int]], epochs: float, share: float, tokens: int) -> None:
+    data = mix(a={"epochs": epochs}, b={"share": share}, c={"tokens": tokens})
+    held = [sum(one) for one in lengths]
+    amounts = solve_mix(data, held)
+    total = sum(amounts)
+    assert amounts[0] == max(int(epochs) * held[0] + round((epochs - int(epochs)) * held[0]), 1)
+    assert amounts[2] == tokens
+    assert abs(amounts[1] - share * total) <= 2
+    order = order_of(data, lengths, [max(amount, 1) for amount in amounts])
+    given_tokens = [int(order.length[order.source == i].sum(dtype=np.int64)) for i in range(3)]
+    assert given_tokens == [max(amount, 1) for amount in amounts]
+
+
+@given(awkward, st.integers(1, 4), awkward)
+def test_every_document_as_often_as_epochs_says(lengths: list[int], epochs: int, others: list[int]) -> None:
+    data = mix(a={"epochs": epochs}, b={"epochs": 1})
+    order = order_of(data, [lengths, others], solve_mix(data, [sum(lengths), sum(others)]))
+    mine = order.source == 0
+    assert Counter(order.document[mine].tolist()) == dict.fromkeys(range(len(lengths)), epochs)
+    assert (order.length[mine] == np.array(lengths)[order.document[mine]]).all()
+    assert order.truncated == 0
+
+
+def test_a_part_of_an_epoch_cuts_its_last_document_alone() -> None:
+    lengths = [7] * 40
+    data = mix(a={"epochs": 0.55})
+    order = order_of(data, [lengths], solve_mix(data, [280]))
+    assert order.length.tolist() == [7] * 22 and order.truncated == 0  # 154 tokens are 22 documents
+    order = order_of(data, [lengths], [157])
+    assert order.length.tolist() == [7] * 22 + [3] and order.truncated == 4
+    assert len(set(order.document.tolist())) == 23  # none twice within an epoch
+
+
+def test_shares_of_one_fill_the_budget_to_the_token() -> None:
+    data = mix(tokens=100, a={"share": 0.335}, b={"share": 0.335}, c={"share": 0.33})
+    assert solve_mix(data, [50, 500, 500]) == [34, 33, 33]
+    assert solve_mix(mix(tokens=1000, a={}, b={"epochs": 2}, c={"share": 0.25}), [500, 200, 10]) == [350, 400, 250]
+    assert solve_mix(mix(a={"epochs": 1}, b={"share": 0.5}), [730, 11]) == [730, 730]  # 1:1 in tokens
+
+
+@pytest.mark.parametrize(
+    ("data", "held", "message"),
+    [
+        (mix(tokens=900, a={}, b={"epochs": 1}), [500, 300], "short by 100; lower data.tokens to 800"),
+        (
+            mix(tokens=900, a={}, b={"epochs": 3}),
+            [500, 300],
+            "already ask for 900 of the 900.*raise data.tokens above 900",
+        ),
+        (
+            mix(tokens=900, a={"epochs": 1}, b={"epochs": 1}),
+            [500, 300],
+            "ask for 800 .* 100 short of .*set data.tokens to 800",
+        ),
+        (mix(tokens=700, a={"epochs": 1}, b={"epochs": 1}), [500, 300], "100 more than the budget of 700"),
+        (mix(tokens=900, a={"share": 0.7}, b={"share": 0.4}), [500, 300], "sum to 1.1, 0.1 more than the whole"),
+        (mix(a={"share": 0.7}, b={"share": 0.3}), [500, 300], "data.tokens is missing.*give data.tokens"),
+        (mix(a={}, b={"epochs": 1}), [500, 300], "the rest for source 'a' is unknown.*epochs: 1"),
+        (
+            mix(tokens=900, a={"share": 0.5, "max_epochs": 4}, b={}),
+            [100, 800],
+            "share 0.5 is 450 tokens, 4.5 epochs of its 100; max_epochs 4 allows 400, short by 50; raise max_epochs",
+        ),
+        (mix(a={"tokens": 900, "max_epochs": 2}), [100], "allows 200, short by 700; .* lower its tokens"),
+        (mix(a={"epochs": 1}), [0], "no token is left"),
+    ],
+)
+def test_what_cannot_be_met_is_refused(data: DataSettings, held: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        solve_mix(data, held)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(UserError, match="'a' and 'b' state no amount"):
+        check_sources(mix(a={}, b={}).sources)
+    with pytest.raises(UserError, match="names 'x', which is no source"):
+        check_sources(mix(a={"exclude_converted": "x"}).sources)
+    with pytest.raises(UserError, match="'a' stands twice"):
+        check_sources([*mix(a={}).sources, *mix(a={}).sources])
+    with pytest.raises(pydantic.ValidationError, match="states epochs and share; keep one"):
+        SourceMix(name="a", path="a", epochs=1, share=0.5)
+
+
+# ---- order
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_a_keyed_permutation_reaches_each_place_once(count: int, key: int) -> None:
+    assert sorted(permute(np.arange(count), count, key)) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [1, 255, 257, 65_536, 65_537, 140_000])
+def test_any_place_of_the_shuffle_alone(count: int) -> None:
+    key = order_key(0, "a", 0)
+    whole = shuffled(np.arange(count), count, key)
+    assert np.array_equal(np.sort(whole), np.arange(count))
+    for place in (0, count // 2, count - 1):
+        assert shuffled(np.array([place]), count, key)[0] == whole[place]
+    if count > 200:  # another epoch, another order; neither is the corpus' own
+        assert (whole == shuffled(np.arange(count), count, order_key(0, "a", 1))).mean() < 0.02
+        assert (whole == np.arange(count)).mean() < 0.02
+
+
+def test_any_window_of_rows_holds_the_shares() -> None:
+    draw = np.random.default_rng(0)
+    lengths = [np.clip(draw.lognormal(6, 1.2, n), 5, 20_000).astype(int) for n in (20_000, 9000, 500)]
+    data = mix(2048, a={"epochs": 1}, b={"epochs": 2}, c={"epochs": 4})
+    amounts = solve_mix(data, [int(one.sum()) for one in lengths])
+    order = order_of(data, [one.tolist() for one in lengths], amounts)
+    packings: list[Packing] = [Concat(order.length, 2048), BestFit(order.length, 2048)]
+    for packing in packings:
+        held = np.zeros((packing.rows, 3))
+        for row in range(packing.rows):
+            for piece in packing.pieces(row):
+                held[row, order.source[piece.document]] += piece.length
+        windows = np.cumsum(held, axis=0)[1000:-1] - np.cumsum(held, axis=0)[:-1001]  # without the padded last row
+        shares = windows / windows.sum(axis=1, keepdims=True)
+        assert np.abs(shares - np.array(amounts) / sum(amounts)).max() < 0.02
+
+
+# ---- packing
+
+
+@given(awkward, st.integers(2, 40))
+def test_concat_puts_every_token_in_its_place(lengths: list[int], seq_len: int) -> None:
+    packing = Concat(np.array(lengths, np.uint32), seq_len)
+    rows = [packing.pieces(row) for row in range(packing.rows)]
+    assert [sum(piece.length for piece in row) for row in rows[:-1]] == [seq_len] * (packing.rows - 1)
+    tokens = [(p.document, p.offset + i) for row in rows for p in row for i in range(p.length)]
+    assert tokens == [(document, i) for document, length in enumerate(lengths) for i in range(length)]
+
+
+@given(awkward, st.integers(2, 40))
+def test_best_fit_keeps_documents_whole(lengths: list[int], seq_len: int) -> None:
+    packing = BestFit(np.array(lengths, np.uint32), seq_len)
+    rows = [packing.pieces(row) for row in range(packing.rows)]
+    assert all(0 < sum(piece.length for piece in row) <= seq_len for row in rows)
+    pieces = sorted(piece for row in rows for piece in row)
+    wanted = [(d, at, min(seq_len, n - at)) for d, n in enumerate(lengths) for at in range(0, n, seq_len)]
+    assert pieces == wanted
+
+
+def test_best_fit_pads_little() -> None:
+    draw = np.random.default_rng(1)
+    lengths = np.clip(draw.lognormal(np.log(450), 1.1, 30_000), 10, 60_000).astype(np.uint32)
+    packing = BestFit(lengths, 2048)
+    assert 1 - lengths.sum() / ((packing.rows - 1) * 2048) < 0.005
+
+
+# ---- the plan over shards
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three texts of ten tokens' characters; the first is converted whole, of the second its middle."""
+    root = tmp_path_factory.mktemp("corpora")
+    write_tokens(root / "raw", random_documents([12, 12, 12, 7]), ids=["a", "b", "c", "d"], shards=2)
+    spans = [[Parent("a", 0, 20), Parent("b", 6, 13)], [Parent("elsewhere", 0, 5)]]
+    write_tokens(root / "augmented", random_documents([9, 5], 1), kind="augmented", parents=spans)
+    write_tokens(root / "tasks", random_documents([30, 8, 11], 2), kind="task")
+    write_tokens(root / "foreign", random_documents([4]), tokenizer="another")
+    return root
+
+
+def plan_of(root: Path, seq_len: int = 8, rows_per_step: int = 2, **changes: object) -> Plan:
+    sources = changes.pop("sources", [{"name": "raw", "path": str(root / "raw"), "epochs": 1}])
+    data = DataSettings.model_validate({"seq_len": seq_len, "sources": sources} | changes)
+    return build_plan(data, rows_per_step=rows_per_step)
+
+
+def test_converted_spans_drop_out_and_the_rest_stays(corpora: Path) -> None:
+    sources = [
+        {"name": "raw", "path": str(corpora / "raw"), "epochs": 1, "exclude_converted": "augmented"},
+        {"name": "augmented", "path": str(corpora / "augmented"), "epochs": 2},
+    ]
+    plan = plan_of(corpora, seq_len=16, packing="best_fit", sources=sources)
+    raw, augmented = plan.summary()["sources"]
+    # b has BOS, ten tokens of two characters, EOS; [6, 13) touches tokens 4 to 7: BOS 1 2 3 and 8 9 10 EOS stay
+    assert (raw["documents"], raw["tokens"]) == (4, 4 + 4 + 12 + 7)
+    assert (raw["converted_documents"], raw["converted_tokens"]) == (2, 12 + 4)
+    assert augmented["tokens"] == 2 * 14
+    documents = random_documents([12, 12, 12, 7])
+    wanted = {tuple(one) for one in (documents[1][:4], documents[1][8:], documents[2], documents[3])}
+    found = set()
+    for row in map(plan.row, range(plan.rows)):
+        for segment in range(1, row["segment_ids"].max() + 1):
+            here = row["segment_ids"] == segment
+            if row["kinds"][here][0] == 1:
+                found.add(tuple(row["tokens"][here].tolist()))
+                assert row["loss_mask"][here].tolist() == [True] * (here.sum() - 1) + [False]
+    assert found == wanted
+
+
+def test_what_stays_around_spans() -> None:
+    ends = np.array([0, 3, 6, 9, 9])  # BOS, three words, EOS
+    assert stay(ends, [(0, 3)]) == [(2, 5)]
+    assert stay(ends, [(3, 6)]) == [(0, 2), (3, 5)]
+    assert stay(ends, [(6, 9)]) == [(0, 3)]
+    assert stay(ends, [(0, 9)]) == stay(ends, [(0, 3), (3, 9)]) == []
+    assert stay(ends, [(2, 4)]) == [(3, 5)]  # a token that the span touches goes whole
+    assert stay(ends, [(0, 2), (1, 5), (7, 8)]) == []
+    assert stay(np.array([0, 1, 2, 2, 2, 3, 3]), [(0, 2)]) == [(5, 7)]  # the later bytes of a character go with it
+    assert stay(np.array([0, 1, 2, 2, 2, 3, 3]), [(2, 3)]) == [(0, 5)]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=15), st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9))))
+def test_no_character_is_lost_or_kept_by_mistake(sizes: list[int], drawn: list[tuple[int, int]]) -> None:
+    ends = np.cumsum([0, *sizes, 0])
+    spans = sorted((start, start + size) for start, size in drawn)
+    begins = np.concatenate([[0], ends[:-1]])
+    touched = [any(a < end and begin < b for a, b in spans) for begin, end in zip(begins, ends, strict=True)]
+    kept = {token for low, high in stay(ends, spans) for token in range(low, high)}
+    with_characters = [token for token in range(len(ends)) if ends[token] > begins[token]]
+    assert [token for token in with_characters if not touched[token]] == [t for t in with_characters if t in kept]
+
+
+def test_ids_that_cannot_be_matched(corpora: Path, tmp_path: Path) -> None:
+    def excluding(raw: Path, augmented: Path) -> Plan:
+        first = {"name": "raw", "path": str(raw), "epochs": 1, "exclude_converted": "augmented"}
+        return plan_of(corpora, sources=[first, {"name": "augmented", "path": str(augmented), "epochs": 1}])
+
+    twice = write_tokens(tmp_path / "twice", random_documents([5, 5]), ids=["a", "a"])
+    with pytest.raises(UserError, match="several of its documents share"):
+        excluding(twice, corpora / "augmented")
+    with pytest.raises(UserError, match="none of the 3 texts to exclude is among its ids"):
+        excluding(write_tokens(tmp_path / "other", random_documents([5])), corpora / "augmented")
+
+
+def test_summary_fingerprint_and_table(corpora: Path) -> None:
+    sources = [
+        {"name": "raw", "path": str(corpora / "raw")},
+        {"name": "tasks", "path": str(corpora / "tasks"), "epochs": 0.5},
+    ]
+    plan = plan_of(corpora, tokens=60, sources=sources)
+    summary = plan.summary()
+    assert [s["asked"] for s in summary["sources"]] == ["the rest", "epochs 0.5"]
+    assert [s["kind"] for s in summary["sources"]] == ["raw", "task"]
+    assert [s["tokens"] for s in summary["sources"]] == [36, 24]
+    assert sum(s["share"] for s in summary["sources"]) == 1
+    assert (summary["rows"], summary["steps"], summary["tokens"], summary["seq_len"]) == (8, 4, 60, 8)
+    assert summary["padding_fraction"] == pytest.approx(4 / 64)
+    assert summary["fingerprint"] == plan_of(corpora, tokens=60, sources=sources).fingerprint
+    others: list[dict] = [{"seed": 1}, {"packing": "best_fit"}, {"rows_per_step": 4}, {"tokens": 59}]
+    prints = {plan_of(corpora, **({"tokens": 60, "sources": sources} | change)).fingerprint for change in others}
+    assert len(prints | {plan.fingerprint}) == 5
+    assert plan_summary_table(plan).row_count == 2
+    assert (plan.vocab_size, plan.tokenizer_dir) == (100, corpora / "raw" / "tokenizer")
+
+
+def test_another_tokenizer_is_refused(corpora: Path) -> None:
+    listed = [{"name": name, "path": str(corpora / name), "epochs": 1} for name in ("raw", "foreign")]
+    with pytest.raises(UserError, match="sources 'raw' .* and 'foreign' .* different tokenizers"):
+        plan_of(corpora, sources=listed)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "side flip", "side gone"])
+def test_damaged_input_is_named(tmp_path: Path, damage: str) -> None:
+    root = write_tokens(tmp_path / "raw", random_documents([50] * 40), shards=2).parent
+    name = "tokens-00001-of-00002" + (".index.npy" if damage.startswith("side") else ".array_record")
+    file = tmp_path / "raw" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "side gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-7] if damage == "cut" else data)
+    with pytest.raises(UserError, match=name):
+        plan_of(root)
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_no_token_is_lost_on_the_way_to_the_rows(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(2, 40), min_size=1, max_size=20))
+    documents = random_documents(lengths)
+    root = write_tokens(tmp_path_factory.mktemp("p") / "raw", documents, shards=min(len(lengths), 3)).parent
+    plan = plan_of(root, data.draw(st.integers(2, 24)), packing=data.draw(st.sampled_from(["concat", "best_fit"])))
+    rows = plan.batch(range(plan.rows + 2))
+    assert Counter(rows["tokens"][rows["segment_ids"] > 0].tolist()) == Counter(t for d in documents for t in d)
+    targets = Counter(rows["targets"][rows["loss_mask"]].tolist())
+    assert targets == Counter(token for document in documents for token in document[1:])
+    assert not rows["kinds"][rows["segment_ids"] == 0].any() and not rows["segment_ids"][-2:].any()
