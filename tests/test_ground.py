@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from extras import ROOT
 from packaging.requirements import Requirement
 
@@ -107,6 +108,19 @@ def test_every_dependency_has_a_tested_version_in_its_range() -> None:
 
 
 # ---- starting a run
+
+
+def test_the_cluster_examples_start_what_exists() -> None:
+    service, job = yaml.safe_load_all((LAUNCH / "gke/pretrain.yaml").read_text(encoding="utf-8"))
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    program, recipe = container["command"]
+    assert (ROOT / program).exists() and (ROOT / recipe).exists()
+    variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert variables["IPT_COORDINATOR"].startswith(f"{job['metadata']['name']}-0.{pod['subdomain']}:")
+    assert variables["IPT_NUM_PROCESSES"] == str(job["spec"]["completions"])
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert "launch/pretrain.sh" in (LAUNCH / "slurm/pretrain.sbatch").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["pretrain.sh", "synthesize.sh"])
