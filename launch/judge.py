@@ -1,0 +1,55 @@
+"""How good are pairs on the mini-world? Counts the well-formed, and asks the world itself which answers are right.
+
+    python launch/judge.py GROUPS WORLD [--json]
+
+`well_formed`: share of all pairs that the parser accepts. `right`: share of the accepted ones whose answer is the
+world's own; a question in words that the judge does not know counts as not right.
+"""
+
+import json
+import sys
+from collections import Counter
+
+from ipt_jax.corpus.settings import UserError
+from synth import read_groups
+from synth.miniworld import judge, open_world
+
+
+def main() -> None:
+    paths = [argument for argument in sys.argv[1:] if argument != "--json"]
+    if len(paths) != 2:
+        sys.exit(__doc__)
+    try:
+        figures = score(*paths)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(figures) if "--json" in sys.argv else "\n".join(f"{key} {figures[key]}" for key in figures))
+
+
+def score(groups: str, directory: str) -> dict[str, float | int]:
+    world = open_world(directory)
+    verdicts: Counter[str] = Counter()
+    texts = rejected = 0
+    for group in read_groups(groups):
+        for text in group.texts:
+            texts += 1
+            for pair in text.pairs:
+                if pair.verdict == "accepted":
+                    verdicts[judge(world, text.raw_id, pair.question, pair.answer)] += 1
+                else:
+                    rejected += 1
+    accepted = sum(verdicts.values())
+    return {
+        "texts": texts,
+        "pairs": accepted + rejected,
+        "pairs_per_text": accepted / max(texts, 1),
+        "well_formed": accepted / max(accepted + rejected, 1),
+        "right": verdicts["right"] / max(accepted, 1),
+        "wrong": verdicts["wrong"] / max(accepted, 1),
+        "unknown_question": verdicts["unknown_question"] / max(accepted, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
