@@ -72,7 +72,7 @@ def settings(runs: Sequence[Run]) -> Markup:
 
 
 def _differences(runs: Sequence[Run]) -> Markup:
-    flat = [flatten({key: run.info[key] for key in run.info if key != "plan"}) for run in runs]
+    flat = [flatten({key: run.info[key] for key in run.info if not key.startswith("plan")}) for run in runs]
     keys = [
         key for key in dict.fromkeys(key for each in flat for key in each) if len({each.get(key) for each in flat}) > 1
     ]

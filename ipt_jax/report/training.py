@@ -104,6 +104,8 @@ def _kind_row(kind: str) -> tuple[str, Callable[[Run], str | None]]:
 
 OVERVIEW: list[tuple[str, Callable[[Run], str | None]]] = [
     ("parameters", lambda run: short(run.info["parameters"]) if "parameters" in run.info else None),
+    ("devices", lambda run: run.info.get("devices")),
+    ("attention", lambda run: run.info.get("attention")),
     ("steps", _steps),
     ("tokens seen", _tokens),
     ("loss", lambda run: _loss(run.series("loss"))),
