@@ -1,7 +1,7 @@
 """What stays of raw documents when the spans that were converted into augmented ones drop out.
 
-A token goes when any of its characters lies in a converted span; what is left of a document becomes one document a
-stretch, without the rest's BOS or EOS. Control tokens stay with the text beside them, and go when none is left.
+A token goes when its last character lies in a converted span (a word's token often begins with the space before it).
+What is left of a document becomes one document a stretch; BOS and EOS stay with the text beside them, and go with it.
 """
 
 from pathlib import Path
@@ -16,8 +16,11 @@ from ipt_jax.data.rows import Documents
 
 
 class Excluded(NamedTuple):
-    documents: int  # documents that lost tokens
+    """Documents that lost tokens, the tokens, and the converted texts that are of other sources (no id here fits)."""
+
+    documents: int
     tokens: int
+    unmatched: int
 
 
 def unconverted(
@@ -38,7 +41,7 @@ def unconverted(
     in_order = np.lexsort((start, record))
     documents = Documents(length[in_order].astype(np.uint32), record[in_order], start[in_order].astype(np.uint32))
     lost = int(index["tokens"].sum(dtype=np.int64)) - int(length.sum())
-    return documents, Excluded(len(np.unique(matched)), lost)
+    return documents, Excluded(len(np.unique(matched)), lost, len(parents) - len(matched))
 
 
 def _match(name: str, ids: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,13 +88,9 @@ def stay(ends: np.ndarray, spans: list[tuple[int, int]]) -> list[tuple[int, int]
 
     ends 0 3 6 9 9 (BOS, three words, EOS), span [0, 3): [(2, 5)]; span [3, 6): [(0, 2), (3, 5)]; span [0, 9): [].
     """
-    begins = np.concatenate([[0], ends[:-1]])
     ranges, free = [], 0
     for start, end in spans:
         ranges.append((free, int(np.searchsorted(ends, start, side="right"))))
-        after = int(np.searchsorted(ends, end, side="right"))
-        if after < len(ends) and begins[after] < end:  # it began inside the span, and so goes with its later bytes
-            after = int(np.searchsorted(ends, ends[after], side="right"))
-        free = max(free, after)
+        free = max(free, int(np.searchsorted(ends, end, side="right")))
     ranges.append((free, len(ends)))
-    return [(low, high) for low, high in ranges if low < high and ends[high - 1] > begins[low]]
+    return [(low, high) for low, high in ranges if low < high and ends[high - 1] > (ends[low - 1] if low else 0)]

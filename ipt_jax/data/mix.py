@@ -28,6 +28,8 @@ def solve_mix(settings: DataSettings, available: Sequence[int]) -> list[int]:
         amounts[rest] = total - sum(amounts)
         _check_rest(sources[rest], amounts[rest], available[rest], total)
     for source, amount, tokens in zip(sources, amounts, available, strict=True):
+        if amount == 0:
+            raise UserError(f"source {source.name!r}: {source.asked} of {total:,} is less than a token; raise it")
         _check_repeats(source, amount, tokens)
     return amounts
 

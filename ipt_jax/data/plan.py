@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from ipt_jax.corpus.records import KINDS
 from ipt_jax.corpus.settings import UserError, digest
@@ -22,6 +23,7 @@ from ipt_jax.data.order import interleave, order_key, shuffled
 from ipt_jax.data.packing import BestFit, Concat, Packing, Piece
 from ipt_jax.data.rows import Documents, PlannedTokens, RowArrays, read_planned
 from ipt_jax.data.settings import DataSettings, SourceMix
+from ipt_jax.data.table import plan_summary_table
 
 PLAN_VERSION = 1  # raised when the same settings would give other rows
 
@@ -34,7 +36,7 @@ class Source:
     settings: SourceMix
     shards: Shards
     documents: Documents
-    excluded: Excluded = Excluded(0, 0)
+    excluded: Excluded = Excluded(0, 0, 0)
     converted: str | None = None
 
     @property
@@ -148,6 +150,7 @@ class Plan:
                 "available_tokens": source.tokens,
                 "converted_documents": source.excluded.documents,
                 "converted_tokens": source.excluded.tokens,
+                "converted_elsewhere": source.excluded.unmatched,
             }
             for source, amount, documents in zip(self.sources, self.amounts, self._order.counts, strict=True)
         ]
@@ -223,3 +226,8 @@ def _open_source(source: SourceMix, settings: DataSettings, opened: dict[str, Sh
     parents = read_parents(converted.path, converted.manifest)
     documents, excluded = unconverted(source.name, shards.path, shards.manifest, indexes, parents)
     return Source(source, shards, documents, excluded, contents(converted))
+
+
+def print_plan(plan: Plan) -> None:
+    """The summary as a table, on standard error: standard output stays free for `--json`."""
+    Console(stderr=True).print(plan_summary_table(plan.summary()))

@@ -1,16 +1,13 @@
-"""The plan as a table for people, on standard error: standard output stays free for `--json`."""
+"""The plan as a table for people."""
 
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from ipt_jax.data.plan import Plan
 
-
-def plan_summary_table(plan: Plan) -> Table:
-    summary = plan.summary()
+def plan_summary_table(summary: dict[str, Any]) -> Table:
+    """`summary` is what `Plan.summary()` gives."""
     table = Table(
         title="{tokens:,} tokens in {rows:,} rows of {seq_len:,} ({packing})".format(**summary),
         box=box.SIMPLE_HEAD,
@@ -37,10 +34,9 @@ def plan_summary_table(plan: Plan) -> Table:
 def _caption(summary: dict[str, Any]) -> str:
     steps = "{steps:,} steps of {rows_per_step:,} rows, padding {padding_fraction:.3%}".format(**summary)
     cut = "{truncated_tokens:,} tokens cut from last documents, plan {fingerprint:.12}".format(**summary)
-    left_out = "{name}: {converted_tokens:,} tokens of {converted_documents:,} converted documents left out"
+    left_out = (
+        "{name}: {converted_tokens:,} tokens of {converted_documents:,} converted documents left out; "
+        "{converted_elsewhere:,} converted texts are of other sources"
+    )
     lines = [left_out.format(**source) for source in summary["sources"] if source["converted_documents"]]
     return "\n".join([f"{steps}, {cut}", *lines])
-
-
-def print_plan(plan: Plan) -> None:
-    Console(stderr=True).print(plan_summary_table(plan))
