@@ -1,0 +1,180 @@
+"""`ipt train`: one straight line from a recipe to a trained model.
+
+Guarantees: a run goes on by itself from its newest whole checkpoint, and steps k+1 … N after a kill give the bits that
+an undisturbed run gives (same hardware); SIGTERM saves and ends the run cleanly; a loss or gradient that is not finite
+stops it, naming the step, before anything is saved; two processes never write into one run directory. The host never
+waits for the step it has just started: metrics are fetched a logging interval later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from ipt_jax.config import Recipe, rows_per_step
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.shards import lock_directory, writing
+from ipt_jax.corpus.tokenizer import load_tokenizer
+from ipt_jax.data.loader import batches
+from ipt_jax.data.plan import Plan, build_plan
+from ipt_jax.model.config import ModelConfig, resolve_model
+from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
+from ipt_jax.parallel.process import enable_compile_cache, initialize_distributed
+from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
+from ipt_jax.train.ledger import Ledger
+from ipt_jax.train.metrics import last_line
+from ipt_jax.train.program import Program, build_program, lower
+from ipt_jax.train.record import copy_tokenizer, describe, tell, tell_start, write_record
+from ipt_jax.train.state import TrainState, fresh_state
+
+
+def run_train(recipe: Recipe) -> dict[str, Any]:
+    """Trains to the end of the plan, or until SIGTERM: {run_dir, step, tokens, loss}."""
+    processes = initialize_distributed()
+    enable_compile_cache()
+    run_dir = Path(recipe.run_dir)
+
+    plan = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
+    check_schedule(recipe, plan)
+    model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
+    mesh = make_mesh(**recipe.mesh.model_dump())
+    program = build_program(recipe, model, mesh, plan.steps)
+
+    with claim(run_dir), Checkpoints(run_dir, model, recipe.train.keep_checkpoints) as checkpoints:
+        identity = made_with(recipe, model, plan)
+        found = checkpoints.latest()
+        if found is not None:
+            refuse_changed(run_dir, found, identity)
+            if found.step == plan.steps:
+                return result(recipe, found, last_line(run_dir))
+
+        start = found or Record(0, 0, plan.fingerprint, identity)
+        if jax.process_index() == 0:
+            described = describe(recipe, plan, program, processes)
+            tell_start(described, run_dir, start.step, plan.steps)
+            write_record(run_dir, described)
+            copy_tokenizer(plan, run_dir)
+        step = compile_step(program)
+        if found is not None:
+            state = checkpoints.restore(found.step, program.state, program.shardings)
+        else:
+            state = initial_state(recipe, program)
+        with Ledger.open(run_dir, start, program, plan, recipe.train.log_every) as ledger:
+            train(recipe, plan, program, step, state, ledger, checkpoints)
+        return result(recipe, ledger.record, ledger.last)
+
+
+def train(
+    recipe: Recipe, plan: Plan, program: Program, step: Any, state: TrainState, ledger: Ledger, checkpoints: Checkpoints
+) -> None:
+    """The loop, from the ledger's step to the plan's end."""
+    done, settings = ledger.record.step, recipe.train
+    host, hosts = host_slot(program.mesh)
+    source = batches(plan, start_step=done, rows_per_step=program.rows, host=host, hosts=hosts)
+    sharding = batch_sharding(program.mesh)
+    with stop_signal() as stop_asked:
+        while done < plan.steps:
+            with ledger.waiting_for_data():
+                rows = next(source)
+            state, metrics = step(state, place_batch(rows, program.shape.accumulation, sharding))
+            done += 1
+            ledger.add(done, metrics)
+            stop = stop_asked(done)
+            if stop or done == plan.steps or done % settings.checkpoint_every == 0:
+                ledger.settle(done)  # all of them are known to be finite before anything is saved
+                checkpoints.save(state, ledger.record)
+            elif done % settings.log_every == 0:
+                ledger.settle(done - 1)  # the devices are busy with step `done` meanwhile
+            if stop:
+                tell(f"SIGTERM: saved at step {done} of {plan.steps}; the same command goes on from there")
+                return
+
+
+def made_with(recipe: Recipe, model: ModelConfig, plan: Plan) -> dict[str, Any]:
+    """What must be equal for a run to go on, in the recipe's names."""
+    return {
+        "data": plan.identity | {"cross_document": recipe.data.cross_document},
+        "model": model.model_dump(),
+        "optimizer": recipe.optimizer.model_dump(),
+        "train": {"seed": recipe.train.seed, "z_loss": recipe.train.z_loss},
+    }
+
+
+def result(recipe: Recipe, record: Record, last: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "run_dir": recipe.run_dir,
+        "step": record.step,
+        "tokens": record.tokens,
+        "loss": last["loss"] if last else None,
+    }
+
+
+def check_schedule(recipe: Recipe, plan: Plan) -> None:
+    if recipe.optimizer.warmup_steps >= plan.steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {recipe.optimizer.warmup_steps}, but the plan has {plan.steps} steps; "
+            f"set it below {plan.steps}, or lower train.batch_tokens for more steps"
+        )
+
+
+def control_ids(plan: Plan) -> tuple[int | None, int | None]:
+    """BOS and EOS of the sources' tokenizer."""
+    if not plan.tokenizer_dir.is_dir():
+        return None, None
+    tokenizer = load_tokenizer(plan.tokenizer_dir)
+    return tokenizer.bos_id, tokenizer.eos_id
+
+
+def initial_state(recipe: Recipe, program: Program) -> TrainState:
+    return fresh_state(program.model, program.optimizer, program.shardings, recipe.train.seed)
+
+
+def compile_step(program: Program) -> Callable[..., Any]:
+    """The compiled step; says how long it took and what it needs."""
+    started = time.monotonic()
+    compiled = lower(program).compile()
+    memory = compiled.memory_analysis()
+    needs = f", {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device" if memory else ""
+    tell(f"step compiled in {time.monotonic() - started:.1f} s{needs}")
+    return compiled
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory's lock; the first process does it for all of them."""
+    if jax.process_index() != 0:
+        yield
+        return
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_directory(run_dir)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that says, at a step, whether to save and stop: after SIGTERM, at one step on all hosts."""
+    if jax.process_count() > 1:  # jax.distributed has taken SIGTERM and agrees with the other hosts on a step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can listen for signals
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,110 @@
+"""What a run measures: metrics.jsonl, TensorBoard events, and the arithmetic behind tokens per second and MFU.
+
+Guarantees that no step stands twice in metrics.jsonl, also after a kill and a resume: lines beyond the step that a run
+goes on from, and a last line cut short, are dropped first. MFU counts each multiplication with a weight and the
+attention that causality and the window leave, forward once and backward twice, recomputation not; where the device's
+peak is not known there is no MFU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+
+from ipt_jax.corpus.shards import write_whole
+from ipt_jax.model.config import ModelConfig, param_count
+from ipt_jax.train.loss import KINDS
+
+# Dense bfloat16 operations per second, by what the device's kind contains; the makers' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "TPU v6 lite": 918e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v4": 275e12,
+}
+
+
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Operations that training on one token of a row of `seq_len` needs."""
+    embeddings = model.vocab_size * model.hidden_size
+    weights = param_count(model) - embeddings * (0 if model.tie_embeddings else 1)  # the lookup multiplies nothing
+    window = min(model.sliding_window or seq_len, seq_len)
+    keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len  # a query sees, on average
+    attention = 2 * model.layers * model.q_heads * model.head_dim * keys  # scores and weighted sum
+    return 3 * 2 * (weights + attention)
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+    """Of all devices together; None where their kind is not in the table."""
+    kind = mesh.devices.flat[0].device_kind.lower()
+    return next((peak * mesh.devices.size for name, peak in PEAK_FLOPS.items() if name.lower() in kind), None)
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events of one run, from `step` on."""
+
+    def __init__(self, run_dir: Path, step: int):
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in _whole_lines(path) if line["step"] <= step]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.last: dict[str, Any] | None = kept[-1] if kept else None
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One logged step; on disk when this returns, as far as a killed process is concerned."""
+        self.last = line
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if isinstance(value, dict):
+                for kind, inner in value.items():
+                    self._board.add_scalar(f"{name}/{kind}", inner, line["step"])
+            elif value is not None and name != "step":
+                self._board.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a killed run may have left its last one in pieces."""
+    if not path.is_file():
+        return []
+    *lines, _cut = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def last_line(run_dir: Path) -> dict[str, Any] | None:
+    """The last logged step of a run."""
+    lines = _whole_lines(run_dir / "metrics.jsonl")
+    return lines[-1] if lines else None
+
+
+def loss_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Loss, loss by document kind and gradient norm of one step, from its sums on the host."""
+    losses, targets = metrics["loss_sums"].astype(float), metrics["targets"].astype(float)
+    return {
+        "loss": float(losses.sum() / max(targets.sum(), 1.0)),
+        "loss_by_kind": {
+            kind: float(losses[code] / targets[code]) for code, kind in enumerate(KINDS, start=1) if targets[code]
+        },
+        "grad_norm": float(metrics["grad_norm"]),
+        "learning_rate": float(metrics["learning_rate"]),
+    }
+
+
+def check_finite(step: int, measured: dict[str, Any]) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(measured[name]):
+            raise FloatingPointError(f"step {step}: {name} is {measured[name]}; the last checkpoint is untouched")

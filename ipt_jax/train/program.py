@@ -1,0 +1,143 @@
+"""From a recipe and a mesh to a step ready to compile: every choice that was left open is made here, with its reason.
+
+Guarantees that `ipt train` and `ipt compile` build the same program, and that each choice (attention kernel, dtype,
+accumulation, loss chunk, what could not be split) can be printed; `strict: true` turns a fallback into an error. Needs
+devices only as descriptions, so that a topology which is not here serves as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ipt_jax.config import Recipe, accumulation_steps, rows_per_step
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.model.attention import choose_attention
+from ipt_jax.model.config import ModelConfig, param_count
+from ipt_jax.model.mistral import logical_axes
+from ipt_jax.parallel.mesh import batch_sharding, row_shards
+from ipt_jax.parallel.rules import bytes_per_device, place_params
+from ipt_jax.train.loss import chunk_positions
+from ipt_jax.train.optim import make_optimizer
+from ipt_jax.train.state import TrainState, abstract_state, state_shardings
+from ipt_jax.train.step import StepShape, make_step
+
+# Logits held at a time on one device, where the recipe leaves train.loss_chunk open. On CPUs a chunk that stays in the
+# cache is nearly twice as fast as one pass; on accelerators only memory matters.
+LOGITS_BYTES = 256 * 2**20
+CPU_CHUNK_TOKENS = 256
+BATCH_DTYPES = {
+    "tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.bool_,
+    "segment_ids": jnp.int32, "positions": jnp.int32, "kinds": jnp.int32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Program:
+    """A train step and everything needed to lower it."""
+
+    model: ModelConfig
+    mesh: Mesh
+    shape: StepShape
+    rows: int  # of the global batch
+    optimizer: optax.GradientTransformation
+    state: TrainState  # abstract
+    shardings: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]  # abstract, with shardings
+    step: jax.stages.Wrapped  # jitted, the state donated
+    choices: dict[str, Any]  # what was chosen and why, for people and run.json
+
+
+def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: int) -> Program:
+    """The program of `recipe` on the devices of `mesh`. Raises UserError for what cannot be."""
+    device = mesh.devices.flat[0]
+    attention, reason, fallbacks = _attention(recipe, model, device.device_kind, device.platform)
+    shards = row_shards(mesh)
+    accumulation = accumulation_steps(recipe, shards)
+    rows = rows_per_step(recipe)
+    chunk, chunk_reason = _chunk_tokens(recipe, model, mesh)
+    shape = StepShape(
+        accumulation=accumulation,
+        compute_dtype=_compute_dtype(recipe, device.platform),
+        remat=recipe.train.remat,
+        attention=attention,
+        separate_documents=recipe.data.cross_document == "block",
+        loss_positions=chunk_positions(recipe.data.seq_len, rows // accumulation // shards, chunk),
+        z_loss=recipe.train.z_loss,
+    )
+    optimizer = make_optimizer(recipe.optimizer, total_steps)
+    state = abstract_state(model, optimizer)
+    placement = place_params(logical_axes(model), state.params, mesh)
+    fallbacks = fallbacks + placement.notes
+    if recipe.train.strict and fallbacks:
+        raise UserError(f"train.strict: {fallbacks[0]}; change the recipe, or set train.strict to false")
+    shardings = state_shardings(state, optimizer, placement.shardings, mesh)
+    step = make_step(model, recipe.optimizer, optimizer, total_steps, shape, mesh, shardings)
+    whole = NamedSharding(mesh, PartitionSpec())
+    choices = {
+        **asdict(shape),
+        "attention_reason": reason,
+        "loss_chunk_reason": chunk_reason,
+        "mesh": dict(mesh.shape),
+        "devices": f"{mesh.devices.size} x {device.device_kind}",
+        "parameters": param_count(model),
+        "state_bytes_per_device": bytes_per_device(state, shardings),
+        "rows_per_step": rows,
+        "fallbacks": fallbacks,
+    }
+    return Program(
+        model, mesh, shape, rows, optimizer, state, shardings,
+        batch=abstract_batch(recipe.data.seq_len, rows, accumulation, batch_sharding(mesh)),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
+        choices=choices,
+    )  # fmt: skip
+
+
+def lower(program: Program) -> jax.stages.Lowered:
+    """The step lowered for the program's mesh, from shapes alone."""
+    state = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        program.state,
+        program.shardings,
+    )
+    return program.step.lower(state, program.batch)
+
+
+def abstract_batch(
+    seq_len: int, rows: int, accumulation: int, sharding: NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch [A, M, T]."""
+    shape = (accumulation, rows // accumulation, seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+
+
+def _attention(recipe: Recipe, model: ModelConfig, kind: str, platform: str) -> tuple[str, str, list[str]]:
+    """Kernel, reason, and the fallback if it is one."""
+    asked = recipe.train.attention
+    name, reason = choose_attention(kind, model, recipe.data.seq_len, recipe.data.cross_document)
+    if asked == "auto":
+        return name, reason, [f"attention: {reason}"] if name == "xla" and platform != "cpu" else []
+    if asked not in ("xla", name):
+        raise UserError(f"train.attention is {asked}, which cannot run here ({reason}); set it to {name} or auto")
+    return asked, "asked for by train.attention", []
+
+
+def _compute_dtype(recipe: Recipe, platform: str) -> str:
+    if recipe.train.compute_dtype != "auto":
+        return recipe.train.compute_dtype
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def _chunk_tokens(recipe: Recipe, model: ModelConfig, mesh: Mesh) -> tuple[int, str]:
+    """Tokens of one row shard whose logits are held at a time, and why so many."""
+    if recipe.train.loss_chunk is not None:
+        return recipe.train.loss_chunk, "asked for by train.loss_chunk"
+    if mesh.devices.flat[0].platform == "cpu":
+        return CPU_CHUNK_TOKENS, f"{CPU_CHUNK_TOKENS} tokens stay in a CPU's cache"
+    tokens = LOGITS_BYTES * mesh.shape["tensor"] // (4 * model.vocab_size)
+    return tokens, f"float32 logits of at most {LOGITS_BYTES // 2**20} MiB a device"
