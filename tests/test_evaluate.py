@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,11 +28,12 @@ from ipt_jax.evaluate.tasks import (
 
 
 class Letters:
-    """A token a letter."""
+    """A token a letter; BOS is 1."""
 
-    def encode(self, text: str, continuing: bool = False) -> list[int]:
-        assert continuing
-        return [ord(letter) for letter in text]
+    bos_id = 1
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i) for i in ids if i != self.bos_id)
 
 
 class FakeModel:
@@ -39,15 +41,23 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.tokenizer = Letters()
-        self.batches: list[list[tuple[str, str]]] = []
+        self.config = SimpleNamespace(max_positions=40)
+        self.batches: list[list[str]] = []
 
-    def loglikelihood(self, prompts: list[str], continuations: list[str]) -> list[float]:
-        self.batches.append(list(zip(prompts, continuations, strict=True)))
-        return [float(sum(letter in "aeiou" for letter in text) - len(text)) for text in continuations]
+    def encode(self, text: str, continuing: bool = False) -> list[int]:
+        return [ord(letter) for letter in text] if continuing else [1, *self.encode(text, continuing=True)]
 
-    def generate(self, prompts: list[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-        assert temperature == 0.0
-        return [f" {prompt.split()[-1]}\nQuestion: more" for prompt in prompts]
+    def loglikelihood(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[SimpleNamespace]:
+        assert all(prompt[0] == 1 for prompt in prompts)
+        texts = [self.tokenizer.decode(ids) for ids in continuations]
+        self.batches.append([self.tokenizer.decode(a) + text for a, text in zip(prompts, texts, strict=True)])
+        sums = [sum(letter in "aeiou" for letter in text) - len(text) for text in texts]
+        return [SimpleNamespace(logprob=total, tokens=len(ids)) for total, ids in zip(sums, continuations, strict=True)]
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        assert all(len(prompt) + max_new_tokens <= 40 for prompt in prompts)
+        words = [self.tokenizer.decode(prompt).split()[-1] for prompt in prompts]
+        return [self.encode(f" {word}\nQuestion: more", continuing=True) for word in words]
 
 
 @pytest.fixture
@@ -80,10 +90,18 @@ def test_a_choice_task(tmp_path: Path, model: FakeModel) -> None:
     assert [row["id"] for row in rows] == ["a", "b", "c", "d"]
     assert rows[0] == {
         **{"task": "places", "id": "a", "prompt": "Where is it?", "prediction": "aeiou", "answer": "aeiou"},
-        **{"correct": True, "acc_norm": 1.0, "acc": 1.0, "acc_token": 1.0, "logprobs": [-7.0, -1.0], "tokens": [7, 6]},
+        **{
+            "correct": True,
+            "truncated": False,
+            "acc_norm": 1.0,
+            "acc": 1.0,
+            "acc_token": 1.0,
+            "logprobs": [-7, -1],
+            "tokens": [7, 6],
+        },
     }
     assert [len(batch) for batch in model.batches] == [3, 3, 2]
-    assert model.batches[0][0] == ("Where is it?", " rhythm")  # the longest first
+    assert model.batches[0][0] == "Where is it? rhythm"  # the longest first
 
 
 def test_an_answer_task(tmp_path: Path, model: FakeModel) -> None:
@@ -92,7 +110,7 @@ def test_an_answer_task(tmp_path: Path, model: FakeModel) -> None:
         {"id": 2, "prompt": "Say no", "answer": ["yes", "No"]},
         {"id": 3, "prompt": "Say Issel", "answer": "river Issel"},
     ]
-    result = run_eval("m", ["names=" + write(tmp_path / "t.jsonl", rows)])
+    result = run_eval("m", ["names=" + write(tmp_path / "t.jsonl", rows)], max_new_tokens=20)
     task = result["tasks"]["names"]
     assert (task["metric"], task["n"], task["chance"]) == ("exact_match", 3, None)
     assert task["value"] == pytest.approx(2 / 3)
@@ -102,9 +120,21 @@ def test_an_answer_task(tmp_path: Path, model: FakeModel) -> None:
 def test_several_tasks_and_a_limit(tmp_path: Path, model: FakeModel) -> None:
     first = write(tmp_path / "a.jsonl", [choice(str(i)) for i in range(5)])
     second = write(tmp_path / "b.jsonl", [{"id": "q", "prompt": "x", "answer": "x"}])
-    result = run_eval("m", [f"{first},other={second}"], limit=2)
+    result = run_eval("m", [f"{first},other={second}"], limit=2, max_new_tokens=9)
     assert {name: task["n"] for name, task in result["tasks"].items()} == {"a": 2, "other": 1}
     assert result["tasks"]["other"]["stderr"] is None
+
+
+def test_a_prompt_too_long_keeps_its_end_and_is_counted(tmp_path: Path, model: FakeModel) -> None:
+    long = "x" * 100 + " Where is it?"
+    path = write(tmp_path / "t.jsonl", [choice("a") | {"prompt": long}, choice("b")])
+    assert run_eval("m", [path])["tasks"]["t"]["truncated"] == 1
+    assert model.batches[0][0] == long[-(40 - 1 - 7) :] + " rhythm"  # BOS and 7 letters of the choice fill 40
+    rows = [{"id": 1, "prompt": long, "answer": "it?"}]
+    task = run_eval("m", [write(tmp_path / "g.jsonl", rows)], max_new_tokens=20)["tasks"]["g"]
+    assert (task["value"], task["truncated"]) == (1.0, 1)
+    with pytest.raises(UserError, match="leave no room"):
+        run_eval("m", [str(tmp_path / "g.jsonl")], max_new_tokens=40)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +245,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_broken_model_is_told(tmp_path: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "loglikelihood", lambda prompts, continuations: [math.nan] * len(prompts))
+    broken = SimpleNamespace(logprob=math.nan, tokens=1)
+    monkeypatch.setattr(model, "loglikelihood", lambda prompts, continuations: [broken] * len(prompts))
     with pytest.raises(UserError, match="no numbers"):
         run_eval("m", [write(tmp_path / "t.jsonl", [choice("a")])])

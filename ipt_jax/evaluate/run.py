@@ -24,7 +24,7 @@ def run_eval(
     *,
     output: Path | str | None = None,
     limit: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 128,
     max_new_tokens: int = 64,
     dtype: str = "float32",
 ) -> dict[str, Any]:
@@ -58,4 +58,11 @@ def summarise(task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]:
         value, stderr = mean_and_stderr([row[name] for row in rows])
         metrics[name] = {"value": value, "stderr": stderr}
     headline = HEADLINE[task.sort]
-    return {"metric": headline, **metrics[headline], "n": len(rows), "chance": task.chance, "metrics": metrics}
+    return {
+        "metric": headline,
+        **metrics[headline],
+        "n": len(rows),
+        "chance": task.chance,
+        "truncated": sum(row["truncated"] for row in rows),
+        "metrics": metrics,
+    }

@@ -56,7 +56,8 @@ def _task_card(name: str, entrants: Sequence[Entrant]) -> Markup:
     first = scored[0].tasks[name]
     bars = [_bar(entrant, entrant.tasks[name]) for entrant in scored]
     metric = first["metric"]
-    note = f"{METRIC_NAMES.get(metric, metric)}, {first.get('n', 0):,} questions"
+    cut = max(entrant.tasks[name].get("truncated") or 0 for entrant in scored)
+    note = f"{METRIC_NAMES.get(metric, metric)}, {first.get('n', 0):,} questions" + (f", {cut:,} cut" if cut else "")
     chart = score_bars(name, bars, chance=first.get("chance"))
     gaps = [_gap(name, scored[0], entrant) for entrant in scored[1:]]
     return tag("div", tag("h3", name), tag("p", note, class_="note"), chart, *gaps, class_="card")
