@@ -110,8 +110,11 @@ class Output:
         return self._entries[index]
 
     def temporary(self, index: int) -> Path:
-        """Where a worker process may write shard `index` with `write_shard` before `seal_file`."""
-        return self.path / f"{self.shard_name}-{index:05d}{TEMPORARY}"
+        """Where a worker process may write shard `index` with `write_shard` before `seal_file`.
+
+        The name is this run's own: a worker that outlives a killed run by a moment never writes into the next one's.
+        """
+        return self.path / f"{self.shard_name}-{index:05d}.{os.getpid()}{TEMPORARY}"
 
     def seal(
         self,

@@ -229,5 +229,5 @@ def _open_source(source: SourceMix, settings: DataSettings, opened: dict[str, Sh
 
 
 def print_plan(plan: Plan) -> None:
-    """The summary as a table, on standard error: standard output stays free for `--json`."""
-    Console(stderr=True).print(plan_summary_table(plan.summary()))
+    """The summary as a table."""
+    Console().print(plan_summary_table(plan.summary()))
