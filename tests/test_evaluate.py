@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as JsonTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import ipt_jax
 from ipt_jax.corpus.settings import UserError
@@ -63,7 +66,7 @@ class FakeModel:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     model = FakeModel()
-    monkeypatch.setattr(ipt_jax, "load", lambda path, dtype: model, raising=False)
+    monkeypatch.setattr(ipt_jax, "load", lambda path, dtype: model)
     return model
 
 
@@ -249,3 +252,58 @@ def test_a_broken_model_is_told(tmp_path: Path, model: FakeModel, monkeypatch: p
     monkeypatch.setattr(model, "loglikelihood", lambda prompts, continuations: [broken] * len(prompts))
     with pytest.raises(UserError, match="no numbers"):
         run_eval("m", [write(tmp_path / "t.jsonl", [choice("a")])])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A random model of this project behind its own door, with a byte-level tokenizer that has a BOS."""
+    import jax
+
+    from ipt_jax.corpus.tokenizer import load_tokenizer
+    from ipt_jax.generate import LanguageModel
+    from ipt_jax.model.config import ModelConfig
+    from ipt_jax.model.mistral import init_params
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = JsonTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["Where does the guild meet? In the Glass Hall."], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = {"hidden_size": 32, "layers": 2, "q_heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    config = ModelConfig(vocab_size=300, max_positions=96, bos_id=0, eos_id=1, **sizes)
+    params = jax.tree.map(lambda x: 4 * x, init_params(config, jax.random.key(0)))
+    return LanguageModel(config, params, load_tokenizer(folder))
+
+
+def test_the_real_model_scores_as_its_logits_say(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipt_jax, "load", lambda path, dtype: tiny)
+    choices = ["In the Glass Hall.", "guild", "Where? Where?"]
+    rows = [choice("a", 0, choices=choices), choice("b", 2, choices=choices, prompt="Does the guild meet? " * 40)]
+    result = run_eval("m", [write(tmp_path / "t.jsonl", rows)], output=tmp_path / "eval.json")
+    assert result["tasks"]["t"]["truncated"] == 1
+    found = [json.loads(line) for line in (tmp_path / "eval.rows.jsonl").read_text().splitlines()]
+    for text, logprob, tokens in zip(choices, found[0]["logprobs"], found[0]["tokens"], strict=True):
+        prompt = [0, *tiny.tokenizer.encode("Where is it?")]
+        more = tiny.tokenizer.encode(" " + text)
+        assert tokens == len(more)
+        logits = tiny.logits(prompt + more).astype(np.float64)[len(prompt) - 1 : -1]
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        assert logprob == pytest.approx(logprobs[np.arange(tokens), more].sum(), abs=2e-3)
+
+
+def test_the_real_model_answers_with_its_likeliest_tokens(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ipt_jax, "load", lambda path, dtype: tiny)
+    prompt = [0, *tiny.tokenizer.encode("Where does it meet?")]
+    ids = list(prompt)
+    for _ in range(6):
+        padded = ids + [0] * (32 - len(ids))  # one shape to compile; what follows is not seen
+        ids.append(int(tiny.logits(padded)[len(ids) - 1].argmax()))
+    expected = first_line(tiny.tokenizer.decode(ids[len(prompt) :]))
+    rows = [{"id": 1, "prompt": "Where does it meet? ", "answer": expected or "x"}]
+    task = run_eval("m", [write(tmp_path / "t.jsonl", rows)], max_new_tokens=6)["tasks"]["t"]
+    assert task["value"] == (1.0 if normalise(expected) else 0.0)
