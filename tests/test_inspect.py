@@ -129,7 +129,7 @@ PAIRS = st.builds(Pair, question=st.text(max_size=20), answer=st.text(max_size=8
 
 
 @given(st.text(alphabet="<>&\"'aAbB ​İ\n", max_size=60), st.lists(PAIRS, max_size=3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_text_keeps_the_page_whole(text: str, pairs: list[Pair]) -> None:
     page = Page(html_page([make_group("<g>", pairs, text)], 1, True))
     assert page.tags.count("article") == page.tags.count("section") == 1

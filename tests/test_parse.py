@@ -122,7 +122,7 @@ TAGGED = st.lists(
 
 
 @given(TAGGED | st.text(), st.booleans())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_total_and_aligned_with_closing_tags(text: str, finished: bool) -> None:
     pairs = parse_completion(text, finished)
     *pieces, tail = text.split(END_TAG)
@@ -140,7 +140,7 @@ WORDS = st.text("abcdefg hij?.,'äß你", min_size=1, max_size=30).map(str.strip
 
 
 @given(WORDS, st.lists(WORDS, min_size=2, max_size=26, unique=True), st.none() | WORDS, st.booleans(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_wire_pairs_are_read_back(
     question: str, options: list[str], rationale: str | None, choice: bool, data: st.DataObject
 ) -> None:

@@ -24,8 +24,6 @@ from ipt_jax.data.rows import Documents
 from ipt_jax.data.settings import DataSettings, SourceMix
 from ipt_jax.data.table import plan_summary_table
 
-settings.register_profile("plan", deadline=None)  # a shared machine stalls now and then
-settings.load_profile("plan")
 # Many short, a few very long, all of one length, one alone: what breaks packers.
 awkward = st.one_of(
     st.lists(st.integers(1, 30), min_size=1, max_size=60),

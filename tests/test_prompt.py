@@ -226,7 +226,7 @@ def fits(tokenizer: Tokenizer, text: str, budget: int) -> None:
 
 
 @given(text=st.text(min_size=1, max_size=400), budget=st.integers(0, 200))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_fit_text_never_exceeds_nor_empties(tiny: Tokenizer, mistral: Tokenizer, text: str, budget: int) -> None:
     for tokenizer in (tiny, mistral):
         fits(tokenizer, text, budget)
@@ -236,7 +236,7 @@ PIECES = ["<QUE>", "<ANS>", "</END>", " a ", "b", "\n\n", "é你", "<CON>", "\nO
 
 
 @given(parts=st.lists(st.sampled_from(PIECES), max_size=30))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_kept_tokens_are_the_accepted_pairs(tiny: Tokenizer, mistral: Tokenizer, parts: list[str]) -> None:
     for tokenizer in (tiny, mistral):
         completion = tokenizer.encode("".join(parts), continuing=True)
