@@ -196,7 +196,7 @@ def test_templates_are_whole() -> None:
 
 
 @given(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_fill_is_one_pass(question: str, answer: str) -> None:
     filled = fill("<{question}|{answer}>", {"question": question, "answer": answer})
     assert filled == f"<{question}|{answer}>"
