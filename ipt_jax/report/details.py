@@ -73,12 +73,11 @@ def settings(runs: Sequence[Run]) -> Markup:
 
 def _differences(runs: Sequence[Run]) -> Markup:
     flat = [flatten({key: run.info[key] for key in run.info if not key.startswith("plan")}) for run in runs]
-    keys = [
-        key for key in dict.fromkeys(key for each in flat for key in each) if len({each.get(key) for each in flat}) > 1
-    ]
+    every = dict.fromkeys(key for each in flat for key in each)
+    keys = [key for key in every if len({each.get(key, "null") for each in flat}) > 1]
     if not keys:
         return tag("p", "The runs' settings are equal.", class_="note")
-    rows = [[key, *(each.get(key, "–") for each in flat)] for key in keys]
+    rows = [[key, *("–" if each.get(key, "null") == "null" else each[key] for each in flat)] for key in keys]
     head = ["", *(run_heading(run) for run in runs)]
     return tag("div", tag("h3", "What differs"), table(head, rows), class_="card")
 
