@@ -31,7 +31,7 @@ def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer) -> list[list
             prompt.examples.pop()
     if len(prompt.examples) < count:
         raise UserError(
-            f"seed_examples {path}: {len(prompt.examples)} of {len(rows)} rows with pairs have at most {share} tokens (a "
-            f"prompt's part for one of {count} and a text), count is {count}; lower it or raise max_model_len"
+            f"seed_examples {path}: {len(prompt.examples)} of {len(rows)} rows have pairs, at most {share} tokens, a "
+            f"prompt's part for each of {count} and a text; lower count or raise max_model_len"
         )
     return prompt.examples

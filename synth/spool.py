@@ -27,7 +27,7 @@ class Spool:
         self.path = path
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self._lock()
         self._places: dict[int, int] = {}
         self._end = self._scan()

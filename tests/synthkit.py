@@ -42,7 +42,7 @@ def write_corpus(path: Path, texts: int, seed: int = 0) -> Path:
 
 
 def recipe(folder: Path, texts: int = 30, **changes: Any) -> dict[str, Any]:
-    """A recipe over files in `folder`, made where they are missing; `synthesizer__field=…` changes a field of a block."""
+    """A recipe over files in `folder`, made where they are missing; `synthesizer__field=…` changes a block's field."""
     if not (folder / "model").exists():
         write_tokenizer(folder / "model")
     if not (folder / "corpus.jsonl").exists():

@@ -1,4 +1,4 @@
-"""`synth run` killed: at random moments, at every write, in the middle of a spool record; then finished, byte for byte."""
+"""`synth run` killed at random moments, at every write, inside a spool record; then finished, byte for byte."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_full_disk_keeps_what_is_spooled(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=6), st.data())
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 def test_torn_spool_keeps_whole_records(
     tmp_path_factory: pytest.TempPathFactory, payloads: list[bytes], data: st.DataObject
 ) -> None:

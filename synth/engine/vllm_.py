@@ -1,7 +1,7 @@
 """vLLM's streaming engine (V1 `AsyncLLM`): token prompts in, token ids out, prefix caching on, no text in between.
 
-Guarantees: nothing is fetched from a hub, no code from the model's directory is run, logs stay off standard output. The
-engine's own process dies with this one. Not guaranteed: equal bytes from run to run; batching changes sums of floats.
+Guarantees: nothing is fetched from a hub, no code from the model's directory is run, logs stay off standard output, and
+the engine's own processes end with this one. Not guaranteed: equal bytes from run to run (batching changes float sums).
 On CPUs the cache takes VLLM_CPU_KVCACHE_SPACE GiB (1 unless it is set); blocks are of 128 tokens there.
 """
 
@@ -12,6 +12,7 @@ from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import Completion, RequestFailed, without_eos
+from synth.engine.watchdog import Watchdog
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -19,7 +20,10 @@ ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would hold the output's lock, and escape the watchdog
+    "SPT_NOENV": "1",  # processes that rename themselves keep their environment, by which the watchdog knows them
 }
+SHUTDOWN_SECONDS = 1.0  # nothing is in flight any more; what stays longer, the watchdog ends
 
 
 class VllmEngine:
@@ -27,7 +31,12 @@ class VllmEngine:
 
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.engine = start_engine(settings)
+        self._watchdog = Watchdog()
+        try:
+            self.engine = start_engine(settings, tokenizer)
+        except BaseException:
+            self._watchdog.close()
+            raise
 
     async def generate(
         self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
@@ -64,10 +73,12 @@ class VllmEngine:
         return Completion(ids, answer.finish_reason, len(output.prompt_token_ids), output.num_cached_tokens or 0)
 
     async def close(self) -> None:
-        self.engine.shutdown()
+        self.engine.shutdown(timeout=SHUTDOWN_SECONDS)
+        self.engine = None  # else its finalizer runs, and complains, when the interpreter is half gone
+        self._watchdog.close()
 
 
-def start_engine(settings: SynthesizerSettings) -> Any:
+def start_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Any:
     """An AsyncLLM; 30 s and more. Raises UserError where vLLM refuses the settings."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -82,7 +93,7 @@ def start_engine(settings: SynthesizerSettings) -> Any:
 
     cpu = current_platform.is_cpu()
     try:
-        arguments = AsyncEngineArgs(
+        config = AsyncEngineArgs(
             model=settings.model,
             skip_tokenizer_init=True,
             dtype="float32" if cpu and settings.dtype == "auto" else settings.dtype,
@@ -96,4 +107,10 @@ def start_engine(settings: SynthesizerSettings) -> Any:
         ).create_engine_config()
     except ValueError as error:
         raise UserError(f"synthesizer {settings.model}: vLLM refuses it: {' '.join(str(error).split())}") from error
-    return AsyncLLM.from_vllm_config(arguments, disable_log_stats=True)
+    known = config.model_config.get_vocab_size()
+    if tokenizer.vocab_size > known:  # vLLM would die of the first id that it does not know
+        raise UserError(
+            f"synthesizer {settings.model}: its tokenizer has {tokenizer.vocab_size} ids, its weights {known}; "
+            "put the model's own tokenizer there"
+        )
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
