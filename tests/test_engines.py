@@ -10,18 +10,25 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from extras import need
-from synthkit import BOS, recipe, write_tokenizer
+from synthkit import BOS, recipe, settings, write_tokenizer
 
+import ipt_jax
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from ipt_jax.generate import LanguageModel
+from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.mistral import init_params
 from synth import read_groups
 from synth.config import FaultSettings, SynthesizerSettings
 from synth.engine import Completion, RequestFailed, model_digest, synthesizer_tokenizer
+from synth.engine.jax_ import JaxEngine
 from synth.engine.scripted import ScriptedEngine
 from synth.engine.watchdog import Watchdog
 from synth.parse import parse_completion
+from synth.run import run_synth
 
 COMMAND = [sys.executable, "-c", "from synth.cli import main; main()", "run"]
 CONTEXT = "Anna walks the old river and sees the green mill on the hill. The boat is stone."
@@ -33,8 +40,8 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 
 def scripted(tokenizer: Tokenizer, context: str, request_id: str = "g/1/0", **faults: float) -> Completion:
-    settings = SynthesizerSettings(model="m", engine="scripted", faults=FaultSettings(**faults))
-    engine = ScriptedEngine(settings, tokenizer)
+    synthesizer = SynthesizerSettings(model="m", engine="scripted", faults=FaultSettings(**faults))
+    engine = ScriptedEngine(synthesizer, tokenizer)
     prompt = [BOS, *tokenizer.encode(f" <CON> {context} </CON>\n\n")]
     return asyncio.run(engine.generate(prompt, max_new_tokens=900, temperature=0.0, seed=0, request_id=request_id))
 
@@ -76,8 +83,8 @@ def test_tokenizer_beside_a_checkpoint_is_found(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "run" / "tokenizer")
     (tmp_path / "run" / "checkpoints" / "20").mkdir(parents=True)
     for model in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "20"):
-        settings = SynthesizerSettings(model=str(model), engine="jax")
-        assert synthesizer_tokenizer(settings).vocab_size == 259
+        synthesizer = SynthesizerSettings(model=str(model), engine="jax")
+        assert synthesizer_tokenizer(synthesizer).vocab_size == 259
 
 
 def test_weights_are_known_by_contents(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -146,6 +153,61 @@ def vllm_recipe(folder: Path) -> list[str]:
     )  # fmt: skip
     (folder / "run.yaml").write_text(json.dumps(plain))
     return [*COMMAND, str(folder / "run.yaml"), "--json"]
+
+
+def random_language_model(tokenizer: Tokenizer) -> LanguageModel:
+    config = ModelConfig(
+        family="mistral", vocab_size=259, hidden_size=32, layers=2, q_heads=4, kv_heads=2, head_dim=8,
+        intermediate_size=64, max_positions=600, bos_id=1, eos_id=2,
+    )  # fmt: skip
+    params = jax.tree.map(lambda x: 4 * x, init_params(config, jax.random.key(0)))  # far from ties
+    return LanguageModel(config, params, tokenizer)
+
+
+@pytest.fixture
+def loaded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
+    """The model that every directory now holds."""
+    model = random_language_model(tokenizer)
+    monkeypatch.setattr(ipt_jax, "load", lambda path, dtype: model)
+    return model
+
+
+def test_jax_answers_as_plain_generate_does(tokenizer: Tokenizer, loaded: LanguageModel) -> None:
+    synthesizer = SynthesizerSettings(model="m", engine="jax", max_model_len=256, max_new_tokens=24, max_num_seqs=3)
+    prompts = [[BOS, *tokenizer.encode(CONTEXT[: 5 + 9 * number])] for number in range(7)]
+
+    async def ask() -> list[Completion]:
+        engine = JaxEngine(synthesizer, tokenizer)
+        asked = [
+            engine.generate(prompt, max_new_tokens=24, temperature=0.0, seed=0, request_id=f"g{number}/1/0")
+            for number, prompt in enumerate(prompts)
+        ]
+        answers = await asyncio.gather(*asked)
+        await engine.close()
+        return answers
+
+    answers = asyncio.run(ask())
+    assert [answer.ids for answer in answers] == loaded.generate(prompts, 24)
+    assert [answer.prompt_tokens for answer in answers] == [len(prompt) for prompt in prompts]
+    assert {answer.finish_reason for answer in answers} <= {"stop", "length"}
+
+
+def test_jax_runs_whole_groups(tmp_path: Path, tokenizer: Tokenizer, loaded: LanguageModel) -> None:
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    changes = {"synthesizer__engine": "jax", "synthesizer__max_model_len": 600, "synthesizer__max_new_tokens": 16}
+    result = run_synth(settings(tmp_path, texts=9, **changes))
+    assert (result["texts"], result["groups"], result["engine"]) == (9, 3, "jax")
+    assert sum(result["finished"].values()) == 9
+
+
+@pytest.mark.parametrize(("field", "message"), [({"max_model_len": 700}, "has 600 positions"), ({}, "has 300 ids")])
+def test_jax_refusals_are_one_line(
+    tokenizer: Tokenizer, loaded: LanguageModel, field: dict[str, int], message: str
+) -> None:
+    tokenizer.vocab_size = 259 if field else 300
+    with pytest.raises(UserError, match=message):
+        JaxEngine(SynthesizerSettings(**{"model": "m", "engine": "jax", "max_model_len": 600, **field}), tokenizer)
 
 
 def test_vllm_killed_then_finished(tmp_path: Path) -> None:

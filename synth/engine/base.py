@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ipt_jax.corpus.settings import UserError, digest, directory_digest
+from ipt_jax.corpus.settings import UserError, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 
 
@@ -42,30 +42,34 @@ def without_eos(ids: list[int], eos_id: int | None) -> list[int]:
     return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 
-def weights_digest(model: str) -> str:
-    """SHA-256 over the config and the weights of an HF directory or a checkpoint, wherever it lies.
+def refuse_vocabulary(model: str, tokenizer: Tokenizer, known: int) -> None:
+    """Raises UserError where the tokenizer has ids that the weights do not."""
+    if tokenizer.vocab_size > known:
+        raise UserError(
+            f"synthesizer.model {model}: its tokenizer has {tokenizer.vocab_size} ids, its weights {known}; "
+            "put the model's own tokenizer there"
+        )
 
-    Raises UserError where there are none.
-    """
+
+def weights_digest(model: str) -> str:
+    """SHA-256 over config and weights of an HF directory or a checkpoint, wherever it lies. UserError without them."""
     directory = Path(model)
-    if not directory.is_dir():
-        raise UserError(f"synthesizer {model}: no such directory; give an HF directory with config, weights, tokenizer")
     if (directory / "config.json").is_file():
         weights = sorted(directory.glob("*.safetensors"))
         if not weights:
-            raise UserError(f"synthesizer {model}: config.json but no *.safetensors; export the model to it again")
+            raise UserError(f"synthesizer.model {model}: config.json but no *.safetensors; put the weights there")
         return directory_digest([directory / "config.json", *weights])
     checkpoint = latest_checkpoint(directory)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    return digest({str(path.relative_to(checkpoint)): directory_digest([path]) for path in files})
+    folders = [checkpoint / name for name in ("params", "checkpoint")]  # of a training run, of `ipt import`
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [str(path.relative_to(checkpoint)) for path in files]
+    return digest([file_digest(checkpoint / "model.json"), *zip(names, map(file_digest, files), strict=True)])
 
 
 def latest_checkpoint(directory: Path) -> Path:
-    """The checkpoint behind a run directory, one step's directory, or what `ipt import` wrote."""
+    """The newest step of a run directory, one step's directory, or what `ipt import` wrote."""
     steps = [path for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
-    for found in (directory / "checkpoint", *sorted(steps, key=lambda path: -int(path.name))):
-        if found.is_dir():
+    for found in (directory, *sorted(steps, key=lambda path: -int(path.name))):
+        if (found / "model.json").is_file():
             return found
-    if (directory / "_CHECKPOINT_METADATA").exists():
-        return directory
-    raise UserError(f"synthesizer {directory}: neither config.json nor a checkpoint in it; give a model's directory")
+    raise UserError(f"synthesizer.model {directory}: no config.json and no checkpoint; give a model's directory")

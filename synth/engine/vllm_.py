@@ -11,7 +11,7 @@ from typing import Any
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, RequestFailed, without_eos
+from synth.engine.base import Completion, RequestFailed, refuse_vocabulary, without_eos
 from synth.engine.watchdog import Watchdog
 
 ENVIRONMENT = {
@@ -107,10 +107,6 @@ def start_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Any:
         ).create_engine_config()
     except ValueError as error:
         raise UserError(f"synthesizer {settings.model}: vLLM refuses it: {' '.join(str(error).split())}") from error
-    known = config.model_config.get_vocab_size()
-    if tokenizer.vocab_size > known:  # vLLM would die of the first id that it does not know
-        raise UserError(
-            f"synthesizer {settings.model}: its tokenizer has {tokenizer.vocab_size} ids, its weights {known}; "
-            "put the model's own tokenizer there"
-        )
+    # vLLM would die of the first id that it does not know.
+    refuse_vocabulary(settings.model, tokenizer, config.model_config.get_vocab_size())
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)

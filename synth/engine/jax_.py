@@ -1,0 +1,95 @@
+"""This project's own model as an engine: continuous batching over fixed shapes, on whatever device JAX has.
+
+One thread steps the generator; requests that come meanwhile join at the next step. Prefixes are computed anew for each
+request: there is no cache between them, so `cached_prompt_tokens` is 0.
+"""
+
+import asyncio
+from typing import NamedTuple
+
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.tokenizer import Tokenizer
+from synth.config import SynthesizerSettings
+from synth.engine.base import Completion, refuse_vocabulary, without_eos
+
+LOOP_TURNS = 6  # of the event loop, from an answer to the first request of the group that takes the place
+
+
+class Request(NamedTuple):
+    prompt_ids: list[int]
+    seed: int
+    max_new_tokens: int
+    temperature: float
+    answer: "asyncio.Future[Completion]"
+
+
+class JaxEngine:
+    def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
+        import jax
+
+        from ipt_jax import load
+        from ipt_jax.generate import BatchGenerator
+
+        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = load(settings.model, dtype=default if settings.dtype == "auto" else settings.dtype)
+        refuse_vocabulary(settings.model, tokenizer, model.config.vocab_size)
+        if settings.max_model_len > model.config.max_positions:
+            raise UserError(
+                f"synthesizer.max_model_len: {settings.max_model_len}, the model has {model.config.max_positions} "
+                "positions; lower it"
+            )
+        self.tokenizer = tokenizer
+        self._generator = BatchGenerator(model, settings.max_num_seqs, settings.max_model_len, settings.max_new_tokens)
+        self._waiting: list[Request] = []
+        self._running: dict[int, Request] = {}
+        self._stepper: asyncio.Task[None] | None = None
+
+    async def generate(
+        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+    ) -> Completion:
+        answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, answer))
+        if self._stepper is None:
+            self._stepper = asyncio.create_task(self._step_on())
+        return await answer
+
+    async def _step_on(self) -> None:
+        """Steps until nothing is left to do. What goes wrong goes to all who wait: the generator is of no use then."""
+        try:
+            while await self._gather():
+                self._admit()
+                for done in await asyncio.to_thread(self._generator.step):
+                    self._settle(self._running.pop(done.number), done.ids, done.finish_reason)
+        except Exception as error:
+            for request in [*self._waiting, *self._running.values()]:
+                request.answer.set_exception(error)
+            self._waiting, self._running = [], {}
+        finally:
+            self._stepper = None
+
+    async def _gather(self) -> bool:
+        """Lets those who were just answered ask again, and those who wait for a place come, before the next step."""
+        for _ in range(LOOP_TURNS):
+            await asyncio.sleep(0)
+        return bool(self._waiting or self._running)
+
+    def _admit(self) -> None:
+        for request in self._waiting:
+            number = self._generator.add(
+                request.prompt_ids,
+                request.seed,
+                max_new_tokens=request.max_new_tokens,
+                temperature=request.temperature,
+            )
+            self._running[number] = request
+        self._waiting = []
+
+    def _settle(self, request: Request, ids: list[int], finish_reason: str) -> None:
+        kept = without_eos(ids, self.tokenizer.eos_id)
+        reason = "stop" if len(kept) < len(ids) else finish_reason
+        if not request.answer.done():  # given up meanwhile
+            request.answer.set_result(Completion(kept, reason, len(request.prompt_ids), 0))
+
+    async def close(self) -> None:
+        if self._stepper is not None:
+            self._stepper.cancel()
