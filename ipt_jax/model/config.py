@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ipt_jax.corpus.settings import Settings, UserError
+from ipt_jax.corpus.settings import Settings, UserError, check_settings
 
 
 class RopeScaling(Settings):
@@ -51,6 +51,8 @@ class ModelConfig(Settings):
             raise ValueError(f"q_heads ({self.q_heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even, RoPE rotates pairs")
+        if self.family == "llama" and self.sliding_window is not None:
+            raise ValueError("family llama has no sliding_window; use family mistral, which may have rope_scaling too")
         for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ValueError(f"{name} ({token}) must lie below vocab_size ({self.vocab_size})")
@@ -131,22 +133,13 @@ def resolve_model(
         fields = known | PRESETS.get(settings.preset or "", {}) | stated
     if "hidden_size" in fields and "q_heads" in fields:
         fields.setdefault("head_dim", fields["hidden_size"] // fields["q_heads"])
-    config = _validate(fields)
+    config = check_settings(ModelConfig, fields, "model")
     if vocab_size is not None and vocab_size > config.vocab_size:
         raise UserError(
             f"model: vocab_size is {config.vocab_size}, but the sources' tokenizer has {vocab_size} ids; "
             f"set model.vocab_size to {vocab_size} or more"
         )
     return config
-
-
-def _validate(fields: dict[str, Any]) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "fields"
-        raise UserError(f"model: {place}: {first['msg']}; give a preset or every field of the model") from error
 
 
 def param_count(config: ModelConfig) -> int:

@@ -1,0 +1,1 @@
+"""Between our checkpoints and Hugging Face directories, both ways, tensor by tensor."""
