@@ -128,16 +128,17 @@ fault() {
   exit 1
 }
 
+was=$(remembered venv)
+was=${was:-$venv}
+printf 'extras: %s\nvenv: %s\n' "$before" "$was" >"$stamp" # no fingerprint: unfinished
 if [ -f "$venv/pyvenv.cfg" ]; then
   # Scripts in an environment name its path, so a moved one is as useless as one with another Python.
-  was=$(remembered venv)
-  if [ "${was:-$venv}" != "$venv" ] || [ "$(minor "$venv/bin/python")" != "$(minor "$python")" ]; then
+  if [ "$was" != "$venv" ] || [ "$(minor "$venv/bin/python")" != "$(minor "$python")" ]; then
     say "$venv was moved or has another Python: made anew"
     rm -rf "${venv:?}/bin" "${venv:?}/lib" "${venv:?}/lib64" "$venv/include" "$venv/pyvenv.cfg"
     python=$(find_python)
   fi
 fi
-rm -f "$stamp"
 : >"$log"
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   step "environment with $("$python" --version) in $venv" "$python" -m venv "$venv" ||
