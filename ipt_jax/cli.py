@@ -5,7 +5,7 @@ runs, so that `ipt plan` starts without jax.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -107,7 +107,10 @@ def evaluate(
         from ipt_jax.evaluate import run_eval
 
         result = run_eval(str(model), tasks.split(","), output=output, limit=limit)
-    show(result, as_json)
+    if as_json:
+        show(result, as_json)
+    else:
+        show({name: _score(task) for name, task in result["tasks"].items()}, as_json)
 
 
 @app.command()
@@ -125,3 +128,8 @@ def report(
     with quiet_stdout():
         result = run_report(runs, output, evals=evals or [], groups=groups, title=title)
     show(result, as_json)
+
+
+def _score(task: dict[str, Any]) -> str:
+    spread = "" if task["stderr"] is None else f" ± {task['stderr']:.4f}"
+    return f"{task['metric']} {task['value']:.4f}{spread} (n = {task['n']:,})"

@@ -42,7 +42,7 @@ def training_table(found: dict[str, Any]) -> Table:
     for name in ("tokens", "mix", "loss", "choice (chance 25%)", "answer in words"):
         table.add_column(name, justify="right")
     for run, short in (("vanilla", "v"), ("instruct", "i")):
-        plan, train, scores = found[f"plan-{short}"], found[run], found[f"eval-{short}"]
+        plan, train, scores = found[f"plan-{short}"], found[run], found[f"eval-{short}"]["tasks"]
         mix = ", ".join(f"{source['name']} {source['share']:.0%}" for source in plan["sources"])
         cells = [f"{train['tokens']:,}", mix, f"{train['loss']:.3f}", *(score(scores[task]) for task in TASKS)]
         table.add_row(run, *cells)
