@@ -20,6 +20,7 @@ from ipt_jax.corpus.shards import Manifest, Output
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.chain import Chain
+from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
 from synth.drive import Put, drive
 from synth.engine import Engine, model_digest, open_engine, synthesizer_tokenizer
@@ -34,6 +35,8 @@ LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistak
 def run_synth(settings: RunSettings) -> dict[str, Any]:
     """Runs the stage, or what is left of it. `seconds` are those of this call."""
     started = time.monotonic()
+    if settings.executor == "ray":
+        settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
     identity = run_identity(settings, tokenizer)
     summary = finished_summary(settings.output, identity) or synthesize(settings, tokenizer, identity)
@@ -82,7 +85,8 @@ def synthesize(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, 
         store = Store(output, survey, settings.groups_per_shard)
         try:
             if store.open_shards:
-                fill_here(settings, chain, store)
+                fill = fill_with_ray if settings.executor == "ray" else fill_here
+                fill(settings, chain, store)
         finally:
             store.close()
         store.remove_spools()

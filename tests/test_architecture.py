@@ -37,7 +37,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
 OPTIONAL: dict[str, set[str]] = {
     "vllm": {"synth.engine.vllm_"},
     "torch": set(),
-    "ray": {"ipt_jax.corpus.executor"},
+    "ray": {"ipt_jax.corpus.executor", "synth.cluster"},
     "datasets": set(),
     "tensorflow_datasets": set(),
     "lm_eval": set(),
