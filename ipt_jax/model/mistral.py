@@ -7,7 +7,7 @@ nothing about devices: parameters carry logical axis names that ipt_jax.parallel
 
 Letters, in this project always: B batch, T query position, S key position, D model, F feed-forward, N query heads,
 K key-value heads, G = N / K, H head dimension, V vocabulary, L layers; of a step's rows: R all of them, A accumulation
-steps, M rows of a micro-batch.
+steps, M rows of a micro-batch; of generation: O new tokens, C tokens of a continuation.
 """
 
 from __future__ import annotations
