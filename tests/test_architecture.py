@@ -83,7 +83,7 @@ def test_imports_point_one_way(path: Path) -> None:
     for name, node in imports(path):
         if name.split(".")[0] not in ("ipt_jax", "synth"):
             continue
-        own = area_of(name) == area or (area.startswith("synth") and under(name, "synth"))
+        own = area != "ipt_jax" and under(name, area)
         allowed = own or any(under(name, prefix) for prefix in DIRECTIONS[area])
         assert allowed, (
             f"{module}:{node.lineno} imports {name}; {area} may import {DIRECTIONS[area] or 'nothing of ours'}"
