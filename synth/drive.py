@@ -47,7 +47,10 @@ async def settle(running: Running, stop: asyncio.Future[signal.Signals], put: Pu
     waiting: set[asyncio.Future[Any]] = {*running, stop}
     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     for task in [task for task in running if task in done]:
-        put(running.pop(task), task.result())
+        group = running.pop(task)
+        if stop.done() and task.exception() is not None:  # Ctrl-C in a terminal reaches an engine's processes too
+            continue
+        put(group, task.result())
 
 
 def stop_on_signals() -> asyncio.Future[signal.Signals]:

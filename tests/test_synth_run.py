@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from extras import need
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from synthkit import BOS, EOS, recipe, settings, shard_bytes, write_corpus, write_tokenizer
 
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
@@ -115,6 +118,36 @@ def test_failed_requests_are_tried_again_then_counted(tokenizer: Tokenizer) -> N
     assert len(prompts) == 6
     assert [text.finish_reason for text in group.texts] == ["stop", "error"]
     assert [len(text.pairs) for text in group.texts] == [1, 0]
+
+
+ANSWERS = [
+    "<QUE> a? <ANS> b </END>",
+    "<QUE> no answer </END>",
+    "<QUE> cut",
+    "\n\n",
+    "<QUE> cc? <ANS> dd </END>",
+    "z" * 50,
+]
+
+
+@given(
+    st.lists(st.text("ab .\n你", max_size=150).filter(str.strip), min_size=1, max_size=5),
+    st.lists(st.lists(st.sampled_from(ANSWERS), max_size=4), min_size=5, max_size=5),
+)
+@hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_prompt_fits_and_goes_on_from_kept_tokens(
+    tokenizer: Tokenizer, texts: list[str], answers: list[list[str]]
+) -> None:
+    written = [" ".join(parts) for parts in answers]
+    group, prompts = answer_group(tokenizer, list(written), texts, max_model_len=400, max_new_tokens=200)
+    assert [text.raw_id for text in group.texts] == [f"t{number}" for number in range(len(texts))]
+    for text, prompt, raw in zip(group.texts, prompts, texts, strict=True):
+        assert len(prompt) == text.prompt_tokens <= 200
+        assert prompt.count(BOS) == prompt.count(EOS) + 1
+        assert text.text == raw[text.start : text.end]
+        assert prompt[len(prompt) - prompt[::-1].index(BOS) :] == tokenizer.encode(f" <CON> {text.text} </CON>\n\n")
+        accepted = [pair for pair in text.pairs if pair.verdict == "accepted"]
+        assert len({pair.question for pair in accepted}) == len(accepted)
 
 
 @pytest.mark.parametrize("fault", ["malformed", "truncated", "error"])
