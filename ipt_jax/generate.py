@@ -56,6 +56,7 @@ class LanguageModel:
 
     def __init__(self, config: ModelConfig, params: dict[str, Any], tokenizer: Tokenizer | None = None):
         self.config, self.tokenizer = config, tokenizer
+        self.compiled = config.model_copy(update={"bos_id": None, "eos_id": None})  # what compiled code depends on
         self.params = jax.tree.map(jnp.asarray, params)
 
     @property
@@ -66,7 +67,7 @@ class LanguageModel:
         """float32 [B, T, V] of tokens [B, T], or [T, V] of one row; compiled anew for each shape."""
         rows = np.atleast_2d(np.asarray(tokens, np.int32))
         segments = None if segment_ids is None else jnp.asarray(np.atleast_2d(np.asarray(segment_ids, np.int32)))
-        out = np.asarray(_logits(self.params, jnp.asarray(rows), segments, config=self.config), np.float32)
+        out = np.asarray(_logits(self.params, jnp.asarray(rows), segments, config=self.compiled), np.float32)
         return out if np.ndim(tokens) == 2 else out[0]
 
     def loglikelihood(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
@@ -102,7 +103,7 @@ class LanguageModel:
             tokens[row, : n + m] = prompt + continuation
             places[row, :m] = np.arange(n - 1, n + m - 1)  # the token before predicts
             targets[row, :m], counts[row, :m] = continuation, True
-        sums, greedy = _continuations(self.params, tokens, places, targets, counts, config=self.config)
+        sums, greedy = _continuations(self.params, tokens, places, targets, counts, config=self.compiled)
         sums, greedy = np.asarray(sums), np.asarray(greedy)
         return [Score(float(sums[i]), len(rows[i][1]), bool(greedy[i])) for i in range(len(rows))]
 
@@ -117,6 +118,8 @@ class LanguageModel:
         """A completion of each prompt: a text for a text, ids for ids. Prompt i draws from (seed, i)."""
         if not prompts:
             return []
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
         ids = [self.encode(prompt) for prompt in prompts]
         for number, prompt in enumerate(ids):
             self._fits(number, len(prompt) + max_new_tokens, f"prompt and {max_new_tokens} new tokens")
@@ -167,7 +170,7 @@ class BatchGenerator:
         self, model: LanguageModel, batch_rows: int, max_model_len: int, max_new_tokens: int, eos: bool = True
     ):
         self.model, self.length, self.max_new_tokens = model, max_model_len, max_new_tokens
-        self.eos_id = model.config.eos_id if eos else None
+        self.eos_id = -1 if model.config.eos_id is None or not eos else model.config.eos_id
         self.arrivals = max(1, batch_rows // 4)  # rows of a prefill, and rows that end before the loop comes back
         self.rows = decode.empty_rows(model.config, batch_rows, max_model_len, max_new_tokens, model.dtype)
         self.owner: list[int | None] = [None] * batch_rows
@@ -207,7 +210,9 @@ class BatchGenerator:
         if not live:
             return []
         enough = jnp.int32(max(0, live - self.arrivals))
-        self.rows = decode.decode(self.model.params, self.rows, enough, config=self.model.config, eos_id=self.eos_id)
+        self.rows = decode.decode(
+            self.model.params, self.rows, jnp.int32(self.eos_id), enough, config=self.model.compiled
+        )
         return self._collect()
 
     def _admit(self) -> None:
@@ -223,7 +228,9 @@ class BatchGenerator:
             slots[row], temperatures[row] = place, temperature
             self.owner[place] = number
         new = decode.Arrivals(*map(jnp.asarray, (tokens, lengths, slots, limits, temperatures, seeds)))
-        self.rows = decode.prefill(self.model.params, self.rows, new, config=self.model.config, eos_id=self.eos_id)
+        self.rows = decode.prefill(
+            self.model.params, self.rows, new, jnp.int32(self.eos_id), config=self.model.compiled
+        )
 
     def _collect(self) -> list[Completion]:
         live, produced, output = (np.asarray(x) for x in (self.rows.live, self.rows.produced, self.rows.output))

@@ -71,8 +71,8 @@ class Arrivals(NamedTuple):
     seed: Array  # [R, 2] uint32
 
 
-@partial(jax.jit, static_argnames=("config", "eos_id"), donate_argnames=("rows",))
-def prefill(params: dict[str, Any], rows: Rows, arrivals: Arrivals, *, config: ModelConfig, eos_id: int | None) -> Rows:
+@partial(jax.jit, static_argnames="config", donate_argnames="rows")
+def prefill(params: dict[str, Any], rows: Rows, arrivals: Arrivals, eos_id: Array, *, config: ModelConfig) -> Rows:
     """Runs the new prompts, puts their keys and values into their places and makes the first token of each."""
     R, T = arrivals.tokens.shape
     places = arrivals.place
@@ -108,13 +108,13 @@ def prefill(params: dict[str, Any], rows: Rows, arrivals: Arrivals, *, config: M
     )
 
 
-def _goes_on(token: Array, produced: Array, limit: Array, eos_id: int | None) -> Array:
-    more = produced < limit
-    return more if eos_id is None else more & (token != eos_id)
+def _goes_on(token: Array, produced: Array, limit: Array, eos_id: Array) -> Array:
+    """eos_id -1 ends nothing."""
+    return (produced < limit) & (token != eos_id)
 
 
-@partial(jax.jit, static_argnames=("config", "eos_id"), donate_argnames=("rows",))
-def decode(params: dict[str, Any], rows: Rows, enough: Array, *, config: ModelConfig, eos_id: int | None) -> Rows:
+@partial(jax.jit, static_argnames="config", donate_argnames="rows")
+def decode(params: dict[str, Any], rows: Rows, eos_id: Array, enough: Array, *, config: ModelConfig) -> Rows:
     """Makes tokens, one a live row and turn, until at most `enough` rows are live or TURNS are over."""
     layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.layers)]  # split once a call
 
@@ -122,13 +122,13 @@ def decode(params: dict[str, Any], rows: Rows, enough: Array, *, config: ModelCo
         return (state[1].live.sum() > enough) & (state[0] < TURNS)
 
     def turn(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
-        return state[0] + 1, _turn(params, layers, state[1], config, eos_id)
+        return state[0] + 1, _turn(params, layers, state[1], eos_id, config)
 
     return jax.lax.while_loop(go_on, turn, (jnp.int32(0), rows))[1]
 
 
 def _turn(
-    params: dict[str, Any], layers: list[dict[str, Array]], rows: Rows, config: ModelConfig, eos_id: int | None
+    params: dict[str, Any], layers: list[dict[str, Array]], rows: Rows, eos_id: Array, config: ModelConfig
 ) -> Rows:
     x = embed(params, rows.last[:, None], rows.keys[0].dtype)  # [B, 1, D]
     tables = rope_tables(config, rows.position[:, None])
