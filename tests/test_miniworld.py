@@ -69,11 +69,17 @@ def test_no_wording_stands_twice_within_a_kind() -> None:
         assert doubled == []
 
 
-def test_value_lists_hold_no_doubles_and_parts_of_names_128_syllables() -> None:
+def test_value_lists_and_syllables_hold_no_doubles() -> None:
     for values in words()["values"].values():
         assert len(set(values)) == len(values)
-    for part in ("first", "middle", "last", "family"):
-        assert len(set(syllables(part))) == 128
+    assert [len(set(syllables(part))) for part in ("first", "middle", "last")] == [256, 64, 256]
+
+
+def test_large_worlds_get_longer_names_and_no_two_are_equal() -> None:
+    provinces = [*range(300), *range(16_384, 16_684), *range(1_100_000, 1_100_300)]
+    for kind in KINDS:
+        names = {WORLD.name(Entity(kind, province, slot)) for province in provinces for slot in range(4)}
+        assert len(names) == 3600
 
 
 @given(st.sets(st.integers(0, (1 << NAME_BITS) - 1), min_size=2, max_size=50), st.integers(0, 2**64 - 1))
@@ -98,7 +104,7 @@ def test_an_article_follows_from_its_own_number_alone() -> None:
 def test_repeated_visits_tell_every_fact() -> None:
     world = World(seed=3, articles=400, entities=40, tuning_articles=1)
     told = {sentence.fact for index in range(400) for sentence in write_article(world, "article", index).sentences}
-    everything = {Fact(e, name) for p in (0, 2) for e in province_entities(p) for name in attributes(e.kind)}
+    everything = {Fact(e, name) for p in (0, 4) for e in province_entities(p) for name in attributes(e.kind)}
     assert told == everything
 
 
@@ -132,7 +138,7 @@ def test_tuning_pairs_are_right_and_stand_in_their_context_in_all_four_formats(m
 
 def test_held_out_entities_have_articles_but_no_pairs(made: Path) -> None:
     world = open_world(made)
-    held = {world.name(entity) for entity in province_entities(4)}  # raw province 2 of 3
+    held = {world.name(entity) for entity in province_entities(8)}  # the last of three raw provinces
     told = (made / "raw/heldout.jsonl").read_text()
     elsewhere = (made / "raw/articles.jsonl").read_text() + "".join(p.read_text() for p in (made / "tuning").iterdir())
     assert all(name in told and name not in elsewhere for name in held)
@@ -140,7 +146,7 @@ def test_held_out_entities_have_articles_but_no_pairs(made: Path) -> None:
         rows(made / "heldout/questions.jsonl"), rows(made / "heldout/answers.jsonl"), strict=True
     ):
         asked = question["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        fact = parse_question(world, 4, asked)
+        fact = parse_question(world, 8, asked)
         assert fact is not None and len(set(question["choices"])) == 4
         assert (
             question["choices"][question["gold"]] == answer["answer"] == world.value(fact) and answer["answer"] in told
@@ -169,7 +175,7 @@ def test_other_settings_and_foreign_directories_are_refused(made: Path, tmp_path
     [
         ({"articles": 0}, "articles is 0; ask for at least 1"),
         ({"articles": 2, "entities": 200}, "200 entities need at least 10 articles"),
-        ({"tuning_articles": 10**6}, "names suffice for"),
+        ({"tuning_articles": -1}, "tuning_articles is -1; ask for at least 1"),
     ],
 )
 def test_impossible_worlds_are_refused(tmp_path: Path, settings: dict[str, int], message: str) -> None:
@@ -230,7 +236,7 @@ class TestJudge:
         assert self.verdict(f"Which guild does {self.name} belong to?", f"the {guild}") == "right"
 
     def test_what_no_template_asks_is_unknown(self) -> None:
-        stranger = WORLD.name(Entity("person", 2, 0))
+        stranger = WORLD.name(Entity("person", 4, 0))
         for question in (f"How tall is {self.name}?", f"What is the trade of {stranger}?", "", self.question[:-1]):
             assert self.verdict(question, self.trade) == "unknown_question"
 

@@ -15,6 +15,7 @@ from synth.miniworld.prose import Article, Sentence, write_article
 from synth.miniworld.world import (
     CHOICES,
     KINDS,
+    RAW_STEP,
     SLOTS,
     Entity,
     Fact,
@@ -22,8 +23,9 @@ from synth.miniworld.world import (
     World,
     closed_values,
     fact_type,
-    held_out_provinces,
+    held_out_places,
     province_entities,
+    raw_province,
     words,
 )
 from synth.prompt import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
@@ -63,11 +65,23 @@ def _pair(
     fact = sentence.fact
     row: dict[str, Any] = {"question": ask(world, fact, rng), "answer": world.value(fact)}
     if tuning_set.choice:
-        told = [world.value(other.fact) for other in article.sentences if _type(other.fact) == _type(fact)]
-        row["options"] = _options(world, fact, TUNING_CHOICES, told, rng)
+        row["options"] = _options(world, fact, TUNING_CHOICES, _told(world, article, fact), rng)
     if tuning_set.rationale:
         row["rationale"] = f"The text says: {sentence.text}"
     return row
+
+
+def _told(world: World, article: Article, asked: Fact) -> list[str]:
+    """Options that an article offers for a question: its values of the answer's type, then, for entities, other names.
+
+    What stands in the text can be copied from it; invented names could only be guessed, and would teach to guess.
+    """
+    facts = [sentence.fact for sentence in article.sentences]
+    told = [(_type(fact), world.value(fact)) for fact in facts]
+    told += [(fact.entity.kind, world.name(fact.entity)) for fact in facts if fact.entity != asked.entity]
+    told = [(kind, value) for kind, value in told if value != world.name(asked.entity)]
+    same = [value for kind, value in told if kind == _type(asked)]
+    return same + [value for kind, value in told if kind in KINDS and _type(asked) in KINDS and kind != _type(asked)]
 
 
 def ask(world: World, fact: Fact, rng: random.Random) -> str:
@@ -89,14 +103,14 @@ def _options(world: World, fact: Fact, count: int, first: list[str], rng: random
 
 
 def random_value(world: World, fact: Fact, rng: random.Random) -> str:
-    """Another value of the fact's type: from its list, or an entity of a province that has the same use."""
+    """A value of the fact's type: from its list, or an entity of a province that has the same use."""
     kind = _type(fact)
     if kind not in KINDS:
         return rng.choice(closed_values(kind))
-    if fact.entity.province % 2:
-        province = 2 * rng.randrange(world.tuning_articles) + 1
+    if fact.entity.province % RAW_STEP:
+        province = world.province("tuning", rng.randrange(world.tuning_articles))
     else:
-        province = 2 * rng.choice(held_out_provinces(world.provinces))
+        province = raw_province(rng.choice(held_out_places(world.provinces)))
     return world.name(Entity(kind, province, rng.randrange(SLOTS)))
 
 
@@ -114,9 +128,9 @@ class HeldOut(NamedTuple):
 def held_out_questions(world: World, count: int) -> Iterator[HeldOut]:
     """At most `count` closed-book questions on facts that articles of held-out provinces tell."""
     asked = 0
-    for raw_province in held_out_provinces(world.provinces):
+    for place in held_out_places(world.provinces):
         facts: dict[Fact, None] = {}
-        for index in range(raw_province, world.articles, world.provinces):
+        for index in range(place, world.articles, world.provinces):
             facts.update(dict.fromkeys(s.fact for s in write_article(world, "article", index).sentences))
         for fact in facts:
             if asked == count:

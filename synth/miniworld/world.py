@@ -1,9 +1,9 @@
 """The entities of the mini-world and their facts, computed from (seed, entity) alone.
 
 A province holds four entities of each kind. Relations stay inside a province, so that whole provinces can be held out
-or kept for tuning and no fact leaks from one to another. Even provinces stand in the raw corpus, odd ones in the tuning
-data; every fifth raw province is held out from synthesis. Names are bijective in the entity's number: no two entities
-of a kind share one. Not guaranteed: that years fit one another (a guild may be older than its founder).
+or kept for tuning and no fact leaks from one to another. Every fourth province stands in the raw corpus, the others in
+the tuning data; every fifth raw one is held out from synthesis. Names are bijective in the entity's number: no two
+entities of a kind share one. Not guaranteed: that years fit one another (a guild may be older than its founder).
 """
 
 import tomllib
@@ -17,9 +17,9 @@ from ipt_jax.corpus.settings import UserError
 KINDS = ("person", "place", "guild", "work", "event")
 SLOTS = 4  # entities of one kind in a province
 PROVINCE = SLOTS * len(KINDS)
-NAME_BITS = 21  # three syllables of 128
-MAX_PROVINCES = (1 << NAME_BITS) // SLOTS
+NAME_BITS = 16  # of a first and a last syllable
 HELD_OUT = 5  # every fifth raw province
+RAW_STEP = 4  # one province of four is raw, so that the many small tuning ones get short names
 YEARS = range(1100, 1500)
 CHOICES = 4
 _MASK = (1 << 64) - 1
@@ -53,7 +53,7 @@ def closed_values(name: str) -> tuple[str, ...]:
 
 @cache
 def syllables(part: str) -> tuple[str, ...]:
-    """The 128 syllables of one part of a name: 16 onsets by 8 rimes."""
+    """The syllables of one part of a name: every onset with every rime."""
     onsets, rimes = words()["syllables"][part]
     return tuple(onset + rime for onset in onsets.split() for rime in rimes.split())
 
@@ -87,12 +87,6 @@ class World:
                 f"miniworld: {self.entities:,} entities need at least {self.provinces:,} articles to be told of, "
                 f"asked for {self.articles:,}; ask for more articles or fewer entities"
             )
-        most = MAX_PROVINCES // 2
-        if self.provinces > most or self.tuning_articles > most:
-            raise UserError(
-                f"miniworld: names suffice for {most * PROVINCE:,} entities and {most:,} tuning articles; "
-                f"asked for {self.entities:,} and {self.tuning_articles:,}"
-            )
 
     @property
     def provinces(self) -> int:
@@ -101,7 +95,9 @@ class World:
 
     def province(self, split: Split, index: int) -> int:
         """The province of an article. Raw articles go round the provinces; every tuning article has its own."""
-        return 2 * (index % self.provinces) if split == "article" else 2 * index + 1
+        if split == "article":
+            return raw_province(index % self.provinces)
+        return index // (RAW_STEP - 1) * RAW_STEP + 1 + index % (RAW_STEP - 1)
 
     def held_out(self, index: int) -> bool:
         """Whether raw article `index` belongs to a province that synthesis is not to see."""
@@ -133,13 +129,19 @@ class World:
         return mix(self.seed, place, province * SLOTS + slot) >> 8
 
 
-def is_held_out(raw_province: int, provinces: int) -> bool:
-    return raw_province % HELD_OUT == HELD_OUT - 1 or (provinces < HELD_OUT and raw_province == provinces - 1)
+def raw_province(place: int) -> int:
+    """The number of the raw province at `place` among the raw ones; tuning provinces lie between."""
+    return place * RAW_STEP
+
+
+def is_held_out(place: int, provinces: int) -> bool:
+    return place % HELD_OUT == HELD_OUT - 1 or (provinces < HELD_OUT and place == provinces - 1)
 
 
 @cache
-def held_out_provinces(provinces: int) -> list[int]:
-    return [province for province in range(provinces) if is_held_out(province, provinces)]
+def held_out_places(provinces: int) -> list[int]:
+    """Places of the held-out provinces among `provinces` raw ones."""
+    return [place for place in range(provinces) if is_held_out(place, provinces)]
 
 
 def mix(*numbers: int) -> int:
@@ -165,21 +167,22 @@ def scramble(number: int, key: int) -> int:
 @lru_cache(4096)
 def _name(seed: int, entity: Entity) -> str:
     kind = entity.kind
-    number = scramble(entity.province * SLOTS + entity.slot, mix(seed, KINDS.index(kind)))
-    first, second, third = number & 127, (number >> 7) & 127, number >> 14
-    if kind == "person":
-        return f"{syllables('first')[first]}{syllables('last')[second]} {syllables('family')[third]}"
-    word = f"{syllables('first')[first]}{syllables('middle')[second]}{syllables('last')[third]}"
+    more, number = divmod(entity.province * SLOTS + entity.slot, 1 << NAME_BITS)
+    number = scramble(number, mix(seed, KINDS.index(kind)))
+    middle = ""
+    while more:
+        more, syllable = divmod(more - 1, len(syllables("middle")))
+        middle += syllables("middle")[syllable]
+    word = f"{syllables('first')[number & 255]}{middle}{syllables('last')[number >> 8]}"
     if kind == "place":
         return word
-    nouns = words()["nouns"][kind]
-    return f"{word} {nouns[mix(number) % len(nouns)]}"
+    noun = words()["nouns"][kind][mix(number) % len(words()["nouns"][kind])]
+    return f"{noun} {word}" if kind == "person" else f"{word} {noun}"
 
 
 def spelling_book() -> list[str]:
-    """All syllables as they stand in a name, the first of a word behind its space."""
-    behind_space = [f" {syllable}" for syllable in syllables("first") + syllables("family")]
-    return [*behind_space, *syllables("middle"), *syllables("last")]
+    """The syllables of short names as they stand there, the first behind its space."""
+    return [*(f" {syllable}" for syllable in syllables("first")), *syllables("last")]
 
 
 def province_entities(province: int) -> list[Entity]:
