@@ -20,7 +20,8 @@ CONFIG = ModelConfig(
     vocab_size=53, hidden_size=32, layers=2, q_heads=4, kv_heads=2, head_dim=8, intermediate_size=48, max_positions=160,
     initializer_range=0.4,
 )  # fmt: skip
-WORDS = ["<s>", "</s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs"]
+WORDS = ["<s>", "</s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", *(f"word{n}" for n in range(44))]
+ROWS, LENGTH, NEW = 8, 96, 24  # what `generate` comes to for six prompts: every test that can shares the compiled code
 
 
 def language_model(**changes: object) -> LanguageModel:
@@ -53,37 +54,42 @@ def without_cache(model: LanguageModel, prompt: list[int], new: int) -> list[int
 def test_greedy_equals_the_argmax_without_a_cache(window: int | None) -> None:
     model = language_model(sliding_window=window, eos_id=None)
     asked = prompts(6)
-    assert model.generate(asked, 24) == [without_cache(model, prompt, 24) for prompt in asked]
+    assert model.generate(asked, NEW) == [without_cache(model, prompt, NEW) for prompt in asked]
 
 
 def test_eos_ends_a_row_and_is_left_out() -> None:
-    free = language_model(eos_id=None)
-    prompt = prompts(1)[0]
-    tokens = free.generate([prompt], 24)[0]
-    end = next(token for token in tokens if tokens.index(token) > 2)  # a token whose first place is not the start
+    asked = prompts(6)
+    free = language_model(eos_id=None).generate(asked, NEW)
+    end = next(token for token in free[0] if free[0].index(token) > 2)  # a token that first stands past the start
     model = language_model(eos_id=end)
-    assert model.generate([prompt], 24) == [tokens[: tokens.index(end)]]
-    assert model.generate([prompt], 24, eos=False) == [tokens]
-    ended, cut = BatchGenerator(model, 1, 96, 24).run([(prompt, 0), (prompt[:1], 0)])
-    assert (ended.finish_reason, ended.ids) == ("stop", tokens[: tokens.index(end)])
-    assert cut.finish_reason == ("length" if len(cut.ids) == 24 else "stop")
+    cut = [ids[: ids.index(end)] if end in ids else ids for ids in free]
+    assert model.generate(asked, NEW) == cut != free
+    assert model.generate(asked, NEW, eos=False) == free
+    done = BatchGenerator(model, ROWS, LENGTH, NEW).run([(prompt, 0) for prompt in asked])
+    assert [one.ids for one in done] == cut
+    assert [one.finish_reason for one in done] == ["stop" if end in ids else "length" for ids in free]
 
 
 def test_a_row_depends_on_its_own_prompt_and_seed_alone() -> None:
     model = language_model(eos_id=None)
-    requests = [(prompt, (number << 33) + 5) for number, prompt in enumerate(prompts(9))]
-    together = BatchGenerator(model, 4, 96, 16).run(requests, temperature=1.0)
-    backwards = BatchGenerator(model, 8, 96, 16).run(requests[::-1], temperature=1.0)[::-1]
+    requests = [(prompt, (number << 33) + 5) for number, prompt in enumerate(prompts(13))]
+    together = BatchGenerator(model, ROWS, LENGTH, NEW).run(requests, temperature=1.0)
+    backwards = BatchGenerator(model, 4, LENGTH, NEW).run(requests[::-1], temperature=1.0)[::-1]
     assert [one.ids for one in together] == [one.ids for one in backwards]
-    again = BatchGenerator(model, 4, 96, 16).run([(requests[0][0], 6)], temperature=1.0)
+    again = BatchGenerator(model, ROWS, LENGTH, NEW).run([(requests[0][0], 6)], temperature=1.0)
     assert again[0].ids != together[0].ids
 
 
 def test_temperature_draws_from_the_models_distribution() -> None:
     model = language_model(eos_id=None)
     prompt, temperature, count = prompts(1)[0], 0.7, 512
-    drawn = BatchGenerator(model, 64, 64, 1).run([(prompt, seed) for seed in range(count)], temperature=temperature)
-    shares = np.bincount([one.ids[0] for one in drawn], minlength=53) / count
+    generator = BatchGenerator(model, ROWS, LENGTH, NEW)
+    for seed in range(count):
+        generator.add(prompt, seed, max_new_tokens=1, temperature=temperature)
+    drawn: list[int] = []
+    while generator.pending:
+        drawn += [done.ids[0] for done in generator.step()]
+    shares = np.bincount(drawn, minlength=53) / count
     logits = row_logits(model, prompt)[-1] / temperature
     expected = np.exp(logits - logits.max())
     assert np.abs(shares - expected / expected.sum()).sum() < 0.25
@@ -91,16 +97,16 @@ def test_temperature_draws_from_the_models_distribution() -> None:
 
 def test_limits_are_per_request_and_cut_at_the_context() -> None:
     model = language_model(eos_id=None)
-    generator = BatchGenerator(model, 2, 32, 12)
-    generator.add([5] * 29, max_new_tokens=12)  # three places are left
+    generator = BatchGenerator(model, ROWS, LENGTH, NEW)
+    generator.add([5] * 93)  # three places are left
     generator.add([5] * 4, max_new_tokens=7)
-    generator.add([5] * 4)
+    generator.add([5] * 4, max_new_tokens=1000)
     lengths = {}
     while generator.pending:
         lengths |= {done.number: len(done.ids) for done in generator.step()}
-    assert lengths == {0: 3, 1: 7, 2: 12}
-    with pytest.raises(UserError, match="prompt of 32 tokens"):
-        generator.add([5] * 32)
+    assert lengths == {0: 3, 1: 7, 2: NEW}
+    with pytest.raises(UserError, match="prompt of 96 tokens"):
+        generator.add([5] * LENGTH)
 
 
 def test_loglikelihood_sums_the_continuations_own_tokens() -> None:
@@ -125,19 +131,21 @@ def worded(tmp_path: Path) -> LanguageModel:
     words.add_special_tokens(["<s>", "</s>"])
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    config = CONFIG.model_copy(update={"vocab_size": len(WORDS), "bos_id": 0, "eos_id": 1})
-    return LanguageModel(config, init_params(config, jax.random.key(0)), load_tokenizer(tmp_path))
+    model = language_model(bos_id=0, eos_id=1)
+    model.tokenizer = load_tokenizer(tmp_path)
+    return model
 
 
 def test_text_prompts_get_bos_and_give_text(worded: LanguageModel) -> None:
-    text = "the cat sat"
-    ids = [0, *worded.tokenizer.encode(text)]  # type: ignore[union-attr]
-    assert worded.encode(text) == ids
-    (completion,) = worded.generate([text], 5)
-    assert completion == worded.tokenizer.decode(worded.generate([ids], 5)[0])  # type: ignore[union-attr]
-    score = worded.loglikelihood([text], ["on a mat"])[0]
+    tokenizer = worded.tokenizer
+    assert tokenizer is not None
+    texts = ["the cat sat", "the cat", "cat", "a mat", "the", " ".join(WORDS[3:40])]
+    ids = [[0, *tokenizer.encode(text)] for text in texts]
+    assert [worded.encode(text) for text in texts] == ids
+    assert worded.generate(texts, NEW) == [tokenizer.decode(new) for new in worded.generate(ids, NEW)]
+    score = worded.loglikelihood(["the cat sat"], ["on a mat"])[0]
     assert score.tokens == 3
-    assert score == worded.loglikelihood([ids], [worded.encode("on a mat", continuing=True)])[0]
+    assert score == worded.loglikelihood([ids[0]], [worded.encode("on a mat", continuing=True)])[0]
 
 
 def test_mistakes_are_told(worded: LanguageModel) -> None:
