@@ -10,6 +10,7 @@ Does not check a checkpoint's bytes again when it reads them.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,6 +45,18 @@ class RecordHandler(ocp.JsonCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         if jax.process_index() == 0:
             (directory.parent / "model.json").write_text(self._model.model_dump_json(indent=1))
+
+
+@ocp.args.register_with_handler(RecordHandler, for_save=True)
+@dataclass
+class RecordSave(ocp.args.JsonSave):
+    """Orbax finds a handler by the class of its arguments."""
+
+
+@ocp.args.register_with_handler(RecordHandler, for_restore=True)
+@dataclass
+class RecordRestore(ocp.args.JsonRestore):
+    """Asked for by Orbax; the record is read without it."""
 
 
 class Checkpoints:
@@ -84,7 +97,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(state.optimizer),
-                record=ocp.args.JsonSave(msgspec.to_builtins(record)),
+                record=RecordSave(msgspec.to_builtins(record)),
             ),
             force=True,
         )

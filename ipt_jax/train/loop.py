@@ -9,6 +9,8 @@ waits for the step it has just started: metrics are fetched a logging interval l
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import os
 import signal
 import threading
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from ipt_jax.config import Recipe, rows_per_step
@@ -26,7 +29,10 @@ from ipt_jax.corpus.shards import lock_directory, writing
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import Plan, build_plan
+from ipt_jax.hf.load import load_params
 from ipt_jax.model.config import ModelConfig, resolve_model
+from ipt_jax.model.mistral import abstract_params
+from ipt_jax.model.source import read_model_config, resolve_checkpoint
 from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
 from ipt_jax.parallel.process import enable_compile_cache, initialize_distributed
 from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
@@ -34,7 +40,7 @@ from ipt_jax.train.ledger import Ledger
 from ipt_jax.train.metrics import last_line
 from ipt_jax.train.program import Program, build_program, lower
 from ipt_jax.train.record import copy_tokenizer, describe, tell, tell_start, write_record
-from ipt_jax.train.state import TrainState, fresh_state
+from ipt_jax.train.state import TrainState, fresh_state, state_from_params
 
 
 def run_train(recipe: Recipe) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     plan = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
     check_schedule(recipe, plan)
     model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
-    mesh = make_mesh(**recipe.mesh.model_dump())
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     program = build_program(recipe, model, mesh, plan.steps)
 
     with claim(run_dir), Checkpoints(run_dir, model, recipe.train.keep_checkpoints) as checkpoints:
@@ -135,7 +141,28 @@ def control_ids(plan: Plan) -> tuple[int | None, int | None]:
 
 
 def initial_state(recipe: Recipe, program: Program) -> TrainState:
-    return fresh_state(program.model, program.optimizer, program.shardings, recipe.train.seed)
+    """Step 0: fresh parameters, or those of `model.from`, each put into its shards as it is read."""
+    if recipe.model.from_ is None:
+        return fresh_state(program.model, program.optimizer, program.shardings, recipe.train.seed)
+    source = resolve_checkpoint(recipe.model.from_)
+    refuse_other_shapes(recipe.model.from_, read_model_config(source), program.model)
+
+    def place(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
+        sharding: Any = functools.reduce(operator.getitem, path, program.shardings.params)
+        return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+
+    _, params = load_params(source, "float32", place)
+    return state_from_params(params, program.optimizer, program.shardings)
+
+
+def refuse_other_shapes(path: str, stored: ModelConfig, wanted: ModelConfig) -> None:
+    """Raises UserError when the recipe overrides a field that the stored weights cannot follow."""
+    for field, value in wanted.model_dump().items():
+        if abstract_params(stored.model_copy(update={field: value})) != abstract_params(stored):
+            raise UserError(
+                f"model.{field} is {value}, but the weights of {path} have {getattr(stored, field)}; "
+                f"leave model.{field} out, or train from scratch with a preset"
+            )
 
 
 def compile_step(program: Program) -> Callable[..., Any]:

@@ -6,7 +6,6 @@ shards: no device ever holds the whole model), and moments that lie where their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +52,17 @@ def fresh_state(
         params = init_params(config, jax.random.key(seed))
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    return jax.jit(draw, out_shardings=shardings)()
+    # run once: LLVM's highest level takes four seconds to compile this on a CPU, its first one
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+    return jax.jit(draw, out_shardings=shardings, compiler_options=options)()
 
 
 def state_from_params(
     params: dict[str, Any], optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
-    """A state at step 0 with given parameters, of any float dtype and anywhere."""
-    placed = jax.tree.map(lambda value, to: jax.device_put(value.astype(jnp.float32), to), params, shardings.params)
-    begin: Callable[[Any], TrainState] = lambda p: TrainState(jnp.int32(0), p, optimizer.init(p))  # noqa: E731
-    return jax.jit(begin, out_shardings=shardings)(placed)
+    """A state at step 0 with given parameters, which it takes over."""
+
+    def begin(params: dict[str, Any]) -> TrainState:
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
