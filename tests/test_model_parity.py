@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extras import need
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from ipt_jax.corpus.settings import UserError
 from ipt_jax.model import attention
 from ipt_jax.model.config import PRESETS, ModelConfig, ModelSettings, param_count, resolve_model
 from ipt_jax.model.mistral import Mistral, abstract_params, forward, init_params, logical_axes, logits_of, params_of
-from tests.extras import need
 
 SMALL = ModelConfig(
     vocab_size=61, hidden_size=32, layers=2, q_heads=4, kv_heads=2, head_dim=12, intermediate_size=40,
@@ -208,3 +208,4 @@ def test_attention_is_chosen_with_a_reason() -> None:
     assert kernel == "cudnn" and "window 4096" in reason
     kernel, reason = attention.choose_attention("NVIDIA H100 80GB HBM3", config, 8192, "block")
     assert kernel == "xla" and "cross_document" in reason
+    assert "float32" in attention.choose_attention("NVIDIA H100 80GB HBM3", config, 8192, compute_dtype="float32")[1]

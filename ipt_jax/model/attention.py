@@ -24,7 +24,7 @@ MASKED = -1e30  # finite, so that a row without any visible key (padding in gene
 
 
 def choose_attention(
-    device_kind: str, config: ModelConfig, seq_len: int, cross_document: str = "allow"
+    device_kind: str, config: ModelConfig, seq_len: int, cross_document: str = "allow", compute_dtype: str = "bfloat16"
 ) -> tuple[str, str]:
     """The kernel for this device and these rows, and the reason in words."""
     kind = device_kind.lower()
@@ -34,6 +34,8 @@ def choose_attention(
         return "xla", f"{device_kind}: XLA attention is the only kernel on this device"
     if cross_document == "block":
         return "xla", "cross_document: block needs segment masks, which the fused GPU path here does not take"
+    if compute_dtype == "float32":
+        return "xla", "cuDNN takes 16-bit floats, compute_dtype is float32"
     if config.head_dim > 128 or config.head_dim % 8:
         return "xla", f"cuDNN takes head_dim up to 128 in multiples of 8, the model has {config.head_dim}"
     window = f"window {config.sliding_window}" if _window(config, seq_len) else "no window inside a row"

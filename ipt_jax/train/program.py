@@ -119,7 +119,8 @@ def abstract_batch(
 def _attention(recipe: Recipe, model: ModelConfig, kind: str, platform: str) -> tuple[str, str, list[str]]:
     """Kernel, reason, and the fallback if it is one."""
     asked = recipe.train.attention
-    name, reason = choose_attention(kind, model, recipe.data.seq_len, recipe.data.cross_document)
+    dtype = _compute_dtype(recipe, platform)
+    name, reason = choose_attention(kind, model, recipe.data.seq_len, recipe.data.cross_document, dtype)
     if asked == "auto":
         return name, reason, [f"attention: {reason}"] if name == "xla" and platform != "cpu" else []
     if asked not in ("xla", name):
