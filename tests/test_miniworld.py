@@ -18,15 +18,15 @@ from synth.miniworld.prose import write_article
 from synth.miniworld.questions import parse_question
 from synth.miniworld.world import (
     KINDS,
-    NAME_BITS,
     PROVINCE,
     Entity,
     Fact,
+    answer_words,
     attributes,
     closed_values,
+    name_words,
     province_entities,
     scramble,
-    syllables,
     words,
 )
 from synth.prompt import ANSWER_CUE, wire_pair
@@ -59,6 +59,7 @@ def test_each_fact_has_eight_wordings_and_two_questions(kind: str, attribute: st
     for wording in fact["say"]:
         fields = sorted(name for _, name, _, _ in string.Formatter().parse(wording) if name)
         assert fields == ["e", "v"] and not wording.endswith(".") and not wording[0].isupper(), wording
+        assert wording.index("{e}") < wording.index("{v}"), wording
     assert fact["type"] in (*KINDS, "emblem", "year", *words()["values"])
 
 
@@ -69,22 +70,23 @@ def test_no_wording_stands_twice_within_a_kind() -> None:
         assert doubled == []
 
 
-def test_value_lists_and_syllables_hold_no_doubles() -> None:
+def test_value_lists_and_parts_of_names_hold_no_doubles() -> None:
     for values in words()["values"].values():
         assert len(set(values)) == len(values)
-    assert [len(set(syllables(part))) for part in ("first", "middle", "last")] == [256, 64, 256]
+    assert len(set(name_words())) == len(name_words()) == 384
+    assert all(len(set(words()["nouns"][kind])) == 16 for kind in KINDS)
 
 
 def test_large_worlds_get_longer_names_and_no_two_are_equal() -> None:
-    provinces = [*range(300), *range(16_384, 16_684), *range(1_100_000, 1_100_300)]
+    provinces = [*range(300), *range(1536, 1836), *range(600_000, 600_300)]
     for kind in KINDS:
         names = {WORLD.name(Entity(kind, province, slot)) for province in provinces for slot in range(4)}
         assert len(names) == 3600
 
 
-@given(st.sets(st.integers(0, (1 << NAME_BITS) - 1), min_size=2, max_size=50), st.integers(0, 2**64 - 1))
-def test_names_are_a_bijection_of_entity_numbers(numbers: set[int], key: int) -> None:
-    assert len({scramble(number, key) for number in numbers}) == len(numbers)
+@given(st.integers(1, 300), st.integers(0, 2**64 - 1))
+def test_scrambling_is_a_bijection(size: int, key: int) -> None:
+    assert sorted(scramble(number, size, key) for number in range(size)) == list(range(size))
 
 
 def test_relations_stay_in_the_province_and_never_lead_home() -> None:
@@ -104,13 +106,13 @@ def test_an_article_follows_from_its_own_number_alone() -> None:
 def test_repeated_visits_tell_every_fact() -> None:
     world = World(seed=3, articles=400, entities=40, tuning_articles=1)
     told = {sentence.fact for index in range(400) for sentence in write_article(world, "article", index).sentences}
-    everything = {Fact(e, name) for p in (0, 4) for e in province_entities(p) for name in attributes(e.kind)}
+    everything = {Fact(e, name) for p in (768, 769) for e in province_entities(p) for name in attributes(e.kind)}
     assert told == everything
 
 
-def test_articles_are_short_and_tell_three_to_five_facts_of_several_entities() -> None:
+def test_articles_are_short_and_tell_three_or_four_facts_of_several_entities() -> None:
     articles = [write_article(WORLD, "article", index) for index in range(120)]
-    assert {len(article.sentences) for article in articles} == {3, 4, 5}
+    assert {len(article.sentences) for article in articles} == {3, 4}
     assert all(len({sentence.fact.entity for sentence in article.sentences}) >= 2 for article in articles)
     assert all(25 <= len(article.text.split()) <= 130 for article in articles)
 
@@ -138,7 +140,7 @@ def test_tuning_pairs_are_right_and_stand_in_their_context_in_all_four_formats(m
 
 def test_held_out_entities_have_articles_but_no_pairs(made: Path) -> None:
     world = open_world(made)
-    held = {world.name(entity) for entity in province_entities(8)}  # the last of three raw provinces
+    held = {world.name(entity) for entity in province_entities(770)}  # the last of three raw provinces
     told = (made / "raw/heldout.jsonl").read_text()
     elsewhere = (made / "raw/articles.jsonl").read_text() + "".join(p.read_text() for p in (made / "tuning").iterdir())
     assert all(name in told and name not in elsewhere for name in held)
@@ -146,7 +148,7 @@ def test_held_out_entities_have_articles_but_no_pairs(made: Path) -> None:
         rows(made / "heldout/questions.jsonl"), rows(made / "heldout/answers.jsonl"), strict=True
     ):
         asked = question["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        fact = parse_question(world, 8, asked)
+        fact = parse_question(world, 770, asked)
         assert fact is not None and len(set(question["choices"])) == 4
         assert (
             question["choices"][question["gold"]] == answer["answer"] == world.value(fact) and answer["answer"] in told
@@ -187,8 +189,8 @@ def test_impossible_worlds_are_refused(tmp_path: Path, settings: dict[str, int],
 def test_tokenizer_round_trips_and_keeps_tags_whole(made: Path) -> None:
     tokenizer = load_tokenizer(made / "tokenizer")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2) and tokenizer.vocab_size <= SMALL["tokenizer_size"]
-    for tag in (" <CON>", " </CON>", "<QUE>", " <ANS>", " </END>", "\n\n"):
-        assert len(tokenizer.encode(tag)) == 1, tag
+    for whole in (" <CON>", " </CON>", "<QUE>", " <ANS>", " </END>", "\n\n", *(f" {word}" for word in answer_words())):
+        assert len(tokenizer.encode(whole)) == 1, whole
     for text in (rows(made / "raw/articles.jsonl")[0]["text"], "  naïve\t<s>\n\n\n中 x ", "</CON><QUE>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -203,9 +205,9 @@ def test_transformers_opens_the_tokenizer(made: Path) -> None:
 
 
 class TestJudge:
-    """Literal cases about article 0, which lies in province 0."""
+    """Literal cases about article 0, which lies in province 768."""
 
-    person = Entity("person", 0, 0)
+    person = Entity("person", 768, 0)
     name = WORLD.name(person)
     trade = WORLD.value(Fact(person, "trade"))
     other = closed_values("trade")[closed_values("trade").index(trade) - 1]
@@ -236,7 +238,7 @@ class TestJudge:
         assert self.verdict(f"Which guild does {self.name} belong to?", f"the {guild}") == "right"
 
     def test_what_no_template_asks_is_unknown(self) -> None:
-        stranger = WORLD.name(Entity("person", 4, 0))
+        stranger = WORLD.name(Entity("person", 769, 0))
         for question in (f"How tall is {self.name}?", f"What is the trade of {stranger}?", "", self.question[:-1]):
             assert self.verdict(question, self.trade) == "unknown_question"
 
@@ -247,10 +249,10 @@ class TestJudge:
 
 
 def test_every_question_form_is_read_back_to_its_fact() -> None:
-    for entity in province_entities(0):
+    for entity in province_entities(768):
         for attribute in attributes(entity.kind):
             for form in words()[entity.kind][attribute]["ask"]:
-                assert parse_question(WORLD, 0, form.format(e=WORLD.name(entity))) == Fact(entity, attribute)
+                assert parse_question(WORLD, 768, form.format(e=WORLD.name(entity))) == Fact(entity, attribute)
 
 
 def test_entities_are_rounded_up_to_whole_provinces() -> None:

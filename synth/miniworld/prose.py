@@ -10,8 +10,8 @@ from typing import NamedTuple
 from ipt_jax.corpus.settings import draw
 from synth.miniworld.world import PROVINCE, Entity, Fact, Split, World, attributes, province_entities, words
 
-MAX_FACTS = 5
-FILLER_SHARE = 0.4
+MAX_FACTS = 4
+FILLER_SHARE = 0.2
 LEAD_SHARE = 0.15
 OWN_GENRE_SHARE = 0.75  # of a tuning data set's contexts; the rest keeps few-shot examples stronger than the genre
 

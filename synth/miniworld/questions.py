@@ -15,8 +15,8 @@ from synth.miniworld.prose import Article, Sentence, write_article
 from synth.miniworld.world import (
     CHOICES,
     KINDS,
-    RAW_STEP,
     SLOTS,
+    TUNING_PROVINCES,
     Entity,
     Fact,
     Split,
@@ -107,8 +107,8 @@ def random_value(world: World, fact: Fact, rng: random.Random) -> str:
     kind = _type(fact)
     if kind not in KINDS:
         return rng.choice(closed_values(kind))
-    if fact.entity.province % RAW_STEP:
-        province = world.province("tuning", rng.randrange(world.tuning_articles))
+    if fact.entity.province < TUNING_PROVINCES:
+        province = rng.randrange(TUNING_PROVINCES)
     else:
         province = raw_province(rng.choice(held_out_places(world.provinces)))
     return world.name(Entity(kind, province, rng.randrange(SLOTS)))

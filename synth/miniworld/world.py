@@ -1,8 +1,8 @@
 """The entities of the mini-world and their facts, computed from (seed, entity) alone.
 
 A province holds four entities of each kind. Relations stay inside a province, so that whole provinces can be held out
-or kept for tuning and no fact leaks from one to another. Every fourth province stands in the raw corpus, the others in
-the tuning data; every fifth raw one is held out from synthesis. Names are bijective in the entity's number: no two
+or kept for tuning and no fact leaks from one to another. The first provinces stand in the tuning data, the others in
+the raw corpus; every fifth raw one is held out from synthesis. Names are bijective in the entity's number: no two
 entities of a kind share one. Not guaranteed: that years fit one another (a guild may be older than its founder).
 """
 
@@ -17,10 +17,9 @@ from ipt_jax.corpus.settings import UserError
 KINDS = ("person", "place", "guild", "work", "event")
 SLOTS = 4  # entities of one kind in a province
 PROVINCE = SLOTS * len(KINDS)
-NAME_BITS = 16  # of a first and a last syllable
 HELD_OUT = 5  # every fifth raw province
-RAW_STEP = 4  # one province of four is raw, so that the many small tuning ones get short names
-YEARS = range(1100, 1500)
+TUNING_PROVINCES = 768  # the first ones; raw provinces follow
+YEARS = range(1200, 1328)
 CHOICES = 4
 _MASK = (1 << 64) - 1
 
@@ -51,13 +50,6 @@ def closed_values(name: str) -> tuple[str, ...]:
     return tuple(str(year) for year in YEARS) if name == "year" else tuple(values[name])
 
 
-@cache
-def syllables(part: str) -> tuple[str, ...]:
-    """The syllables of one part of a name: every onset with every rime."""
-    onsets, rimes = words()["syllables"][part]
-    return tuple(onset + rime for onset in onsets.split() for rime in rimes.split())
-
-
 class Entity(NamedTuple):
     kind: str
     province: int
@@ -71,7 +63,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """`articles` articles over `entities` raw entities, and `tuning_articles` over entities of their own."""
+    """`articles` articles over `entities` raw entities, and `tuning_articles` over provinces of their own."""
 
     seed: int
     articles: int
@@ -94,10 +86,8 @@ class World:
         return max(2, -(-self.entities // PROVINCE))
 
     def province(self, split: Split, index: int) -> int:
-        """The province of an article. Raw articles go round the provinces; every tuning article has its own."""
-        if split == "article":
-            return raw_province(index % self.provinces)
-        return index // (RAW_STEP - 1) * RAW_STEP + 1 + index % (RAW_STEP - 1)
+        """The province of an article: raw and tuning articles go round provinces of their own."""
+        return index % TUNING_PROVINCES if split == "tuning" else raw_province(index % self.provinces)
 
     def held_out(self, index: int) -> bool:
         """Whether raw article `index` belongs to a province that synthesis is not to see."""
@@ -130,8 +120,8 @@ class World:
 
 
 def raw_province(place: int) -> int:
-    """The number of the raw province at `place` among the raw ones; tuning provinces lie between."""
-    return place * RAW_STEP
+    """The number of the raw province at `place` among the raw ones."""
+    return TUNING_PROVINCES + place
 
 
 def is_held_out(place: int, provinces: int) -> bool:
@@ -155,34 +145,48 @@ def mix(*numbers: int) -> int:
     return state
 
 
-def scramble(number: int, key: int) -> int:
-    """A bijection of NAME_BITS-bit numbers that depends on `key`."""
-    mask = (1 << NAME_BITS) - 1
-    for step in range(3):
-        number = (number * (mix(key, step) | 1) + (mix(key, step, 1))) & mask
-        number ^= number >> 10
-    return number
+def scramble(number: int, size: int, key: int) -> int:
+    """A bijection of the numbers below `size` that depends on `key`."""
+    bits = (size - 1).bit_length()
+    mask = (1 << bits) - 1
+    while True:
+        for step in range(3):
+            number = (number * (mix(key, step) | 1) + mix(key, step, 1)) & mask
+            number ^= number >> max(1, bits // 2)
+        if number < size:  # else on along the cycle of the power of two, until it comes back below
+            return number
+
+
+@cache
+def name_words() -> tuple[str, ...]:
+    """The words that names are made of; each is one id of the world's tokenizer."""
+    first, last = ([onset + rime for onset in a.split() for rime in b.split()] for a, b in _syllables())
+    return tuple(one + other for one in first for other in last)
+
+
+def _syllables() -> list[list[str]]:
+    return [words()["syllables"]["first"], words()["syllables"]["last"]]
+
+
+def answer_words() -> list[str]:
+    """Every word that an answer may hold, for the tokenizer to learn whole."""
+    nouns = [noun for kind in KINDS for noun in words()["nouns"][kind]]
+    closed = [word for values in words()["values"].values() for value in values for word in value.split()]
+    return list(dict.fromkeys([*name_words(), *nouns, *closed, *map(str, YEARS)]))
 
 
 @lru_cache(4096)
 def _name(seed: int, entity: Entity) -> str:
     kind = entity.kind
-    more, number = divmod(entity.province * SLOTS + entity.slot, 1 << NAME_BITS)
-    number = scramble(number, mix(seed, KINDS.index(kind)))
-    middle = ""
+    single, nouns = name_words(), words()["nouns"][kind]
+    size = len(single) * len(nouns)
+    more, number = divmod(entity.province * SLOTS + entity.slot, size)
+    noun, word = divmod(scramble(number, size, mix(seed, KINDS.index(kind))), len(single))
+    name = single[word]
     while more:
-        more, syllable = divmod(more - 1, len(syllables("middle")))
-        middle += syllables("middle")[syllable]
-    word = f"{syllables('first')[number & 255]}{middle}{syllables('last')[number >> 8]}"
-    if kind == "place":
-        return word
-    noun = words()["nouns"][kind][mix(number) % len(words()["nouns"][kind])]
-    return f"{noun} {word}" if kind == "person" else f"{word} {noun}"
-
-
-def spelling_book() -> list[str]:
-    """The syllables of short names as they stand there, the first behind its space."""
-    return [*(f" {syllable}" for syllable in syllables("first")), *syllables("last")]
+        more, word = divmod(more - 1, len(single))
+        name += " " + single[word]
+    return f"{nouns[noun]} {name}" if kind == "person" else f"{name} {nouns[noun]}"
 
 
 def province_entities(province: int) -> list[Entity]:

@@ -26,15 +26,15 @@ from synth.miniworld.instructions import write_instruction
 from synth.miniworld.prose import write_article
 from synth.miniworld.questions import TUNING_SETS, held_out_questions, tuning_row
 from synth.miniworld.tokenizer import save_tokenizer, train_tokenizer
-from synth.miniworld.world import PROVINCE, World, spelling_book
+from synth.miniworld.world import PROVINCE, World, answer_words
 from synth.prompt import context_block, pairs_text, wire_pair
 
 SCHEMA = 1
 OURS = {"raw", "tuning", "heldout", "tokenizer", "instructions.jsonl", "world.json", "world.json.tmp", ".lock"}
-# What the tokenizer is trained on. The book of syllables makes a name's syllables merge first, one id each.
+# What the tokenizer is trained on. The repeated list makes each word of an answer one id.
 TOKENIZER_ARTICLES = 1500
 TOKENIZER_INSTRUCTIONS = 500
-SPELLING_REPEATS = 2000
+ANSWER_REPEATS = 300
 
 
 def run_miniworld(
@@ -158,8 +158,8 @@ def _tokenizer_texts(world: World) -> Iterator[str]:
     for index in range(TOKENIZER_INSTRUCTIONS):
         instruction = write_instruction(world.seed, index)
         yield f"{instruction.prompt} {instruction.response}"
-    for _ in range(SPELLING_REPEATS):
-        yield "\n".join(spelling_book())
+    for _ in range(ANSWER_REPEATS):
+        yield f" {' '.join(answer_words())}"
 
 
 @contextlib.contextmanager
