@@ -7,6 +7,7 @@ floats depend on what else is in the batch.
 """
 
 import asyncio
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -81,12 +82,18 @@ def synthesize(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, 
     """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
     chain = make_chain(settings, tokenizer, identity)
     survey = survey_corpus(settings)
+    fresh = not Path(settings.output).exists()
     with open_output(settings.output, identity) as output:
         store = Store(output, survey, settings.groups_per_shard)
         try:
             if store.open_shards:
                 fill = fill_with_ray if settings.executor == "ray" else fill_here
                 fill(settings, chain, store)
+        except UserError:
+            # An output that this call made and that holds nothing would only refuse the mended settings.
+            if fresh and not store.counts:
+                shutil.rmtree(output.path)
+            raise
         finally:
             store.close()
         store.remove_spools()

