@@ -110,7 +110,21 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
         Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output,
     ):
         output.seal(0, 1, endless())
-    assert not list((tmp_path / "o").glob("*.array_record"))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_mistake_after_the_first_shard_keeps_it(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError),
+        Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output,
+    ):
+        output.seal(0, 2, [b"one"])
+        raise UserError("line 7 is not valid JSON")
+    assert sorted(file.name for file in (tmp_path / "o").iterdir()) == [
+        ".lock",
+        "documents-00000-of-00002.array_record",
+        "manifest.json",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,17 @@ class Output:
         return self
 
     def __exit__(self, kind: Raised, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, UserError) and not self._entries:
+            self._withdraw()
         os.close(self._lock)
+
+    def _withdraw(self) -> None:
+        """Leaves no trace of a run that a mistake ended before its first shard, unless other work lies there."""
+        files = list(self.path.iterdir())
+        if all(file.name in (".lock", "manifest.json") or file.name.endswith(TEMPORARY) for file in files):
+            for file in files:
+                file.unlink()
+            self.path.rmdir()
 
     def _resume(self) -> None:
         if (self.path / "manifest.json").exists():
@@ -210,9 +220,11 @@ def write_shard(path: Path, records: Iterable[bytes]) -> int:
             writer.write(record)
             count += 1
         writer.close()
-    except RuntimeError as error:  # array_record reports a failed write this way
+    except BaseException as error:
         path.unlink(missing_ok=True)
-        raise OSError(str(error)) from error
+        if isinstance(error, RuntimeError):  # array_record reports a failed write this way
+            raise OSError(str(error)) from error
+        raise
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return count
