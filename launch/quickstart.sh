@@ -15,7 +15,7 @@ mkdir -p "$steps"
 source launch/steps.sh
 
 step world "an invented world: articles, and questions with answers on some of them" \
-  "$bin/synth" miniworld -o $out/world --articles 1500 --json
+  "$bin/synth" miniworld -o $out/world --articles 1500 --tuning-articles 24000 --json
 step collect "question-answering data sets become the documents that tune a synthesizer" \
   "$bin/synth" collect $recipes/collect.yaml --json
 step tokens-t "the tuning documents as token ids, loss on pairs alone" \

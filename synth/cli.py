@@ -64,6 +64,7 @@ def render(config: Config, overrides: Overrides = None, as_json: AsJson = False)
 def miniworld(
     output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.", show_default=False)],
     articles: Annotated[int, typer.Option(help="Raw articles to write.", min=1)] = 4000,
+    tuning_articles: Annotated[int, typer.Option(help="Articles with pairs, as tuning data.", min=1)] = 12_000,
     seed: Annotated[int, typer.Option(help="Another seed, another world.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -71,7 +72,7 @@ def miniworld(
     from synth.miniworld import run_miniworld
 
     with quiet_stdout():
-        result = run_miniworld(output, articles=articles, seed=seed)
+        result = run_miniworld(output, articles=articles, tuning_articles=tuning_articles, seed=seed)
     show(result, as_json)
 
 
