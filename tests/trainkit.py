@@ -16,9 +16,10 @@ from token_shards import random_documents, write_tokens
 
 from ipt_jax.config import Recipe
 from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.mistral import init_params
 from ipt_jax.parallel.mesh import batch_sharding, make_mesh, place_batch
 from ipt_jax.train.program import Program, build_program
-from ipt_jax.train.state import TrainState, fresh_state
+from ipt_jax.train.state import TrainState, state_from_params
 
 SMALL: dict[str, Any] = {
     "vocab_size": 104, "hidden_size": 32, "layers": 2, "q_heads": 4, "kv_heads": 2, "head_dim": 8,
@@ -27,6 +28,7 @@ SMALL: dict[str, Any] = {
 
 
 PROGRAMS: dict[str, Program] = {}
+DRAWN: dict[str, Any] = {}
 
 
 def recipe_of(tmp_path: Path = Path("unused"), **blocks: dict[str, Any]) -> Recipe:
@@ -42,8 +44,8 @@ def recipe_of(tmp_path: Path = Path("unused"), **blocks: dict[str, Any]) -> Reci
     return Recipe.model_validate(merged | {"run_dir": str(tmp_path / "run")})
 
 
-def write_corpus(tmp_path: Path, documents: int = 120) -> None:
-    """Raw documents for `recipe_of`: about ten steps."""
+def write_corpus(tmp_path: Path, documents: int = 90) -> None:
+    """Raw documents for `recipe_of`: 11 steps."""
     write_tokens(tmp_path / "raw", random_documents([15 + i % 30 for i in range(documents)]))
 
 
@@ -88,7 +90,16 @@ def program_of(recipe: Recipe, model: ModelConfig, devices: int = 1) -> Program:
 
 
 def start(program: Program, seed: int = 0) -> TrainState:
-    return fresh_state(program.model, program.optimizer, program.shardings, seed)
+    """`fresh_state`, its parameters drawn once a model: drawing them takes longer to compile than a small step."""
+    key = f"{program.model.model_dump_json()} {seed}"
+    if key not in DRAWN:
+        DRAWN[key] = jax.device_get(init_params(program.model, jax.random.key(seed)))
+    params = jax.tree.map(
+        lambda value, to: jax.make_array_from_callback(value.shape, to, lambda part: value[part].copy()),
+        DRAWN[key],
+        program.shardings.params,
+    )
+    return state_from_params(params, program.optimizer, program.shardings)
 
 
 def place(program: Program, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
