@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -169,6 +171,10 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(export, "_write_json", full_disk)
         with pytest.raises(UserError, match="No space left"):
+            run_export(run, tmp_path / "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+        with pytest.raises(UserError, match="needs 0.0 MB, the disk has 0.0 MB left"):
             run_export(run, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     (tmp_path / ".hf.partial").mkdir()

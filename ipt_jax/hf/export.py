@@ -31,12 +31,12 @@ def run_export(checkpoint: str | Path, output: str | Path) -> dict[str, Any]:
     raw = config_to_hf(config, dtype)
     refuse_foreign(output, _is_export(output, raw), "export")
     planned = [Planned(name, leaf.hf_shape, dtype) for leaf in leaves(config) for name in leaf.names]
-    with whole_directory(output) as directory:
+    size = sum(tensor.bytes for tensor in planned)
+    with whole_directory(output, size) as directory:
         write_tensors(directory, planned, _hf_tensors(parameters, dtype))
         _write_json(directory / "config.json", raw)
         _write_json(directory / "generation_config.json", _generation(config))
         copy_tokenizer(source, directory)
-    size = sum(tensor.bytes for tensor in planned)
     return {"tensors": len(planned), "bytes": size, "peak_rss_bytes": peak_rss_bytes()}
 
 

@@ -7,18 +7,22 @@ at a time. Tokenizer files travel along; without them the import succeeds with a
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint.experimental.v1 as orbax
 
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from ipt_jax.hf.load import open_parameters
+from ipt_jax.hf.mapping import leaves
 from ipt_jax.hf.target import refuse_foreign, whole_directory
+from ipt_jax.model.config import param_count
 from ipt_jax.model.source import ModelSource, read_model_config, resolve_checkpoint
 
 
@@ -28,18 +32,14 @@ def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
     if source.kind != "hf":
         raise UserError(f"{hf_dir}: is a checkpoint already; import takes a Hugging Face directory with config.json")
     config = read_model_config(source)
-    _, parameters = open_parameters(source, config)
+    dtype, parameters = open_parameters(source, config)
     text = config.model_dump_json(indent=1)
     earlier = output / "model.json"
     refuse_foreign(output, earlier.is_file() and earlier.read_text(encoding="utf-8") == text, "import")
-    tensors = size = 0
-    with whole_directory(output) as directory:
+    size = param_count(config) * (2 if dtype == "bfloat16" else 4)
+    with whole_directory(output, size) as directory:
         for leaf, value in parameters:
-            block: Any = value
-            for key in reversed(leaf.row.path):
-                block = {key: block}
-            orbax.partial.save(directory / "written", block)
-            tensors, size = tensors + len(leaf.names), size + value.nbytes
+            _save(directory / "written", leaf.row.path, value)
         orbax.partial.finalize(directory / "written")
         checkpoint = directory / "checkpoint"
         checkpoint.mkdir()
@@ -50,7 +50,21 @@ def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
         (checkpoint / "model.json").write_text(text, encoding="utf-8")
         (directory / "model.json").write_text(text, encoding="utf-8")
         copy_tokenizer(source, directory / "tokenizer")
+    tensors = sum(len(leaf.names) for leaf in leaves(config))
     return {"tensors": tensors, "bytes": size, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _save(directory: Path, path: tuple[str, ...], value: np.ndarray) -> None:
+    """Adds one parameter to the checkpoint under way."""
+    block: Any = value
+    for key in reversed(path):
+        block = {key: block}
+    try:
+        orbax.partial.save(directory, block)
+    except ValueError as error:  # TensorStore's word for a failed write
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def copy_tokenizer(source: ModelSource, target: Path) -> None:

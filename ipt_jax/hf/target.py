@@ -17,8 +17,11 @@ from ipt_jax.corpus.shards import lock_directory, sync_directory, writing
 
 
 @contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """The directory to write into; it replaces `path` when the block ends well, and vanishes when it does not."""
+def whole_directory(path: Path, size: int) -> Iterator[Path]:
+    """The directory to write into; it replaces `path` when the block ends well, and vanishes when it does not.
+
+    `size` is what will be written, in bytes: a disk that cannot hold it is told before hours of writing.
+    """
     temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     with writing(path):
         temporary.mkdir(parents=True, exist_ok=True)
@@ -26,6 +29,11 @@ def whole_directory(path: Path) -> Iterator[Path]:
         try:
             _clear(temporary, keep=".lock")
             _clear(old)
+            if size > (free := shutil.disk_usage(temporary).free):
+                raise UserError(
+                    f"output {path}: needs {size / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left; "
+                    "free space or give another path"
+                )
             yield temporary
             (temporary / ".lock").unlink()
             _sync(temporary)
