@@ -32,6 +32,7 @@ from synth.prompt import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
 
 Verdict = Literal["right", "wrong", "unknown_question"]
 TUNING_CHOICES = 3
+RATIONALE_PAIRS = 3  # a text: reasoning is long, and nearly every example is to fit 256 tokens
 
 
 class TuningSet(NamedTuple):
@@ -55,7 +56,8 @@ def tuning_row(world: World, index: int) -> tuple[TuningSet, dict[str, Any]]:
     tuning_set = TUNING_SETS[index % len(TUNING_SETS)]
     article = write_article(world, "tuning", index, tuning_set.genre)
     rng = draw(world.seed, "pairs", index)
-    pairs = [_pair(world, article, sentence, tuning_set, rng) for sentence in article.sentences]
+    asked = article.sentences[: RATIONALE_PAIRS if tuning_set.rationale else None]
+    pairs = [_pair(world, article, sentence, tuning_set, rng) for sentence in asked]
     return tuning_set, {"id": article.id, "context": article.text, "qa": pairs}
 
 
@@ -67,7 +69,7 @@ def _pair(
     if tuning_set.choice:
         row["options"] = _options(world, fact, TUNING_CHOICES, _told(world, article, fact), rng)
     if tuning_set.rationale:
-        row["rationale"] = f"The text says: {sentence.text}"
+        row["rationale"] = sentence.text
     return row
 
 
