@@ -1,9 +1,9 @@
 """Seed examples: texts with good pairs that stand before each group's first text, so that an untuned model can serve.
 
 The same examples, in the same tokens, open every group of a run: an engine's prefix cache holds them once. They are
-drawn from (seed, id) among those short enough to leave a text its share of the prompt, rows with several pairs first:
-an untuned model shows no more than it is shown (SmolLM2-135M on 16 stories: 15 and 15 pairs so, 6, 0 and 0 by plain
-draws).
+drawn from (seed, id) among those short enough to leave a text its share of the prompt, rows with several pairs first
+(SmolLM2-135M, three draws of three FairytaleQA rows: 43 pairs on 76 sections so, 18 by plain draws; the draw itself
+matters more than that).
 """
 
 from collections import Counter
