@@ -15,7 +15,7 @@ mkdir -p "$steps"
 source launch/steps.sh
 
 step world "an invented world: articles, and questions with answers on some of them" \
-  "$bin/synth" miniworld -o $out/world --articles 1500 --tuning-articles 24000 --json
+  "$bin/synth" miniworld -o $out/world --articles 1500 --tuning-articles 30000 --json
 step collect "question-answering data sets become the documents that tune a synthesizer" \
   "$bin/synth" collect $recipes/collect.yaml --json
 step tokens-t "the tuning documents as token ids, loss on pairs alone" \
@@ -24,7 +24,7 @@ step synthesizer "a miniature synthesizer learns to read a text and write pairs 
   "$bin/ipt" train $recipes/synthesizer.yaml --json
 step export-s "the synthesizer as a Hugging Face model, as every engine reads it" \
   "$bin/ipt" export $out/runs/synthesizer -o $out/synthesizer --json
-step synth "it reads raw articles that it never saw, two texts a group, and writes pairs" \
+step synth "it reads raw articles that it never saw, and writes pairs" \
   "$bin/synth" run $recipes/synth.yaml --json
 step judge "the world itself says which answers are right" \
   "$bin/python" launch/judge.py $out/groups $out/world --json

@@ -1,6 +1,6 @@
 """Articles: which facts an article tells, and in which words.
 
-An article is framed by its genre, tells two or three facts of one entity, then facts of the entities that these lead
+An article is framed by its genre, tells two facts of one entity, then facts of the entities that these lead
 to, each sentence in one of at least eight wordings. All choices come from (seed, article).
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ipt_jax.corpus.settings import draw
 from synth.miniworld.world import PROVINCE, Entity, Fact, Split, World, attributes, province_entities, words
 
-MAX_FACTS = 4
+MAX_FACTS = 3
 FILLER_SHARE = 0.2
 LEAD_SHARE = 0.15
 OWN_GENRE_SHARE = 0.75  # of a tuning data set's contexts; the rest keeps few-shot examples stronger than the genre
@@ -48,11 +48,11 @@ def write_article(world: World, split: Split, index: int, genre: str | None = No
 
 
 def choose_facts(world: World, split: Split, index: int, rng: random.Random) -> list[Fact]:
-    """Facts of the article's entity, then of entities that they lead to; three to MAX_FACTS in all."""
+    """Two facts of the article's entity, then facts of entities that they lead to; MAX_FACTS at most."""
     entities = province_entities(world.province(split, index))
     visit, place = divmod(index, world.provinces) if split == "article" else (0, rng.randrange(PROVINCE))
     focus = entities[(visit + place) * 7 % PROVINCE]  # 20 visits meet all; neighbours differ in kind
-    facts = _facts_from(focus, start=2 * (visit // PROVINCE), count=rng.choice((2, 2, 3)))
+    facts = _facts_from(focus, start=2 * (visit // PROVINCE), count=2)
     led_to = [target for fact in facts if (target := world.target(fact)) is not None]
     others = list(dict.fromkeys(led_to)) or [rng.choice([one for one in entities if one != focus])]
     for other in others:

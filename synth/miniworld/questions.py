@@ -16,7 +16,6 @@ from synth.miniworld.world import (
     CHOICES,
     KINDS,
     SLOTS,
-    TUNING_PROVINCES,
     Entity,
     Fact,
     Split,
@@ -25,7 +24,6 @@ from synth.miniworld.world import (
     fact_type,
     held_out_places,
     province_entities,
-    raw_province,
     words,
 )
 from synth.prompt import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
@@ -109,10 +107,10 @@ def random_value(world: World, fact: Fact, rng: random.Random) -> str:
     kind = _type(fact)
     if kind not in KINDS:
         return rng.choice(closed_values(kind))
-    if fact.entity.province < TUNING_PROVINCES:
-        province = rng.randrange(TUNING_PROVINCES)
+    if fact.entity.province < 0:
+        province = world.province("tuning", rng.randrange(world.tuning_articles))
     else:
-        province = raw_province(rng.choice(held_out_places(world.provinces)))
+        province = rng.choice(held_out_places(world.provinces))
     return world.name(Entity(kind, province, rng.randrange(SLOTS)))
 
 

@@ -1,9 +1,11 @@
 """The entities of the mini-world and their facts, computed from (seed, entity) alone.
 
 A province holds four entities of each kind. Relations stay inside a province, so that whole provinces can be held out
-or kept for tuning and no fact leaks from one to another. The first provinces stand in the tuning data, the others in
-the raw corpus; every fifth raw one is held out from synthesis. Names are bijective in the entity's number: no two
-entities of a kind share one. Not guaranteed: that years fit one another (a guild may be older than its founder).
+or kept for tuning and no fact leaks from one to another. Raw provinces are numbered from zero, and every fifth is held
+out from synthesis; no two of their entities of a kind share a name. Each tuning article has a province of its own,
+numbered below zero: its names are drawn from a part of the names that raw entities never bear, and stand for other
+facts in every article, so that a synthesizer cannot know an answer but from the text. Not guaranteed: that years fit
+one another (a guild may be older than its founder).
 """
 
 import tomllib
@@ -18,7 +20,7 @@ KINDS = ("person", "place", "guild", "work", "event")
 SLOTS = 4  # entities of one kind in a province
 PROVINCE = SLOTS * len(KINDS)
 HELD_OUT = 5  # every fifth raw province
-TUNING_PROVINCES = 768  # the first ones; raw provinces follow
+TUNING_NAMES = 3072  # names of each kind that only tuning articles use
 YEARS = range(1200, 1328)
 CHOICES = 4
 _MASK = (1 << 64) - 1
@@ -86,8 +88,8 @@ class World:
         return max(2, -(-self.entities // PROVINCE))
 
     def province(self, split: Split, index: int) -> int:
-        """The province of an article: raw and tuning articles go round provinces of their own."""
-        return index % TUNING_PROVINCES if split == "tuning" else raw_province(index % self.provinces)
+        """The province of an article: raw articles go round theirs, each tuning article has its own."""
+        return -1 - index if split == "tuning" else index % self.provinces
 
     def held_out(self, index: int) -> bool:
         """Whether raw article `index` belongs to a province that synthesis is not to see."""
@@ -117,11 +119,6 @@ class World:
         kind, province, slot = fact.entity
         place = KINDS.index(kind) * 8 + attributes(kind).index(fact.attribute)
         return mix(self.seed, place, province * SLOTS + slot) >> 8
-
-
-def raw_province(place: int) -> int:
-    """The number of the raw province at `place` among the raw ones."""
-    return TUNING_PROVINCES + place
 
 
 def is_held_out(place: int, provinces: int) -> bool:
@@ -177,11 +174,15 @@ def answer_words() -> list[str]:
 
 @lru_cache(4096)
 def _name(seed: int, entity: Entity) -> str:
-    kind = entity.kind
+    kind, place = entity.kind, KINDS.index(entity.kind)
     single, nouns = name_words(), words()["nouns"][kind]
     size = len(single) * len(nouns)
-    more, number = divmod(entity.province * SLOTS + entity.slot, size)
-    noun, word = divmod(scramble(number, size, mix(seed, KINDS.index(kind))), len(single))
+    if entity.province < 0:
+        apart = entity.slot * (TUNING_NAMES // SLOTS)  # names of one province differ
+        more, number = 0, (mix(seed, place, entity.province) + apart) % TUNING_NAMES
+    else:
+        more, number = divmod(TUNING_NAMES + entity.province * SLOTS + entity.slot, size)
+    noun, word = divmod(scramble(number, size, mix(seed, place)), len(single))
     name = single[word]
     while more:
         more, word = divmod(more - 1, len(single))
