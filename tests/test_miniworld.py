@@ -110,9 +110,9 @@ def test_repeated_visits_tell_every_fact() -> None:
     assert told == everything
 
 
-def test_articles_are_short_and_tell_three_or_four_facts_of_several_entities() -> None:
+def test_articles_are_short_and_tell_three_facts_of_several_entities() -> None:
     articles = [write_article(WORLD, "article", index) for index in range(120)]
-    assert {len(article.sentences) for article in articles} == {3, 4}
+    assert {len(article.sentences) for article in articles} == {3}
     assert all(len({sentence.fact.entity for sentence in article.sentences}) >= 2 for article in articles)
     assert all(25 <= len(article.text.split()) <= 130 for article in articles)
 
@@ -140,7 +140,7 @@ def test_tuning_pairs_are_right_and_stand_in_their_context_in_all_four_formats(m
 
 def test_held_out_entities_have_articles_but_no_pairs(made: Path) -> None:
     world = open_world(made)
-    held = {world.name(entity) for entity in province_entities(770)}  # the last of three raw provinces
+    held = {world.name(entity) for entity in province_entities(2)}  # the last of three raw provinces
     told = (made / "raw/heldout.jsonl").read_text()
     elsewhere = (made / "raw/articles.jsonl").read_text() + "".join(p.read_text() for p in (made / "tuning").iterdir())
     assert all(name in told and name not in elsewhere for name in held)
@@ -148,7 +148,7 @@ def test_held_out_entities_have_articles_but_no_pairs(made: Path) -> None:
         rows(made / "heldout/questions.jsonl"), rows(made / "heldout/answers.jsonl"), strict=True
     ):
         asked = question["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        fact = parse_question(world, 770, asked)
+        fact = parse_question(world, 2, asked)
         assert fact is not None and len(set(question["choices"])) == 4
         assert (
             question["choices"][question["gold"]] == answer["answer"] == world.value(fact) and answer["answer"] in told
@@ -205,9 +205,9 @@ def test_transformers_opens_the_tokenizer(made: Path) -> None:
 
 
 class TestJudge:
-    """Literal cases about article 0, which lies in province 768."""
+    """Literal cases about article 0, which lies in province 0."""
 
-    person = Entity("person", 768, 0)
+    person = Entity("person", 0, 0)
     name = WORLD.name(person)
     trade = WORLD.value(Fact(person, "trade"))
     other = closed_values("trade")[closed_values("trade").index(trade) - 1]
@@ -238,7 +238,7 @@ class TestJudge:
         assert self.verdict(f"Which guild does {self.name} belong to?", f"the {guild}") == "right"
 
     def test_what_no_template_asks_is_unknown(self) -> None:
-        stranger = WORLD.name(Entity("person", 769, 0))
+        stranger = WORLD.name(Entity("person", 1, 0))
         for question in (f"How tall is {self.name}?", f"What is the trade of {stranger}?", "", self.question[:-1]):
             assert self.verdict(question, self.trade) == "unknown_question"
 
@@ -249,10 +249,10 @@ class TestJudge:
 
 
 def test_every_question_form_is_read_back_to_its_fact() -> None:
-    for entity in province_entities(768):
+    for entity in province_entities(0):
         for attribute in attributes(entity.kind):
             for form in words()[entity.kind][attribute]["ask"]:
-                assert parse_question(WORLD, 768, form.format(e=WORLD.name(entity))) == Fact(entity, attribute)
+                assert parse_question(WORLD, 0, form.format(e=WORLD.name(entity))) == Fact(entity, attribute)
 
 
 def test_entities_are_rounded_up_to_whole_provinces() -> None:
