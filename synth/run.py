@@ -90,9 +90,10 @@ def synthesize(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, 
                 fill = fill_with_ray if settings.executor == "ray" else fill_here
                 fill(settings, chain, store)
         except UserError:
-            # An output that this call made and that holds nothing would only refuse the mended settings.
+            # An output that this call made and that holds nothing would only refuse the mended settings: with the
+            # empty spool gone, it withdraws itself.
             if fresh and not store.counts:
-                shutil.rmtree(output.path)
+                shutil.rmtree(output.path / "spool", ignore_errors=True)
             raise
         finally:
             store.close()
