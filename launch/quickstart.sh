@@ -3,7 +3,7 @@
 #
 #   launch/quickstart.sh        about ten minutes on two cores; run again, it skips what is done
 #
-# An invented world stands in for the web, a three-layer model for Mistral-7B. All it writes lies in out/quickstart.
+# An invented world stands in for the web, a two-layer model for Mistral-7B. All it writes lies in out/quickstart.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,7 +15,7 @@ mkdir -p "$steps"
 source launch/steps.sh
 
 step world "an invented world: articles, and questions with answers on some of them" \
-  "$bin/synth" miniworld -o $out/world --articles 1500 --tuning-articles 30000 --json
+  "$bin/synth" miniworld -o $out/world --articles 1500 --tuning-articles 80000 --json
 step collect "question-answering data sets become the documents that tune a synthesizer" \
   "$bin/synth" collect $recipes/collect.yaml --json
 step tokens-t "the tuning documents as token ids, loss on pairs alone" \

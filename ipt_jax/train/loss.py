@@ -58,8 +58,8 @@ def _summed(z_loss: float, hidden: Array, head: Array, labels: Any) -> tuple[Arr
         objective, sums, _ = _chunk(z_loss, head, *chunk)
         return jax.tree.map(jnp.add, total, (objective, sums)), None
 
-    total, _ = _scan(add, (jnp.zeros(()), _no_sums()), (hidden, labels))
-    return total
+    total, _ = _scan(add, _nothing(hidden.shape[1]), (hidden, labels))
+    return _over_shards(total)
 
 
 def _summed_forward(z_loss: float, hidden: Array, head: Array, labels: Any) -> tuple[tuple[Array, Sums], Any]:
@@ -72,9 +72,10 @@ def _summed_forward(z_loss: float, hidden: Array, head: Array, labels: Any) -> t
         head_grad += jnp.einsum("nrpd,nrpv->ndv", states, logits_grad, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, (objective, sums)), head_grad), hidden_grad
 
-    zeros = jnp.zeros((hidden.shape[1], *head.shape), jnp.float32)  # [shards, D, V]
-    (total, head_grad), hidden_grad = _scan(add, ((jnp.zeros(()), _no_sums()), zeros), (hidden, labels))
-    return total, (hidden_grad, head_grad.sum(0).astype(head.dtype))
+    shards = hidden.shape[1]
+    zeros = jnp.zeros((shards, *head.shape), jnp.float32)  # [n, D, V]
+    (total, head_grad), hidden_grad = _scan(add, (_nothing(shards), zeros), (hidden, labels))
+    return _over_shards(total), (hidden_grad, head_grad.sum(0).astype(head.dtype))
 
 
 def _summed_backward(z_loss: float, residuals: Any, cotangents: Any) -> tuple[Array, Array, None]:
@@ -94,12 +95,21 @@ def _scan(add: Any, carry: Any, chunks: Any) -> Any:
     return carry, None if out is None else out[None]
 
 
-def _no_sums() -> Sums:
+def no_sums() -> Sums:
     return {"loss": jnp.zeros(len(KINDS) + 1), "targets": jnp.zeros(len(KINDS) + 1)}
 
 
+def _nothing(shards: int) -> tuple[Array, Sums]:
+    """Objective and sums kept apart for each shard: devices add them up once, not once a chunk."""
+    return jax.tree.map(lambda x: jnp.zeros((shards, *x.shape)), (jnp.zeros(()), no_sums()))
+
+
+def _over_shards(total: tuple[Array, Sums]) -> tuple[Array, Sums]:
+    return jax.tree.map(lambda x: x.sum(0), total)
+
+
 def _chunk(z_loss: float, head: Array, hidden: Array, labels: tuple[Array, Array, Array]) -> tuple[Array, Sums, Array]:
-    """Objective, sums by kind, and the objective's gradient with respect to the logits [n, r, p, V]."""
+    """Of each shard n: objective [n], sums by kind [n, 5], gradient with respect to the logits [n, r, p, V]."""
     targets, mask, kinds = labels
     logits = jnp.einsum("nrpd,dv->nrpv", hidden, head, preferred_element_type=jnp.float32)
     peak = logits.max(-1, keepdims=True)
@@ -110,7 +120,7 @@ def _chunk(z_loss: float, head: Array, hidden: Array, labels: tuple[Array, Array
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3) == targets[..., None]
     loss = log_normalizer - jnp.where(is_target, logits, 0.0).sum(-1)
     counted = mask.astype(jnp.float32)
-    objective = (counted * (loss + z_loss * log_normalizer**2)).sum()
+    objective = (counted * (loss + z_loss * log_normalizer**2)).sum((1, 2))
     slope = (counted * (1.0 + 2.0 * z_loss * log_normalizer))[..., None] / total
     logits_grad = exps * slope - jnp.where(is_target, counted[..., None], 0.0)
     return objective, _by_kind(loss * counted, counted, kinds), logits_grad
@@ -118,10 +128,9 @@ def _chunk(z_loss: float, head: Array, hidden: Array, labels: tuple[Array, Array
 
 def _by_kind(loss: Array, counted: Array, kinds: Array) -> Sums:
     of_kind = kinds[..., None] == jnp.arange(len(KINDS) + 1)  # [n, r, p, 5]
-    axes = tuple(range(kinds.ndim))
     return {
-        "loss": jnp.where(of_kind, loss[..., None], 0.0).sum(axes),
-        "targets": jnp.where(of_kind, counted[..., None], 0.0).sum(axes),
+        "loss": jnp.where(of_kind, loss[..., None], 0.0).sum((1, 2)),
+        "targets": jnp.where(of_kind, counted[..., None], 0.0).sum((1, 2)),
     }
 
 

@@ -23,7 +23,7 @@ from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.mistral import forward, head_of
 from ipt_jax.parallel.mesh import row_shards
 from ipt_jax.parallel.rules import constrainer
-from ipt_jax.train.loss import cross_entropy
+from ipt_jax.train.loss import cross_entropy, no_sums
 from ipt_jax.train.optim import clip, learning_rate
 from ipt_jax.train.state import TrainState
 
@@ -78,12 +78,12 @@ def gradients(
 
     if shape.accumulation == 1:
         return of_rows({name: rows[0] for name, rows in batch.items()})
-    first, rest = {n: rows[0] for n, rows in batch.items()}, {n: rows[1:] for n, rows in batch.items()}
 
     def add(total: Any, rows: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of_rows(rows)), None
 
-    return jax.lax.scan(add, of_rows(first), rest)[0]
+    nothing = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings), no_sums()
+    return jax.lax.scan(add, nothing, batch)[0]
 
 
 def make_step(
