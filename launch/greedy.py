@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 READERS = ("ipt_jax", "transformers", "vllm")
@@ -26,10 +27,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--json", action="store_true", help="print one object on stdout, the comparison on stderr")
     parser.add_argument("--reader", choices=READERS, help=argparse.SUPPRESS)
+    parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reader:
-        prompts = json.load(sys.stdin)
-        print("\n" + json.dumps(READ[options.reader](options.model, prompts, options.tokens)))
+        answers = READ[options.reader](options.model, json.load(sys.stdin), options.tokens)
+        options.answers.write_text(json.dumps(answers))
         return
     sys.exit(compare(options))
 
@@ -57,12 +59,15 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def ask(reader: str, options: argparse.Namespace, prompts: list[list[int]]) -> list[list[int]]:
-    command = [sys.executable, __file__, str(options.model), "--texts", str(options.texts)]
-    command += ["--tokens", str(options.tokens), "--reader", reader]
-    done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{reader} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    """The reader's continuations, through a file: vLLM's processes print on stdout when they like."""
+    with tempfile.TemporaryDirectory() as folder:
+        answers = Path(folder, "answers.json")
+        command = [sys.executable, __file__, str(options.model), "--texts", str(options.texts)]
+        command += ["--tokens", str(options.tokens), "--reader", reader, "--answers", str(answers)]
+        done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{reader} failed:\n{done.stderr[-4000:]}")
+        return json.loads(answers.read_text())
 
 
 def read_ipt_jax(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
