@@ -50,7 +50,8 @@ def write_article(world: World, split: Split, index: int, genre: str | None = No
 def choose_facts(world: World, split: Split, index: int, rng: random.Random) -> list[Fact]:
     """Two facts of the article's entity, then facts of entities that they lead to; MAX_FACTS at most."""
     entities = province_entities(world.province(split, index))
-    visit, place = divmod(index, world.provinces) if split == "article" else (0, rng.randrange(PROVINCE))
+    visits = rng.randrange(4 * PROVINCE)  # tuning articles begin anywhere in what raw ones tell one after another
+    visit, place = divmod(index, world.provinces) if split == "article" else (visits, 0)
     focus = entities[(visit + place) * 7 % PROVINCE]  # 20 visits meet all; neighbours differ in kind
     facts = _facts_from(focus, start=2 * (visit // PROVINCE), count=2)
     led_to = [target for fact in facts if (target := world.target(fact)) is not None]
