@@ -24,6 +24,7 @@ from ipt_jax.config import Recipe
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import lock_directory
 from ipt_jax.train import loop
+from ipt_jax.train.checkpoint import Checkpoints
 from ipt_jax.train.loop import run_train
 from ipt_jax.train.metrics import MetricsLog, last_line
 from ipt_jax.train.program import Program
@@ -249,6 +250,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(straight: Path, folder: Path, m
     monkeypatch.setattr(loop, "compile_step", compile_step)
     assert run(folder)["step"] == STEPS
     same_bits(folder / "run", straight / "run")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device"),
+    ],
+    ids=["metrics", "orbax"],
+)
+def test_a_full_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(UserError, match=r"run_dir .*/run: cannot be written \(No space left on device\); free space"):
+        run(folder)
+    os.close(lock_directory(folder / "run"))  # the lock was given back
+
+
+def test_a_run_directory_that_cannot_be_made(folder: Path) -> None:
+    (folder / "run").write_text("a file")
+    with pytest.raises(UserError, match="/run: cannot be written"):
+        run(folder)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(folder: Path) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -45,6 +46,7 @@ from ipt_jax.train.state import TrainState, fresh_state, state_from_params
 
 def run_train(recipe: Recipe) -> dict[str, Any]:
     """Trains to the end of the plan, or until SIGTERM: {run_dir, step, tokens, loss}."""
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
     processes = initialize_distributed()
     enable_compile_cache()
     run_dir = Path(recipe.run_dir)
@@ -177,17 +179,22 @@ def compile_step(program: Program) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory's lock; the first process does it for all of them."""
-    if jax.process_index() != 0:
-        yield
-        return
+    """Holds the run directory's lock (the first process for all of them) and tells a full disk as a user's mistake."""
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_directory(run_dir)
+        lock = lock_directory(run_dir) if jax.process_index() == 0 else None
     try:
         yield
+    except (OSError, ValueError) as error:  # Orbax reports a failed write as ValueError
+        if "No space left on device" not in str(error):
+            raise
+        raise UserError(
+            f"run_dir {run_dir}: cannot be written (No space left on device); free space and run the same command "
+            "again: it goes on from the last checkpoint"
+        ) from error
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextlib.contextmanager

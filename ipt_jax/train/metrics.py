@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import Summary
 
 from ipt_jax.corpus.shards import write_whole
 from ipt_jax.model.config import ModelConfig, param_count
@@ -58,23 +61,48 @@ class MetricsLog:
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.last: dict[str, Any] | None = kept[-1] if kept else None
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._board = Board(run_dir / "tensorboard", step)
 
     def write(self, line: dict[str, Any]) -> None:
         """One logged step; on disk when this returns, as far as a killed process is concerned."""
         self.last = line
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in line.items():
-            if isinstance(value, dict):
-                for kind, inner in value.items():
-                    self._board.add_scalar(f"{name}/{kind}", inner, line["step"])
-            elif value is not None and name != "step":
-                self._board.add_scalar(name, value, line["step"])
+        self._board.write(line)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+class Board:
+    """TensorBoard events, written in this thread: in its own, tensorboardX loses the errors of a full disk."""
+
+    def __init__(self, directory: Path, step: int):
+        directory.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"))
+        start = SessionLog(status=SessionLog.START)  # makes TensorBoard forget what an earlier session wrote beyond it
+        self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, line: dict[str, Any]) -> None:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in flatten(line).items()
+            if isinstance(value, float)
+        ]
+        self._events.write_event(Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def flatten(line: dict[str, Any]) -> dict[str, Any]:
+    """`loss_by_kind/raw` beside `loss`."""
+    flat: dict[str, Any] = {}
+    for name, value in line.items():
+        flat |= {f"{name}/{kind}": inner for kind, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
