@@ -23,7 +23,7 @@ class TrainSettings(Settings):
     microbatch: int | None = Field(default=None, gt=0)  # rows per (data x fsdp) shard per accumulation step
     remat: Literal["none", "dots", "full"] = "none"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     strict: bool = False  # any fallback is an error
     loss_chunk: int | None = Field(default=None, gt=0)  # tokens whose logits exist at a time, per shard
     z_loss: float = Field(default=0.0, ge=0)

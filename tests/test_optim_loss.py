@@ -12,7 +12,7 @@ from trainkit import model_of, random_batch, worst
 
 from ipt_jax.config import OptimizerSettings
 from ipt_jax.model.mistral import abstract_params
-from ipt_jax.train.loss import chunk_positions, cross_entropy
+from ipt_jax.train.loss import chunk_size, cross_entropy
 from ipt_jax.train.optim import DECAYED, clip, decay_mask, learning_rate, make_optimizer
 
 ROWS, LENGTH, D, VOCAB = 4, 12, 8, 11
@@ -36,12 +36,11 @@ def ours(hidden: jax.Array, head: jax.Array, batch: dict[str, np.ndarray], **opt
     return cross_entropy(hidden, head, batch["targets"], batch["loss_mask"], batch["kinds"], **options)
 
 
-@pytest.mark.parametrize("positions", [None, 1, 3, 12])
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("chunk", [None, 1, 6, 48])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_loss_and_gradients_against_the_formula(positions: int | None, shards: int, z_loss: float) -> None:
+def test_loss_and_gradients_against_the_formula(chunk: int | None, z_loss: float) -> None:
     hidden, head, batch = draws()
-    options = {"positions": positions, "shards": shards, "z_loss": z_loss}
+    options = {"chunk": chunk, "z_loss": z_loss}
     wanted, wanted_grads = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head, batch, z_loss)
     (loss, _), grads = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head, batch, **options)
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
@@ -51,7 +50,7 @@ def test_loss_and_gradients_against_the_formula(positions: int | None, shards: i
 
 def test_loss_by_kind_adds_up() -> None:
     hidden, head, batch = draws(1)
-    _, sums = ours(hidden, head, batch, positions=4)
+    _, sums = ours(hidden, head, batch, chunk=16)
     for kind in range(5):
         only = batch | {"loss_mask": batch["loss_mask"] & (batch["kinds"] == kind)}
         np.testing.assert_allclose(sums["loss"][kind], plain(hidden, head, only, 0.0), rtol=1e-6, atol=1e-6)
@@ -60,25 +59,24 @@ def test_loss_by_kind_adds_up() -> None:
 
 def test_extreme_logits_stay_finite() -> None:
     hidden, head, batch = draws()
-    (loss, _), grads = jax.value_and_grad(ours, has_aux=True)(1e4 * hidden, head, batch, positions=3)
+    (loss, _), grads = jax.value_and_grad(ours, has_aux=True)(1e4 * hidden, head, batch, chunk=12)
     assert np.isfinite(loss) and np.isfinite(grads).all()
 
 
 def test_bfloat16_sums_in_float32() -> None:
     hidden, head, batch = draws()
     (loss, sums), grads = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(
-        hidden.astype(jnp.bfloat16), head, batch, positions=3
+        hidden.astype(jnp.bfloat16), head, batch, chunk=12
     )
     assert loss.dtype == sums["loss"].dtype == jnp.float32
     assert (grads[0].dtype, grads[1].dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(loss, plain(hidden, head, batch, 0.0), rtol=2e-2)
 
 
-@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 5000))
-def test_chunks_divide_the_row_and_keep_the_limit(seq_len: int, rows: int, tokens: int) -> None:
-    positions = chunk_positions(seq_len, rows, tokens)
-    assert seq_len % positions == 0
-    assert positions * rows <= tokens or positions == 1
+@given(st.integers(1, 20_000), st.integers(1, 5000))
+def test_chunks_divide_the_tokens_and_keep_the_limit(tokens: int, limit: int) -> None:
+    size = chunk_size(tokens, limit)
+    assert tokens % size == 0 and size <= limit
 
 
 # ---- schedule

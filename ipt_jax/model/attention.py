@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.splash import LANES, fits_splash
+
+Attention = Callable[..., Array]  # (q, k, v, *, window, segment_ids) -> [B, T, N, H], as `attend`
 
 STEP = 64  # queries a step in rows up to BLOCK, unrolled: each step meets only the keys it can reach
 BLOCK = 512  # queries a block in longer rows, looped: memory stays that of one block
@@ -28,18 +32,20 @@ def choose_attention(
 ) -> tuple[str, str]:
     """The kernel for this device and these rows, and the reason in words."""
     kind = device_kind.lower()
+    documents = "documents kept apart" if cross_document == "block" else "documents see each other"
+    window = f"window {config.sliding_window}" if _window(config, seq_len) else "no window inside a row"
+    rows = f"causal, {window}, {documents}"
     if "tpu" in kind:
-        return "xla", f"{device_kind}: the fused TPU kernel is not wired in, blockwise XLA attention runs"
+        if not fits_splash(seq_len):
+            return "xla", f"splash takes rows of a multiple of {LANES} tokens, seq_len is {seq_len}"
+        return "splash", f"{device_kind}: Pallas splash attention, {rows}"
     if not any(name in kind for name in ("nvidia", "gpu", "cuda", "h100", "h200", "a100", "b200")):
         return "xla", f"{device_kind}: XLA attention is the only kernel on this device"
-    if cross_document == "block":
-        return "xla", "cross_document: block needs segment masks, which the fused GPU path here does not take"
     if compute_dtype == "float32":
         return "xla", "cuDNN takes 16-bit floats, compute_dtype is float32"
     if config.head_dim > 128 or config.head_dim % 8:
         return "xla", f"cuDNN takes head_dim up to 128 in multiples of 8, the model has {config.head_dim}"
-    window = f"window {config.sliding_window}" if _window(config, seq_len) else "no window inside a row"
-    return "cudnn", f"{device_kind}: fused cuDNN attention, causal, {window}"
+    return "cudnn", f"{device_kind}: fused cuDNN attention, {rows}"
 
 
 def _window(config: ModelConfig, seq_len: int) -> int | None:
@@ -47,15 +53,10 @@ def _window(config: ModelConfig, seq_len: int) -> int | None:
     return config.sliding_window if config.sliding_window and config.sliding_window < seq_len else None
 
 
-def attend(
-    q: Array, k: Array, v: Array, *, window: int | None, segment_ids: Array | None = None, kernel: str = "xla"
-) -> Array:
-    """Causal self-attention of q [B, T, N, H] over k, v [B, T, K, H] -> [B, T, N, H]."""
+def attend(q: Array, k: Array, v: Array, *, window: int | None, segment_ids: Array | None = None) -> Array:
+    """`xla`: causal self-attention of q [B, T, N, H] over k, v [B, T, K, H] -> [B, T, N, H]."""
     if window is not None and window >= q.shape[1]:
         window = None
-    if kernel == "cudnn":
-        return _cudnn(q, k, v, window, segment_ids)
-    assert kernel == "xla", f"unknown attention kernel {kernel}"
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
@@ -123,9 +124,3 @@ def _blockwise(q: Array, k: Array, v: Array, window: int | None, segment_ids: Ar
 
     out = jax.lax.map(one, jnp.arange(blocks) * BLOCK)  # [blocks, B, K, G, BLOCK, H]
     return jnp.moveaxis(out, 0, 3).reshape(B, K, G, blocks * BLOCK, H)[:, :, :, :T]
-
-
-def _cudnn(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> Array:
-    assert segment_ids is None, "choose_attention gives cudnn only to rows without segment ids"
-    local = None if window is None else (window - 1, 0)  # keys to the left of the query, itself not counted
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")

@@ -12,6 +12,7 @@ steps, M rows of a micro-batch; of generation: O new tokens, C tokens of a conti
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,15 +22,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from ipt_jax.model.attention import attend
+from ipt_jax.model.attention import Attention, attend
 from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.mlp import gated_mlp
 from ipt_jax.model.rope import rope_tables, rotate
 
+SAVEABLE = ("query", "key", "value", "attention", "gate", "up")  # what `remat` may name, [B, T, heads or F, ...]
+WHOLE = "whole weight"
 SHALLOW = 4  # up to so many layers the scan is unrolled: no copies in and out of stacked residuals, a fifth faster
 
 Axes = tuple[str | None, ...]
-Constrain = Callable[[Array, Axes], Array]
+Constrain = Callable[[Array, Axes], Array]  # pins an activation to the mesh
+Gather = Callable[[Array, Axes], Array]  # makes a weight whole where it is used
 Initializer = Callable[..., Array]
 Tables = tuple[Array, Array]
 
@@ -51,17 +57,17 @@ def weights(config: ModelConfig) -> dict[str, Any]:
     table: dict[str, Any] = {
         "embedding": Weight((V, D), ("vocab", "embed"), normal),
         "layers": {
-            "attention_norm": Weight((L, D), ("layers", "embed"), ones),
+            "attention_norm": Weight((L, D), ("layers", "norm"), ones),
             "query": Weight((L, D, N, H), ("layers", "embed", "q_heads", "head_dim"), normal),
             "key": Weight((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), normal),
             "value": Weight((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), normal),
             "output": Weight((L, N, H, D), ("layers", "q_heads", "head_dim", "embed"), normal),
-            "mlp_norm": Weight((L, D), ("layers", "embed"), ones),
+            "mlp_norm": Weight((L, D), ("layers", "norm"), ones),
             "gate": Weight((L, D, F), ("layers", "embed", "mlp"), normal),
             "up": Weight((L, D, F), ("layers", "embed", "mlp"), normal),
             "down": Weight((L, F, D), ("layers", "mlp", "embed"), normal),
         },
-        "norm": Weight((D,), ("embed",), ones),
+        "norm": Weight((D,), ("norm",), ones),
     }
     if not config.tie_embeddings:
         table["head"] = Weight((D, V), ("embed", "vocab"), normal)
@@ -114,14 +120,12 @@ class Mistral(nnx.Module):
         segment_ids: Array | None = None,
         positions: Array | None = None,
         compute_dtype: Any = jnp.float32,
-        remat: str = "none",
-        attention: str = "xla",
-        constrain: Constrain = lambda x, axes: x,
+        remat: str | tuple[str, ...] = "none",
     ) -> Array:
         """Final hidden states [B, T, D] of tokens [B, T]. Without segment ids documents of a row see each other."""
         return forward(
             self.params, self.config, tokens, segment_ids=segment_ids, positions=positions,
-            compute_dtype=compute_dtype, remat=remat, attention=attention, constrain=constrain,
+            compute_dtype=compute_dtype, remat=remat,
         )  # fmt: skip
 
     def head(self) -> Array:
@@ -163,20 +167,24 @@ def forward(
     segment_ids: Array | None = None,
     positions: Array | None = None,
     compute_dtype: Any = jnp.float32,
-    remat: str = "none",
-    attention: str = "xla",
+    remat: str | tuple[str, ...] = "none",
+    mlp_chunk: int | None = None,
+    attention: Attention = attend,
     constrain: Constrain = lambda x, axes: x,
+    gather: Gather = lambda w, axes: w,
 ) -> Array:
-    """`Mistral.hidden` as a pure function of the parameters."""
+    """`Mistral.hidden` as a pure function of the parameters, and of the mesh through its last three arguments."""
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]  # [1, T]
     tables = rope_tables(config, positions)
+    axes = logical_axes(config)["layers"]
 
     def see(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return attend(q, k, v, window=config.sliding_window, segment_ids=segment_ids, kernel=attention), None
+        return attention(q, k, v, window=config.sliding_window, segment_ids=segment_ids), None
 
     def step(x: Array, layer: dict[str, Array]) -> tuple[Array, None]:
-        x, _ = decoder_layer(layer, config, x, tables, see)
+        layer = {name: _whole(gather, w.astype(_dtype_of(name, x)), axes[name][1:]) for name, w in layer.items()}
+        x, _ = decoder_layer(layer, config, x, tables, see, mlp_chunk)
         return constrain(x, ("batch", "length", None)), None
 
     x = embed(params, tokens, compute_dtype)  # [B, T, D]
@@ -186,34 +194,75 @@ def forward(
     return rms_norm(x, params["norm"], config.norm_eps)
 
 
-def rematerialized(step: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """What a layer keeps for its backward pass: everything, the products with weights, or only its input."""
+def rematerialized(step: Callable[..., Any], remat: str | tuple[str, ...]) -> Callable[..., Any]:
+    """What a layer keeps for its backward pass: all, the products with weights, the named ones, or its input alone.
+
+    Whole weights are never kept, by none of them: they would undo FSDP. The backward pass gathers them again.
+    """
+    policies = jax.checkpoint_policies
     if remat == "none":
-        return step
-    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-    assert remat in policies, f"unknown remat {remat}"
-    return jax.checkpoint(step, policy=policies[remat], prevent_cse=False)
+        policy = policies.save_anything_except_these_names(WHOLE)
+    elif remat == "dots":
+        policy = policies.dots_with_no_batch_dims_saveable
+    elif remat == "full":
+        policy = policies.nothing_saveable
+    else:
+        assert set(remat) <= set(SAVEABLE), f"remat {remat}; known: {SAVEABLE}"
+        policy = policies.save_only_these_names(*remat)
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+def _whole(gather: Gather, w: Array, axes: Axes) -> Array:
+    return checkpoint_name(gather(w, axes), WHOLE)
+
+
+def _dtype_of(name: str, x: Array) -> Any:
+    """Matrices take x's dtype before they are gathered, which halves the bytes that move; norms stay float32."""
+    return jnp.float32 if name.endswith("norm") else x.dtype
 
 
 def embed(params: dict[str, Any], tokens: Array, compute_dtype: Any) -> Array:
     """[B, T, D]"""
-    return params["embedding"][tokens].astype(compute_dtype)
+    table = params["embedding"]
+    return _look_up(table.shape[0], table, tokens).astype(compute_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(vocab_size: int, table: Array, tokens: Array) -> Array:
+    """table[tokens]; the gradient is summed in float32: a frequent token adds up thousands of rows."""
+    return table[tokens]
+
+
+def _look_up_forward(vocab_size: int, table: Array, tokens: Array) -> tuple[Array, Array]:
+    return table[tokens], tokens
+
+
+def _look_up_backward(vocab_size: int, tokens: Array, grad: Array) -> tuple[Array, None]:
+    total = jnp.zeros((vocab_size, grad.shape[-1]), jnp.float32).at[tokens].add(grad.astype(jnp.float32))
+    return total.astype(grad.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def decoder_layer(
-    layer: dict[str, Array], config: ModelConfig, x: Array, tables: Tables, see: Callable[..., tuple[Array, Any]]
+    layer: dict[str, Array],
+    config: ModelConfig,
+    x: Array,
+    tables: Tables,
+    see: Callable[..., tuple[Array, Any]],
+    mlp_chunk: int | None = None,
 ) -> tuple[Array, Any]:
     """One layer on x [B, T, D]. `see(q, k, v)` is the attention; what else it returns (a cache) is handed through."""
     w = {name: value.astype(x.dtype) for name, value in layer.items()}
     h = rms_norm(x, layer["attention_norm"], config.norm_eps)
-    q = rotate(project(h, w["query"]), tables)  # [B, T, N, H]
-    k = rotate(project(h, w["key"]), tables)  # [B, T, K, H]
-    v = project(h, w["value"])  # [B, T, K, H]
+    q = checkpoint_name(rotate(project(h, w["query"]), tables), "query")  # [B, T, N, H]
+    k = checkpoint_name(rotate(project(h, w["key"]), tables), "key")  # [B, T, K, H]
+    v = checkpoint_name(project(h, w["value"]), "value")  # [B, T, K, H]
     seen, carried = see(q, k, v)
-    x = x + project(seen, w["output"])
+    x = x + project(checkpoint_name(seen, "attention"), w["output"])
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-    gated = jax.nn.silu(project(h, w["gate"])) * project(h, w["up"])  # [B, T, F]
-    return x + project(gated, w["down"]), carried
+    return x + gated_mlp(h, (w["gate"], w["up"], w["down"]), mlp_chunk), carried
 
 
 def project(x: Array, w: Array) -> Array:

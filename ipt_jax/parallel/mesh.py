@@ -37,6 +37,9 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(data, fsdp, tensor, len(devices))
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu":
+        # JAX orders small slices as a ring. Sums over fsdp go side by side of the torus, which wants row-major order.
+        grid = np.apply_along_axis(lambda line: np.array(sorted(line, key=lambda one: tuple(one.coords))), 1, grid)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

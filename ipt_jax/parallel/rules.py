@@ -7,7 +7,6 @@ dim which does not divide is left whole and told, never silently: see `Placement
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
+    "norm": (),  # a few kB: gathering them in every layer would cost latency alone
     "q_heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -81,19 +81,6 @@ def place_params(axes: dict[str, Any], shapes: dict[str, Any], mesh: Mesh) -> Pl
 def param_name(path: tuple[Any, ...]) -> str:
     """`layers.query` of a tree path."""
     return ".".join(str(part.key) for part in path)
-
-
-def constrainer(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
-    """What a model calls to pin an activation to the mesh by logical axes.
-
-    Without it the compiler may split hidden states along D, as the weights are (moving activations, not weights).
-    """
-
-    def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-        spec, _ = spec_of(axes, x.shape, mesh)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return constrain
 
 
 def bytes_per_device(shapes: Any, shardings: Any) -> int:

@@ -2,9 +2,9 @@
 
 Guarantees: sums, not means, so that the caller divides once by the global count of targets, whatever the micro-batches;
 float32 logits and sums; loss by document kind at no extra pass. The gradient is worked out beside the loss, chunk by
-chunk: the logits are computed once, not again in the backward pass. Positions are cut, not rows, because rows are
-split over devices; the head's gradient is kept apart for each group of rows until the end, so that devices exchange it
-once and not once a chunk. Says nothing about labels: which position predicts what was decided per document.
+chunk: the logits are computed once, not again in the backward pass, and of all that is as wide as the vocabulary only
+the head's float32 gradient and one chunk exist. A device works on its own rows; nothing is exchanged here. Says nothing
+about labels: which position predicts what was decided per document.
 """
 
 from __future__ import annotations
@@ -28,26 +28,21 @@ def cross_entropy(
     mask: Array,
     kinds: Array,
     *,
-    positions: int | None = None,
-    shards: int = 1,
+    chunk: int | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Array, Sums]:
-    """(objective, sums) of hidden [B, T, D] under head [D, V], `positions` of T at a time (all when None).
+    """(objective, sums) of hidden [B, T, D] under head [D, V], `chunk` of its B T tokens at a time (all when None).
 
     Only the objective has a gradient: the summed cross entropy plus z_loss times the squared log-normalizers.
     """
-    B, T, D = hidden.shape
-    assert B % shards == 0, f"{B} rows over {shards} shards"
-    positions = positions or T
-    assert T % positions == 0, f"{positions} positions at a time do not divide {T}"
+    tokens = targets.size
+    chunk = chunk or tokens
+    assert tokens % chunk == 0, f"chunks of {chunk} tokens do not divide {tokens}"
 
     def cut(x: Array) -> Array:
-        """[C, shards, rows, positions, ...]: chunks first, to be scanned."""
-        x = x.reshape(shards, B // shards, T // positions, positions, *x.shape[2:])
-        return jnp.moveaxis(x, 2, 0)
+        return x.reshape(tokens // chunk, chunk, *x.shape[2:])  # [C, chunk, ...], in place
 
-    head = head.astype(hidden.dtype)
-    return _summed(z_loss, cut(hidden), head, (cut(targets), cut(mask), cut(kinds)))
+    return _summed(z_loss, cut(hidden), head.astype(hidden.dtype), (cut(targets), cut(mask), cut(kinds)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,8 +53,7 @@ def _summed(z_loss: float, hidden: Array, head: Array, labels: Any) -> tuple[Arr
         objective, sums, _ = _chunk(z_loss, head, *chunk)
         return jax.tree.map(jnp.add, total, (objective, sums)), None
 
-    total, _ = _scan(add, _nothing(hidden.shape[1]), (hidden, labels))
-    return _over_shards(total)
+    return _scan(add, (jnp.zeros(()), no_sums()), (hidden, labels))[0]
 
 
 def _summed_forward(z_loss: float, hidden: Array, head: Array, labels: Any) -> tuple[tuple[Array, Sums], Any]:
@@ -68,14 +62,13 @@ def _summed_forward(z_loss: float, hidden: Array, head: Array, labels: Any) -> t
         states = chunk[0]
         objective, sums, logits_grad = _chunk(z_loss, head, *chunk)
         logits_grad = logits_grad.astype(head.dtype)
-        hidden_grad = jnp.einsum("nrpv,dv->nrpd", logits_grad, head)
-        head_grad += jnp.einsum("nrpd,nrpv->ndv", states, logits_grad, preferred_element_type=jnp.float32)
+        hidden_grad = jnp.einsum("nv,dv->nd", logits_grad, head)
+        head_grad += jnp.einsum("nd,nv->dv", states, logits_grad, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, (objective, sums)), head_grad), hidden_grad
 
-    shards = hidden.shape[1]
-    zeros = jnp.zeros((shards, *head.shape), jnp.float32)  # [n, D, V]
-    (total, head_grad), hidden_grad = _scan(add, (_nothing(shards), zeros), (hidden, labels))
-    return _over_shards(total), (hidden_grad, head_grad.sum(0).astype(head.dtype))
+    nothing = (jnp.zeros(()), no_sums()), jnp.zeros(head.shape, jnp.float32)
+    (total, head_grad), hidden_grad = _scan(add, nothing, (hidden, labels))
+    return total, (hidden_grad, head_grad.astype(head.dtype))
 
 
 def _summed_backward(z_loss: float, residuals: Any, cotangents: Any) -> tuple[Array, Array, None]:
@@ -99,42 +92,32 @@ def no_sums() -> Sums:
     return {"loss": jnp.zeros(len(KINDS) + 1), "targets": jnp.zeros(len(KINDS) + 1)}
 
 
-def _nothing(shards: int) -> tuple[Array, Sums]:
-    """Objective and sums kept apart for each shard: devices add them up once, not once a chunk."""
-    return jax.tree.map(lambda x: jnp.zeros((shards, *x.shape)), (jnp.zeros(()), no_sums()))
-
-
-def _over_shards(total: tuple[Array, Sums]) -> tuple[Array, Sums]:
-    return jax.tree.map(lambda x: x.sum(0), total)
-
-
 def _chunk(z_loss: float, head: Array, hidden: Array, labels: tuple[Array, Array, Array]) -> tuple[Array, Sums, Array]:
-    """Of each shard n: objective [n], sums by kind [n, 5], gradient with respect to the logits [n, r, p, V]."""
+    """Of n tokens: the objective, sums by kind [5], and the gradient with respect to the logits [n, V]."""
     targets, mask, kinds = labels
-    logits = jnp.einsum("nrpd,dv->nrpv", hidden, head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=jnp.float32)
     peak = logits.max(-1, keepdims=True)
     exps = jnp.exp(logits - peak)
     total = exps.sum(-1, keepdims=True)
-    log_normalizer = (jnp.log(total) + peak)[..., 0]  # [n, r, p]
+    log_normalizer = (jnp.log(total) + peak)[:, 0]
     # comparing with an iota instead of gathering: the vocabulary may be split over devices
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3) == targets[..., None]
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
     loss = log_normalizer - jnp.where(is_target, logits, 0.0).sum(-1)
     counted = mask.astype(jnp.float32)
-    objective = (counted * (loss + z_loss * log_normalizer**2)).sum((1, 2))
-    slope = (counted * (1.0 + 2.0 * z_loss * log_normalizer))[..., None] / total
-    logits_grad = exps * slope - jnp.where(is_target, counted[..., None], 0.0)
+    objective = (counted * (loss + z_loss * log_normalizer**2)).sum()
+    slope = (counted * (1.0 + 2.0 * z_loss * log_normalizer))[:, None] / total
+    logits_grad = exps * slope - jnp.where(is_target, counted[:, None], 0.0)
     return objective, _by_kind(loss * counted, counted, kinds), logits_grad
 
 
 def _by_kind(loss: Array, counted: Array, kinds: Array) -> Sums:
-    of_kind = kinds[..., None] == jnp.arange(len(KINDS) + 1)  # [n, r, p, 5]
+    of_kind = kinds[:, None] == jnp.arange(len(KINDS) + 1)  # [n, 5]
     return {
-        "loss": jnp.where(of_kind, loss[..., None], 0.0).sum((1, 2)),
-        "targets": jnp.where(of_kind, counted[..., None], 0.0).sum((1, 2)),
+        "loss": jnp.where(of_kind, loss[:, None], 0.0).sum(0),
+        "targets": jnp.where(of_kind, counted[:, None], 0.0).sum(0),
     }
 
 
-def chunk_positions(seq_len: int, rows: int, tokens: int) -> int:
-    """Positions at a time such that `rows` of them hold at most `tokens`: the largest divisor of `seq_len`."""
-    wanted = max(1, min(seq_len, tokens // rows))
-    return next(size for size in range(wanted, 0, -1) if seq_len % size == 0)
+def chunk_size(tokens: int, limit: int) -> int:
+    """The largest divisor of `tokens` that is at most `limit`."""
+    return next(size for size in range(max(1, min(tokens, limit)), 0, -1) if tokens % size == 0)

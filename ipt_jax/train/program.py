@@ -22,7 +22,7 @@ from ipt_jax.model.config import ModelConfig, param_count
 from ipt_jax.model.mistral import logical_axes
 from ipt_jax.parallel.mesh import batch_sharding, row_shards
 from ipt_jax.parallel.rules import bytes_per_device, place_params
-from ipt_jax.train.loss import chunk_positions
+from ipt_jax.train.loss import chunk_size
 from ipt_jax.train.optim import make_optimizer
 from ipt_jax.train.state import TrainState, abstract_state, state_shardings
 from ipt_jax.train.step import StepShape, make_step
@@ -31,6 +31,9 @@ from ipt_jax.train.step import StepShape, make_step
 # cache is nearly twice as fast as one pass; on accelerators only memory matters.
 LOGITS_BYTES = 256 * 2**20
 CPU_CHUNK_TOKENS = 256
+# A layer's products [tokens, F] at a time, where the layer computes them again in the backward pass anyway. Matrix
+# products of some thousand rows fill any accelerator.
+MLP_BYTES = 128 * 2**20
 BATCH_DTYPES = {
     "tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.bool_,
     "segment_ids": jnp.int32, "positions": jnp.int32, "kinds": jnp.int32,
@@ -61,13 +64,15 @@ def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: i
     accumulation = accumulation_steps(recipe, shards)
     rows = rows_per_step(recipe)
     chunk, chunk_reason = _chunk_tokens(recipe, model, mesh)
+    tokens = recipe.data.seq_len * rows // accumulation // shards  # of one micro-batch on one device
     shape = StepShape(
         accumulation=accumulation,
         compute_dtype=_compute_dtype(recipe, device.platform),
         remat=recipe.train.remat,
         attention=attention,
         separate_documents=recipe.data.cross_document == "block",
-        loss_positions=chunk_positions(recipe.data.seq_len, rows // accumulation // shards, chunk),
+        loss_chunk=chunk_size(tokens, chunk),
+        mlp_chunk=_mlp_chunk(recipe, model, mesh, tokens),
         z_loss=recipe.train.z_loss,
     )
     optimizer = make_optimizer(recipe.optimizer, total_steps)
@@ -142,3 +147,11 @@ def _chunk_tokens(recipe: Recipe, model: ModelConfig, mesh: Mesh) -> tuple[int, 
         return CPU_CHUNK_TOKENS, f"{CPU_CHUNK_TOKENS} tokens stay in a CPU's cache"
     tokens = LOGITS_BYTES * mesh.shape["tensor"] // (4 * model.vocab_size)
     return tokens, f"float32 logits of at most {LOGITS_BYTES // 2**20} MiB a device"
+
+
+def _mlp_chunk(recipe: Recipe, model: ModelConfig, mesh: Mesh, tokens: int) -> int | None:
+    """Tokens whose feed-forward products exist at a time; None where they are kept for the backward pass."""
+    remat = recipe.train.remat
+    if remat in ("none", "dots") or "gate" in remat or "up" in remat:
+        return None
+    return chunk_size(tokens, MLP_BYTES * mesh.shape["tensor"] // (2 * model.intermediate_size))

@@ -81,7 +81,7 @@ def tell_start(described: dict[str, Any], run_dir: Path, start_step: int, steps:
     tell(f"attention: {described['attention']} ({described['attention_reason']}); remat: {described['remat']}")
     rows, accumulation = described["rows_per_step"], described["accumulation"]
     tell(f"batch: {rows} rows of {plan['seq_len']}, {accumulation} accumulation steps")
-    tell(f"loss: logits of {described['loss_positions']} positions a row at a time ({described['loss_chunk_reason']})")
+    tell(f"loss: logits of {described['loss_chunk']} tokens a device at a time ({described['loss_chunk_reason']})")
     tell(f"state: {described['state_bytes_per_device'] / 2**20:,.1f} MiB a device")
     for note in described["fallbacks"]:
         tell(f"fallback: {note}")

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from ipt_jax.config import OptimizerSettings
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.mistral import forward, head_of
-from ipt_jax.parallel.mesh import row_shards
-from ipt_jax.parallel.rules import constrainer
+from ipt_jax.model.mistral import forward, logical_axes
+from ipt_jax.parallel.device import OnDevice
+from ipt_jax.parallel.mesh import batch_sharding
 from ipt_jax.train.loss import cross_entropy, no_sums
 from ipt_jax.train.optim import clip, learning_rate
 from ipt_jax.train.state import TrainState
@@ -40,50 +40,66 @@ class StepShape:
     remat: str
     attention: str
     separate_documents: bool  # cross_document: block
-    loss_positions: int  # of a row whose logits exist at a time
+    loss_chunk: int  # tokens of a device whose logits exist at a time
+    mlp_chunk: int | None  # tokens of a device whose feed-forward products exist at a time
     z_loss: float
 
 
 def loss_of(
-    params: dict[str, Any], rows: Batch, count: Array, *, model: ModelConfig, shape: StepShape, mesh: Mesh
+    params: dict[str, Any], rows: Batch, count: Array, *, model: ModelConfig, shape: StepShape, device: OnDevice
 ) -> tuple[Array, dict[str, Array]]:
-    """The share of rows [M, T] in the mean loss over `count` targets, and its sums by kind."""
-    constrain = constrainer(mesh)
+    """The share of a device's rows [M, T] in the mean loss over `count` targets, and its sums by kind."""
     dtype = jnp.dtype(shape.compute_dtype)
-    # The table is gathered over fsdp before the lookup: a lookup in a table split along D would move activations.
-    table = constrain(params["embedding"].astype(dtype), ("vocab", None))
-    head = constrain(head_of(params, model).astype(dtype), (None, "vocab"))
+    # Both tables are made whole once for all rows: looking up in a table split along D would move activations.
+    table = device.gather(params["embedding"].astype(dtype), ("vocab", "embed"))
+    head = table.T if model.tie_embeddings else device.gather(params["head"].astype(dtype), ("embed", "vocab"))
     hidden = forward(
         {**params, "embedding": table}, model, rows["tokens"],
         segment_ids=rows["segment_ids"] if shape.separate_documents else None,
         positions=rows["positions"] if shape.separate_documents else None,
-        compute_dtype=dtype, remat=shape.remat, attention=shape.attention, constrain=constrain,
+        compute_dtype=dtype, remat=shape.remat, mlp_chunk=shape.mlp_chunk, attention=device.attention(shape.attention),
+        constrain=device.constrain, gather=device.gather,
     )  # [M, T, D]  # fmt: skip
     objective, sums = cross_entropy(
-        hidden, head, rows["targets"], rows["loss_mask"], rows["kinds"],
-        positions=shape.loss_positions, shards=row_shards(mesh), z_loss=shape.z_loss,
-    )  # fmt: skip
+        hidden, head, rows["targets"], rows["loss_mask"], rows["kinds"], chunk=shape.loss_chunk, z_loss=shape.z_loss
+    )
     return objective / count, sums
 
 
 def gradients(
     params: dict[str, Any], batch: Batch, *, model: ModelConfig, shape: StepShape, mesh: Mesh, shardings: dict[str, Any]
 ) -> tuple[Any, dict[str, Array]]:
-    """Gradients of the mean loss over the whole batch [A, M, T], and its sums by kind."""
+    """Gradients of the mean loss over the whole batch [A, M, T], and its sums by kind.
+
+    Every device differentiates the loss of its own rows; gathering a weight and adding up its gradient are written out
+    (see OnDevice), not left to the partitioner. What lies along `tensor` is.
+    """
     count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
+    device = OnDevice(mesh, model.hidden_size)
 
-    def of_rows(rows: Batch) -> tuple[Any, dict[str, Array]]:
-        grads, sums = jax.grad(loss_of, has_aux=True)(params, rows, count, model=model, shape=shape, mesh=mesh)
-        return jax.lax.with_sharding_constraint(grads, shardings), sums
+    def of_device(params: dict[str, Any], batch: Batch, count: Array) -> tuple[Any, dict[str, Array]]:
+        def of_rows(rows: Batch) -> tuple[Any, dict[str, Array]]:
+            return jax.grad(loss_of, has_aux=True)(params, rows, count, model=model, shape=shape, device=device)
 
-    if shape.accumulation == 1:
-        return of_rows({name: rows[0] for name, rows in batch.items()})
+        def add(total: Any, rows: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_rows(rows)), None
 
-    def add(total: Any, rows: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_rows(rows)), None
+        if shape.accumulation == 1:
+            grads, sums = of_rows({name: rows[0] for name, rows in batch.items()})
+        else:
+            nothing = jax.tree.map(jnp.zeros_like, params), no_sums()
+            (grads, sums), _ = jax.lax.scan(add, nothing, batch)
+        return jax.tree.map(device.add_up, grads, logical_axes(model)), device.add_up(sums)
 
-    nothing = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings), no_sums()
-    return jax.lax.scan(add, nothing, batch)[0]
+    if not device.manual:  # nothing but tensor is split
+        return of_device(params, batch, count)
+    specs = jax.tree.map(lambda sharding: device.spec(sharding.spec), shardings)
+    rows = device.spec(batch_sharding(mesh).spec)
+    on_mesh = jax.shard_map(
+        of_device, mesh=mesh, axis_names=device.manual, check_vma=False,
+        in_specs=(specs, rows, PartitionSpec()), out_specs=(specs, PartitionSpec()),
+    )  # fmt: skip
+    return on_mesh(params, batch, count)
 
 
 def make_step(
