@@ -1,20 +1,20 @@
-"""The decoder against transformers, its masks against literal ones, documents of a row against each other."""
+"""The decoder's masks against literal ones, documents of a row against each other, parameters against their table.
+
+The numbers of transformers: tests/test_transformers.py.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from extras import need
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ipt_jax
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.model import attention
 from ipt_jax.model.config import PRESETS, ModelConfig, ModelSettings, param_count, resolve_model
@@ -24,43 +24,6 @@ SMALL = ModelConfig(
     vocab_size=61, hidden_size=32, layers=2, q_heads=4, kv_heads=2, head_dim=12, intermediate_size=40,
     initializer_range=0.3,
 )  # fmt: skip
-SHAPE: dict[str, Any] = dict(
-    vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    initializer_range=0.2,
-)  # fmt: skip
-LLAMA3 = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-)
-
-
-def reference_model(name: str) -> Any:
-    """A random transformers model: its window is shorter than the row, its key heads are fewer, its vocabulary odd."""
-    torch, hf = need("torch", extra="test"), need("transformers", extra="test")
-    torch.manual_seed(0)
-    if name == "mistral":
-        made = hf.MistralForCausalLM(hf.MistralConfig(**SHAPE, num_key_value_heads=2, head_dim=24, sliding_window=8))
-    else:
-        rope = dict(rope_theta=500_000.0, rope_scaling=LLAMA3, tie_word_embeddings=True)
-        made = hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, num_key_value_heads=1, max_position_embeddings=4096, **rope))
-    for parameter in made.parameters():  # norms of exactly one would hide a scale that is never read
-        if parameter.ndim == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return made.eval()
-
-
-def reference_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    torch = need("torch", extra="test")
-    with torch.no_grad():
-        return model(torch.tensor(tokens)).logits.float().numpy()
-
-
-@pytest.mark.parametrize("name", ["mistral", "llama"])
-def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
-    model = reference_model(name)
-    model.save_pretrained(tmp_path / "hf")
-    tokens = np.random.default_rng(0).integers(0, 259, (2, 48))
-    ours = ipt_jax.load(str(tmp_path / "hf")).logits(tokens)
-    assert np.abs(ours - reference_logits(model, tokens)).max() <= 1e-4
 
 
 def test_window_of_three_sees_three_keys() -> None:

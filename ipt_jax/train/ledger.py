@@ -19,8 +19,9 @@ import msgspec
 
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.data.plan import Plan
+from ipt_jax.model.flops import model_flops, peak_flops
 from ipt_jax.train.checkpoint import Record
-from ipt_jax.train.metrics import MetricsLog, check_finite, loss_metrics, model_flops_per_token, peak_flops
+from ipt_jax.train.metrics import MetricsLog, check_finite, loss_metrics
 from ipt_jax.train.program import Program
 
 
@@ -32,8 +33,8 @@ class Ledger:
         self._log, self._log_every, self._steps = log, log_every, plan.steps
         self._progress = Progress(plan.tokens, "tokens", "ipt train", done=record.tokens) if log else None
         self._pending: list[tuple[int, Any]] = []
-        self._flops_per_token = model_flops_per_token(program.model, plan.settings.seq_len)
-        self._peak_flops = peak_flops(program.mesh)
+        self._model = program.model
+        self._peak_flops = peak_flops(program.mesh.devices.flat[0].device_kind, program.mesh.devices.size)
         self._settled_at, self._waited = time.monotonic(), 0.0
 
     @classmethod
@@ -75,10 +76,10 @@ class Ledger:
         now = time.monotonic()
         seconds = (now - self._settled_at) / len(due)
         tokens = sum(int(metrics["tokens"]) for metrics in fetched)
-        rate = tokens / len(due) / seconds
+        flops = model_flops(self._model, tokens, sum(float(metrics["pairs"]) for metrics in fetched))
         speed = {
-            "tokens_per_second": round(rate, 1),
-            "mfu": rate * self._flops_per_token / self._peak_flops if self._peak_flops else None,
+            "tokens_per_second": round(tokens / len(due) / seconds, 1),
+            "mfu": flops / len(due) / seconds / self._peak_flops if self._peak_flops else None,
             "step_seconds": seconds,
             "data_seconds": self._waited / len(due),
         }

@@ -1,9 +1,7 @@
-"""What a run measures: metrics.jsonl, TensorBoard events, and the arithmetic behind tokens per second and MFU.
+"""What a run measures: metrics.jsonl, TensorBoard events, and losses from the step's sums.
 
 Guarantees that no step stands twice in metrics.jsonl, also after a kill and a resume: lines beyond the step that a run
-goes on from, and a last line cut short, are dropped first. MFU counts each multiplication with a weight and the
-attention that causality and the window leave, forward once and backward twice, recomputation not; where the device's
-peak is not known there is no MFU.
+goes on from, and a last line cut short, are dropped first.
 """
 
 from __future__ import annotations
@@ -14,42 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import Summary
 
 from ipt_jax.corpus.shards import write_whole
-from ipt_jax.model.config import ModelConfig, param_count
 from ipt_jax.train.loss import KINDS
-
-# Dense bfloat16 operations per second, by what the device's kind contains; the makers' data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v6 lite": 918e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v4": 275e12,
-}
-
-
-def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Operations that training on one token of a row of `seq_len` needs."""
-    embeddings = model.vocab_size * model.hidden_size
-    weights = param_count(model) - embeddings * (0 if model.tie_embeddings else 1)  # the lookup multiplies nothing
-    window = min(model.sliding_window or seq_len, seq_len)
-    keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len  # a query sees, on average
-    attention = 2 * model.layers * model.q_heads * model.head_dim * keys  # scores and weighted sum
-    return 3 * 2 * (weights + attention)
-
-
-def peak_flops(mesh: Mesh) -> float | None:
-    """Of all devices together; None where their kind is not in the table."""
-    kind = mesh.devices.flat[0].device_kind.lower()
-    return next((peak * mesh.devices.size for name, peak in PEAK_FLOPS.items() if name.lower() in kind), None)
 
 
 class MetricsLog:

@@ -102,6 +102,13 @@ def gradients(
     return on_mesh(params, batch, count)
 
 
+def visible_pairs(batch: Batch, model: ModelConfig, shape: StepShape) -> Array:
+    """(query, key) pairs that attention cannot avoid in this batch: its part of the model FLOPs."""
+    place = batch["positions"] if shape.separate_documents else jnp.arange(batch["tokens"].shape[-1])
+    seen = place + 1 if model.sliding_window is None else jnp.minimum(place + 1, model.sliding_window)
+    return jnp.where(batch["segment_ids"] > 0, seen, 0).sum(dtype=jnp.float32)  # int32 ends at 1,023 rows of 2,048
+
+
 def make_step(
     model: ModelConfig,
     settings: OptimizerSettings,
@@ -124,6 +131,7 @@ def make_step(
             "grad_norm": norm,
             "learning_rate": learning_rate(settings, state.step, total_steps),
             "tokens": (batch["segment_ids"] > 0).sum(),
+            "pairs": visible_pairs(batch, model, shape),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
 

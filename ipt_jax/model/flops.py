@@ -1,0 +1,65 @@
+"""The arithmetic behind MFU: what training needs at the least, and what a device could do.
+
+Guarantees that each product with a weight is counted, and of attention the (query, key) pairs that causality, the
+window and the documents' borders leave; forward once, backward twice, recomputation not. Equal to the multiplications
+in the jaxpr of the gradient once both sides count the same pairs. Norms, RoPE, softmax and the optimizer are left out:
+they are no matrix products, and a device's peak is one of matrix products. An unknown device has no peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ipt_jax.model.config import ModelConfig
+
+# Dense bfloat16 operations per second of what JAX calls one device, by the name it gives it; the makers' data sheets.
+# Whole names: an "H100 PCIe" does three quarters of what an "H100 80GB HBM3" does.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def model_flops(model: ModelConfig, tokens: float, pairs: float) -> float:
+    """Operations of one training step over `tokens` tokens whose queries see `pairs` keys in all."""
+    D, H, F = model.hidden_size, model.head_dim, model.intermediate_size
+    layer = D * H * 2 * (model.q_heads + model.kv_heads) + 3 * D * F
+    weights = model.layers * layer + D * model.vocab_size  # the embedding is a lookup, tied or not
+    attention = 2 * model.layers * model.q_heads * H  # a pair's score, and its share of the weighted sum
+    return 3 * 2 * (weights * tokens + attention * pairs)
+
+
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Of rows of `seq_len` in which documents see each other; `cross_document: block` leaves less."""
+    return model_flops(model, seq_len, visible_pairs([seq_len], model.sliding_window)) / seq_len
+
+
+def visible_pairs(lengths: Iterable[int], window: int | None) -> int:
+    """(query, key) pairs within documents of these lengths: each query sees itself and what the window holds."""
+    pairs = 0
+    for length in lengths:
+        near = min(window or length, length)
+        pairs += near * (near + 1) // 2 + (length - near) * near
+    return pairs
+
+
+def peak_flops(device_kind: str, devices: int) -> float | None:
+    """Of `devices` devices together; None where the kind is not in the table."""
+    peak = PEAK_FLOPS.get(device_kind)
+    return None if peak is None else peak * devices
