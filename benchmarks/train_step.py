@@ -234,8 +234,7 @@ def describe(report: dict[str, Any]) -> str:
     """The table of one shape."""
     lines = [
         f"shape {report['shape']}: " + ", ".join(f"{name} {report[name]}" for name in SHAPES["A"]),
-        f"{'system':20} {'tokens/s':>9} {'s/step':>7} {'range':>13} {'ours is':>8} {'compile s':>9} {'peak MiB':>8} "
-        + " loss, first and last",
+        f"{'system':20} {'tokens/s':>9} {'s/step':>7} {'range':>13} {'ours is':>8} {'compile s':>9} {'peak MiB':>8}  losses",
     ]
     for name, row in report["systems"].items():
         low, high = row["range_seconds"]
