@@ -234,7 +234,7 @@ def describe(report: dict[str, Any]) -> str:
     """The table of one shape."""
     lines = [
         f"shape {report['shape']}: " + ", ".join(f"{name} {report[name]}" for name in SHAPES["A"]),
-        f"{'system':20} {'tokens/s':>9} {'s/step':>7} {'range':>13} {'ours is':>8} {'compile s':>9} {'peak MiB':>8}  losses",
+        f"{'system':20} {'tokens/s':>9} {'s/step':>7} {'range':>13} {'ours is':>8} {'compile s':>9} {'MiB':>6}  losses",
     ]
     for name, row in report["systems"].items():
         low, high = row["range_seconds"]
@@ -242,7 +242,7 @@ def describe(report: dict[str, Any]) -> str:
         times = "" if ratio is None else f"{ratio:.2f}x"
         lines.append(
             f"{name:20} {row['tokens_per_second']:9.0f} {row['median_seconds']:7.3f} {low:6.3f}-{high:6.3f} {times:>8} "
-            f"{row['compile_seconds']:9.1f} {row['peak_mib']:8d}  {row['losses'][0]:.3f} -> {row['losses'][-1]:.3f}"
+            f"{row['compile_seconds']:9.1f} {row['peak_mib']:6d}  {row['losses'][0]:.3f} -> {row['losses'][-1]:.3f}"
         )
     for family in ("naive", "torch"):
         ratio = report[f"ours_over_best_{family}"]
