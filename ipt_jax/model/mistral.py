@@ -26,7 +26,7 @@ from ipt_jax.model.attention import attend
 from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.rope import rope_tables, rotate
 
-SHALLOW = 4  # up to so many layers the scan is unrolled: no copies in and out of stacked residuals, a fifth faster
+SHALLOW = 8  # up to so many layers the scan is unrolled: no copies in and out of stacked residuals, a fifth faster
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[[Array, Axes], Array]
