@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -169,7 +170,7 @@ def forward(
 ) -> Array:
     """`Mistral.hidden` as a pure function of the parameters."""
     if positions is None:
-        positions = jnp.arange(tokens.shape[1])[None]  # [1, T]
+        positions = np.arange(tokens.shape[1])[None]  # [1, T]
     tables = rope_tables(config, positions)
 
     def see(q: Array, k: Array, v: Array) -> tuple[Array, None]:

@@ -30,10 +30,14 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return ((1 - keep) * frequencies / scaling.factor + keep * frequencies).astype(np.float32)
 
 
-def rope_tables(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
-    """cos and sin of the angles at `positions` [B, T], float32."""
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)  # [B, T, H/2]
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_tables(config: ModelConfig, positions: Array | np.ndarray) -> tuple[Array, Array]:
+    """cos and sin of the angles at `positions` [B, T], float32.
+
+    Tables of NumPy positions are constants of the program: XLA else works the angles out again in every rotation.
+    """
+    xp = np if isinstance(positions, np.ndarray) else jnp
+    angles = positions[..., None].astype(np.float32) * inverse_frequencies(config)  # [B, T, H/2]
+    return jnp.asarray(xp.cos(angles)), jnp.asarray(xp.sin(angles))
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
