@@ -119,12 +119,12 @@ def _chunk(z_loss: float, head: Array, hidden: Array, labels: tuple[Array, Array
     exps = jnp.exp(logits - peak)
     total = exps.sum(-1, keepdims=True)
     log_normalizer = (jnp.log(total) + peak)[..., 0]  # [n, t]
-    # comparing with an iota instead of gathering: the vocabulary may be split over devices
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-    loss = log_normalizer - jnp.where(is_target, logits, 0.0).sum(-1)
+    loss = log_normalizer - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     counted = mask.astype(jnp.float32)
     objective = (counted * (loss + z_loss * log_normalizer**2)).sum(1)
     slope = (counted * (1.0 + 2.0 * z_loss * log_normalizer))[..., None] / total
+    # comparing with an iota instead of scattering: the vocabulary may be split over devices
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
     logits_grad = exps * slope - jnp.where(is_target, counted[..., None], 0.0)
     return objective, _by_kind(loss * counted, counted, kinds), logits_grad
 
