@@ -164,11 +164,20 @@ def test_model_block_is_checked() -> None:
         ModelSettings(preset="mistral-1b")
 
 
-def test_attention_is_chosen_with_a_reason() -> None:
+@pytest.mark.parametrize(
+    ("device", "seq_len", "cross_document", "dtype", "kernel", "reason"),
+    [
+        ("cpu", 2048, "allow", "float32", "xla", "the only kernel"),
+        ("NVIDIA H100 80GB HBM3", 8192, "allow", "bfloat16", "cudnn", "window 4096, documents see each other"),
+        ("NVIDIA H100 80GB HBM3", 2048, "block", "bfloat16", "cudnn", "no window inside a row, documents kept apart"),
+        ("NVIDIA H100 80GB HBM3", 2048, "allow", "float32", "xla", "compute_dtype is float32"),
+        ("TPU v5 lite", 8192, "block", "bfloat16", "splash", "window 4096, documents kept apart"),
+        ("TPU v5 lite", 2000, "allow", "bfloat16", "xla", "multiple of 128 tokens, seq_len is 2000"),
+    ],
+)
+def test_attention_is_chosen_with_a_reason(
+    device: str, seq_len: int, cross_document: str, dtype: str, kernel: str, reason: str
+) -> None:
     config = resolve_model(ModelSettings(preset="mistral-7b"))
-    assert attention.choose_attention("cpu", config, 2048)[0] == "xla"
-    kernel, reason = attention.choose_attention("NVIDIA H100 80GB HBM3", config, 8192)
-    assert kernel == "cudnn" and "window 4096" in reason
-    kernel, reason = attention.choose_attention("NVIDIA H100 80GB HBM3", config, 8192, "block")
-    assert kernel == "xla" and "cross_document" in reason
-    assert "float32" in attention.choose_attention("NVIDIA H100 80GB HBM3", config, 8192, compute_dtype="float32")[1]
+    chosen, why = attention.choose_attention(device, config, seq_len, cross_document, dtype)
+    assert chosen == kernel and reason in why

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -31,7 +32,7 @@ from ipt_jax.model.rope import rope_tables, rotate
 
 SAVEABLE = ("query", "key", "value", "attention", "gate", "up")  # what `remat` may name, [B, T, heads or F, ...]
 WHOLE = "whole weight"
-SHALLOW = 4  # up to so many layers the scan is unrolled: no copies in and out of stacked residuals, a fifth faster
+SHALLOW = 8  # up to so many layers the scan is unrolled: no copies in and out of stacked residuals, a fifth faster
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[[Array, Axes], Array]  # pins an activation to the mesh
@@ -175,7 +176,7 @@ def forward(
 ) -> Array:
     """`Mistral.hidden` as a pure function of the parameters, and of the mesh through its last three arguments."""
     if positions is None:
-        positions = jnp.arange(tokens.shape[1])[None]  # [1, T]
+        positions = np.arange(tokens.shape[1])[None]  # [1, T]
     tables = rope_tables(config, positions)
     axes = logical_axes(config)["layers"]
 

@@ -30,10 +30,15 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return ((1 - keep) * frequencies / scaling.factor + keep * frequencies).astype(np.float32)
 
 
-def rope_tables(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
-    """cos and sin of the angles at `positions` [B, T], float32."""
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)  # [B, T, H/2]
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_tables(config: ModelConfig, positions: Array | np.ndarray) -> tuple[Array, Array]:
+    """What `rotate` multiplies with at `positions` [B, T]: [c, c] and [-s, s] of the angles, float32 [B, T, H].
+
+    Tables of NumPy positions are constants of the program: XLA else works the angles out again in every rotation.
+    """
+    xp = np if isinstance(positions, np.ndarray) else jnp
+    angles = positions[..., None].astype(np.float32) * inverse_frequencies(config)  # [B, T, H/2]
+    cos, sin = xp.cos(angles), xp.sin(angles)
+    return jnp.asarray(xp.concatenate([cos, cos], -1)), jnp.asarray(xp.concatenate([-sin, sin], -1))
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
@@ -42,8 +47,6 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     Both halves at once, x turned by half of H beside x: a TPU pads the last dim of each array to 128 lanes, so halves
     would take as much room as the whole.
     """
-    cos, sin = tables
-    cos = jnp.concatenate([cos, cos], axis=-1)[:, :, None, :]  # [B, T, 1, H]
-    sin = jnp.concatenate([-sin, sin], axis=-1)[:, :, None, :]
+    cos, sin = (table[:, :, None, :] for table in tables)  # [B, T, 1, H]
     wide = x.astype(jnp.float32)
     return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
