@@ -1,4 +1,4 @@
-"""The `ipt` command: tokenize, plan, train, import, export, eval, report.
+"""The `ipt` command: tokenize, plan, train, compile, import, export, eval, report.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `ipt plan` starts without jax.
@@ -62,6 +62,29 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 
         result = run_train(recipe)
     show(result, as_json)
+
+
+@app.command()
+def compile(
+    config: Config,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str, typer.Option(help="h100:N, a100:N, v5e:AxB, v6e:AxB or v5p:AxBxC.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    fit: Annotated[bool, typer.Option("--fit", help="Search micro-batch and remat for what fits.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compile the real train step for hardware that is not here: memory, kernels, collectives."""
+    from ipt_jax.compile.command import print_result, run_compile
+    from ipt_jax.config import Recipe
+
+    recipe = load_settings(Recipe, config, overrides)
+    with quiet_stdout():
+        result = run_compile(recipe, topology, fit)
+    if as_json:
+        show(result, as_json)
+    else:
+        print_result(result)
 
 
 @app.command("import")

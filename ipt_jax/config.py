@@ -15,13 +15,16 @@ from ipt_jax.corpus.settings import Settings, UserError
 from ipt_jax.data.settings import DataSettings
 from ipt_jax.model.config import ModelSettings
 
+Saved = Literal["query", "key", "value", "output", "gate", "up"]
+
 
 class TrainSettings(Settings):
     """The step, and how often a run reports and saves. `microbatch` left out: the whole batch at once."""
 
     batch_tokens: int = Field(gt=0)
     microbatch: int | None = Field(default=None, gt=0)  # rows per (data x fsdp) shard per accumulation step
-    remat: Literal["none", "dots", "full"] = "none"
+    # Kept for the backward pass: all, products with weights, the layer's input alone, or that and what is named.
+    remat: Literal["none", "dots", "full"] | tuple[Saved, ...] = "none"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     strict: bool = False  # any fallback is an error

@@ -37,6 +37,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "ipt_jax.hf": ("ipt_jax.model", "ipt_jax.corpus"),
     "ipt_jax.hf.load": ("ipt_jax.model", "ipt_jax.corpus", "ipt_jax.hf", "ipt_jax.generate"),
     "ipt_jax.generate": ("ipt_jax.model", "ipt_jax.corpus"),
+    "ipt_jax.compile": ("ipt_jax.train", "ipt_jax.parallel", "ipt_jax.model", "ipt_jax.corpus", "ipt_jax.config"),
     "ipt_jax.evaluate": ("ipt_jax.hf", "ipt_jax.generate", "ipt_jax.corpus", "ipt_jax.load"),
     "ipt_jax.report": ("ipt_jax.corpus",),
     "ipt_jax.cli": ("ipt_jax",),

@@ -50,6 +50,29 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return model_flops(model, seq_len, visible_pairs([seq_len], model.sliding_window)) / seq_len
 
 
+def recomputed_flops_per_token(model: ModelConfig, seq_len: int, remat: str | tuple[str, ...]) -> float:
+    """What the backward pass computes again, besides the model FLOPs: products whose results were not kept.
+
+    Attention's forward pass is computed again by all but `none`: its backward kernel wants more than its output.
+    """
+    if remat == "none":
+        return 0.0
+    D, H, F = model.hidden_size, model.head_dim, model.intermediate_size
+    N, K = model.q_heads, model.kv_heads
+    products = {
+        "query": D * N * H,
+        "key": D * K * H,
+        "value": D * K * H,
+        "output": N * H * D,
+        "gate": D * F,
+        "up": D * F,
+    }
+    kept = products if remat == "dots" else () if remat == "full" else remat
+    again = D * sum(size for name, size in products.items() if name not in kept)
+    attention = 2 * N * H * visible_pairs([seq_len], model.sliding_window) / seq_len
+    return 2 * model.layers * (again + attention)
+
+
 def visible_pairs(lengths: Iterable[int], window: int | None) -> int:
     """(query, key) pairs within documents of these lengths: each query sees itself and what the window holds."""
     pairs = 0

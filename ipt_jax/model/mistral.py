@@ -30,7 +30,7 @@ from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.mlp import gated_mlp
 from ipt_jax.model.rope import rope_tables, rotate
 
-SAVEABLE = ("query", "key", "value", "attention", "gate", "up")  # what `remat` may name, [B, T, heads or F, ...]
+SAVEABLE = ("query", "key", "value", "output", "gate", "up")  # products that `remat` may name
 WHOLE = "whole weight"
 SHALLOW = 8  # up to so many layers the scan is unrolled: no copies in and out of stacked residuals, a fifth faster
 
@@ -175,9 +175,7 @@ def forward(
     gather: Gather = lambda w, axes: w,
 ) -> Array:
     """`Mistral.hidden` as a pure function of the parameters, and of the mesh through its last three arguments."""
-    if positions is None:
-        positions = np.arange(tokens.shape[1])[None]  # [1, T]
-    tables = rope_tables(config, positions)
+    tables = rope_tables(config, np.arange(tokens.shape[1])[None] if positions is None else positions)
     axes = logical_axes(config)["layers"]
 
     def see(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -261,7 +259,7 @@ def decoder_layer(
     k = checkpoint_name(rotate(project(h, w["key"]), tables), "key")  # [B, T, K, H]
     v = checkpoint_name(project(h, w["value"]), "value")  # [B, T, K, H]
     seen, carried = see(q, k, v)
-    x = x + project(checkpoint_name(seen, "attention"), w["output"])
+    x = x + checkpoint_name(project(seen, w["output"]), "output")
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
     return x + gated_mlp(h, (w["gate"], w["up"], w["down"]), mlp_chunk), carried
 

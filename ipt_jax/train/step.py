@@ -21,8 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 from ipt_jax.config import OptimizerSettings
 from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.mistral import forward, logical_axes
-from ipt_jax.parallel.device import OnDevice
 from ipt_jax.parallel.mesh import batch_sharding
+from ipt_jax.train.device import OnDevice
 from ipt_jax.train.loss import cross_entropy, no_sums
 from ipt_jax.train.optim import clip, learning_rate
 from ipt_jax.train.state import TrainState
@@ -37,7 +37,7 @@ class StepShape:
 
     accumulation: int
     compute_dtype: str
-    remat: str
+    remat: str | tuple[str, ...]
     attention: str
     separate_documents: bool  # cross_document: block
     loss_chunk: int  # tokens of a device whose logits exist at a time

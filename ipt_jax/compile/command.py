@@ -1,0 +1,115 @@
+"""The command behind `ipt compile`: settings to a result, and the result as a table for people."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ipt_jax.config import Recipe
+from ipt_jax.corpus.settings import UserError
+from ipt_jax.model.config import resolve_model
+from ipt_jax.parallel.topology import parse_topology, prepare_environment
+
+
+def run_compile(recipe: Recipe, topology_name: str, fit: bool) -> dict[str, Any]:
+    """Compiles `recipe` for the topology, once or (`fit`) as often as the search needs."""
+    topology = parse_topology(topology_name)
+    model = resolve_model(recipe.model)
+    prepare_environment(topology)
+    from ipt_jax.compile.fit import search  # imports JAX, which reads its variables then
+    from ipt_jax.compile.measure import compile_recipe
+    from ipt_jax.parallel.mesh import mesh_shape
+
+    if not fit:
+        return compile_recipe(recipe, model, topology)
+    data, fsdp, _ = mesh_shape(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, topology.devices)
+    found = search(recipe, model, topology, data * fsdp, compile_recipe, tell)
+    if found["chosen"] is None:
+        raise UserError(
+            f"--topology {topology.name}: not even one row of {recipe.data.seq_len} with everything recomputed fits; "
+            "use more devices, a tensor axis, or a shorter data.seq_len"
+        )
+    return found["chosen"] | {"frontier": found["frontier"], "compilations": found["compilations"]}
+
+
+def tell(line: str) -> None:
+    print(f"ipt compile: {line}", file=sys.stderr, flush=True)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The figures of one compilation, and the frontier where one was searched."""
+    console = Console(highlight=False)
+    if "frontier" in result:
+        console.print(_frontier(result["frontier"]))
+        console.print("Taken: what recomputes least, then the larger micro-batch.\n")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _lines(result):
+        table.add_row(name, value)
+    console.print(table)
+    if "collectives" in result:
+        console.print()
+        console.print(_collectives(result))
+
+
+def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    batch = (
+        f"{result['microbatch']} rows of {result['seq_len']:,} a shard x {result['accumulation']} accumulation steps"
+    )
+    lines = [
+        ("devices", f"{result['devices']} x {result['device_kind']}, mesh {mesh}"),
+        ("model", f"{result['params']:,} parameters, {result['model_flops_per_token'] / 1e9:.2f} GFLOP a token"),
+        ("batch", f"{batch} = {result['batch_tokens']:,} tokens"),
+        ("remat", f"{_label(result['remat'])}, {result['compute_dtype']} compute"),
+        ("attention", f"{result['attention_chosen']['kernel']} ({result['attention_chosen']['reason']})"),
+    ]
+    if "attention_calls" in result:
+        calls = result["attention_calls"].get(result["attention"], {})
+        counted = f", {calls['forward']} forward and {calls['backward']} backward calls" if calls else ""
+        lines.append(("in the program", f"{result['attention']}{counted}"))
+        lines.append(("arguments", _gib(result["argument_bytes"])))
+        lines.append(("temporaries", _gib(result["temporary_bytes"])))
+    room = f"{_gib(result['hbm_bytes'])} of the device, {_gib(result['usable_bytes'])} of them usable"
+    lines.append(("peak", f"{_gib(result['peak_bytes_per_device'])} a device ({room})"))
+    lines.append(("fits", "yes" if result["fits"] else f"no: {result.get('refused', 'more than is usable')}"))
+    lines.extend(("fallback", note) for note in result["fallbacks"])
+    return [*lines, ("compiled in", f"{result['compile_seconds']} s")]
+
+
+def _collectives(result: dict[str, Any]) -> Table:
+    """What a device sends in a step, beside an ideal schedule."""
+    table = Table("collective", "a step", "of them in loops", "MB sent a device", "ideal FSDP", "ratio", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, total in result["collectives"].items():
+        ideal = result["ideal"].get(kind, 0)
+        inside = result["collectives_in_loops"].get(kind, {"count": 0})["count"]
+        table.add_row(
+            kind, f"{total['count']:,}", f"{inside:,}", f"{total['bytes'] / 1e6:,.1f}", f"{ideal / 1e6:,.1f}",
+            f"{total['bytes'] / ideal:.3f}" if ideal else "–",
+        )  # fmt: skip
+    dtypes = ", ".join(result["reduce_dtypes"]) or "none"
+    table.caption = f"Ideal: each split parameter gathered twice, reduce-scattered once a micro-batch ({dtypes})."
+    table.caption_justify = "left"
+    return table
+
+
+def _frontier(frontier: list[dict[str, Any]]) -> Table:
+    table = Table("remat", "largest microbatch", "peak a device", "FLOPs recomputed", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in frontier:
+        recomputed = f"{one['recomputed']:.1%}"
+        table.add_row(_label(one["remat"]), str(one["microbatch"]), _gib(one["peak_bytes_per_device"]), recomputed)
+    return table
+
+
+def _label(remat: str | list[str] | tuple[str, ...]) -> str:
+    return remat if isinstance(remat, str) else "+".join(remat)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

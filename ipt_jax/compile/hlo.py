@@ -1,0 +1,198 @@
+"""Reads a compiled program's text (XLA's HLO): which collectives run, how often, over how many bytes; which kernels.
+
+Guarantees that loops count: what stands in the body of a scan over 20 layers counts 20 times. An asynchronous
+collective counts once, however many pieces the text has for it. Bytes are what one device sends: of S bytes over n
+devices, S (n - 1) / n for an all-gather (S gathered), a reduce-scatter (S before it is cut) or an all-to-all, twice
+that for an all-reduce, S for a permute. Both of XLA's dialects are read, that of GPUs and that of TPUs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)$")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+    root: bool
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of the program."""
+
+    kind: str
+    dtype: str
+    size: int  # bytes: gathered, or before they are reduced
+    devices: int  # that take part
+    times: int  # a step
+    loops: tuple[int, ...]  # trips of the loops around it, outermost first
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one device sends a step."""
+        part = {"all-reduce": 2, "collective-permute": 0}.get(self.kind, 1) * self.size * (self.devices - 1)
+        return self.times * (self.size if self.kind == "collective-permute" else part // self.devices)
+
+
+Computations = dict[str, list[Instruction]]
+
+
+def parse(text: str) -> tuple[Computations, str]:
+    """Instructions by computation, and the entry's name."""
+    computations: Computations = {}
+    entry, current = "", None
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        if not line.startswith(" ") and (head := COMPUTATION.match(line)):
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (found := INSTRUCTION.match(line)):
+            current.append(Instruction(found[2], found[3], found[4], found[5], bool(found[1])))
+    assert entry, "the program's text has no entry"
+    return computations, entry
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of a program."""
+    computations, entry = parse(text)
+    found, seen = [], set()
+    for instruction, loops, fused in _walk(computations, entry, (), ""):
+        kind = instruction.opcode.removesuffix("-start")
+        if instruction.opcode == "fusion":  # a TPU's reduce-scatter in one piece
+            kind, inner = "reduce-scatter", _called(instruction, "calls", computations)
+            instruction = next(one for one in inner if one.opcode.startswith("all-reduce"))
+        elif kind not in KINDS:
+            continue
+        channel = re.search(r"channel_id=(\d+)", instruction.rest)
+        key = (fused, kind, channel[1] if channel else instruction.name)
+        if fused and key in seen:  # start, middle and end of an asynchronous one are three fusions
+            continue
+        seen.add(key)
+        times = 1
+        for trips in loops:
+            times *= trips
+        devices = _group_size(instruction.rest)
+        for dtype, size in _sizes(instruction, kind, devices):
+            found.append(Collective(kind, dtype, size, devices, times, loops))
+    return found
+
+
+def _walk(
+    computations: Computations, name: str, loops: tuple[int, ...], fused: str
+) -> Iterator[tuple[Instruction, tuple[int, ...], str]]:
+    """Each instruction that runs, the trips of the loops around it, and the computation that its fusion stands in."""
+    for one in computations[name]:
+        if one.opcode == "while":
+            trips = _trips(one, computations, computations[name])
+            yield from _walk(computations, _name(one, "body"), (*loops, trips), fused)
+        elif one.opcode == "fusion" and _name(one, "calls").startswith("all-reduce-scatter"):
+            yield one, loops, fused
+        elif one.opcode in ("fusion", "call", "async-start"):
+            callee = _name(one, "calls") or _name(one, "to_apply")
+            yield from _walk(computations, callee, loops, fused or (name if one.opcode == "fusion" else ""))
+        elif one.opcode == "conditional":
+            for branch in re.findall(r"%([\w.\-]+)", _attribute(one, "branch_computations")):
+                yield from _walk(computations, branch, loops, fused)
+        else:
+            yield one, loops, fused
+
+
+def _name(instruction: Instruction, attribute: str) -> str:
+    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.rest)
+    return found[1] if found else ""
+
+
+def _attribute(instruction: Instruction, attribute: str) -> str:
+    found = re.search(rf"\b{attribute}=\{{([^}}]*)\}}", instruction.rest)
+    return found[1] if found else ""
+
+
+def _called(instruction: Instruction, attribute: str, computations: Computations) -> list[Instruction]:
+    return computations[_name(instruction, attribute)]
+
+
+def _trips(loop: Instruction, computations: Computations, around: list[Instruction]) -> int:
+    """How often a loop runs: what the compiler noted, else the bound that its counter is compared with."""
+    if noted := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
+        return int(noted[1])
+    condition = {one.name: one for one in _called(loop, "condition", computations)}
+    compare = next(one for one in condition.values() if one.root)
+    counter, bound = re.findall(r"%([\w.\-]+)", compare.rest)[:2]
+    assert compare.opcode == "compare" and "direction=LT" in compare.rest, f"loop {loop.name} ends by {compare}"
+    end = int(condition[bound].rest.split(")")[0])
+    place = re.search(r"index=(\d+)", condition[counter].rest)
+    assert place is not None
+    return end - _start(loop, int(place[1]), {one.name: one for one in around})
+
+
+def _start(loop: Instruction, place: int, around: dict[str, Instruction]) -> int:
+    """A loop's counter before its first turn: 0 unless a constant says otherwise."""
+    state = around.get(re.findall(r"%([\w.\-]+)", loop.rest)[0])
+    if state is None or state.opcode != "tuple":
+        return 0
+    value = around.get(re.findall(r"%([\w.\-]+)", state.rest)[place])
+    while value is not None and value.opcode == "copy":
+        value = around.get(re.findall(r"%([\w.\-]+)", value.rest)[0])
+    return int(value.rest.split(")")[0]) if value is not None and value.opcode == "constant" else 0
+
+
+def _group_size(rest: str) -> int:
+    """Devices in one group of a collective, from any of the three ways in which groups are written."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\w+\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        count = 1
+        for name in re.findall(r"'(\w+)'", found[2]):
+            count *= sizes[name]
+        return count
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        return found[1].count("{") + 1
+    raise AssertionError(f"a collective without groups: {rest[:200]}")
+
+
+def _sizes(instruction: Instruction, kind: str, devices: int) -> list[tuple[str, int]]:
+    """(dtype, bytes) of each array of a collective: gathered, or before it is reduced."""
+    shapes = [(dtype, _size(dtype, dims)) for dtype, dims in SHAPE.findall(re.sub(r"\{[^}]*\}", "", instruction.shape))]
+    if instruction.opcode.endswith("-start"):
+        if kind in ("all-gather", "reduce-scatter"):  # operands, then results
+            shapes = shapes[len(shapes) // 2 :]
+        elif kind == "collective-permute":
+            shapes = shapes[:1]
+    scale = devices if kind == "reduce-scatter" and not instruction.opcode.startswith("all-reduce") else 1
+    return [(dtype, size * scale) for dtype, size in shapes]
+
+
+def _size(dtype: str, dims: str) -> int:
+    size = BYTES[dtype]
+    for dim in dims.split(","):
+        size *= int(dim) if dim else 1
+    return size
+
+
+def attention_kernels(text: str) -> dict[str, dict[str, int]]:
+    """Calls of fused attention that stand in the program, forward and backward; empty where XLA's own runs."""
+    targets = re.findall(r'custom_call_target="(__cudnn\$fmha\w*)"', text)
+    splash = re.findall(r'%(splash_mha_(?:fwd|dq|dkv)[\w.]*) = [^\n]*custom_call_target="tpu_custom_call"', text)
+    found = {
+        "cudnn": {"forward": sum("Backward" not in one for one in targets)},
+        "splash": {"forward": sum("_fwd" in one for one in splash)},
+    }
+    found["cudnn"]["backward"] = len(targets) - found["cudnn"]["forward"]
+    found["splash"]["backward"] = len(splash) - found["splash"]["forward"]
+    return {name: calls for name, calls in found.items() if any(calls.values())}

@@ -1,0 +1,137 @@
+"""One compilation of the real train step for devices that are not here, and the figures of its program.
+
+Guarantees that the program is the one `ipt train` runs on such devices: the same recipe, model and mesh go through
+`build_program`, and the state and the batch exist as shapes alone. Data is never opened. What is reported is read from
+the compiled program (memory, kernels, collectives), but for `ideal` and `model_flops_per_token`, which are arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import defaultdict
+from typing import Any
+
+import jax
+
+from ipt_jax.compile.hlo import Collective, attention_kernels, collectives
+from ipt_jax.config import Recipe
+from ipt_jax.model.config import ModelConfig, param_count
+from ipt_jax.model.flops import model_flops_per_token
+from ipt_jax.model.mistral import abstract_params, logical_axes
+from ipt_jax.parallel.mesh import make_mesh
+from ipt_jax.parallel.rules import mesh_axes
+from ipt_jax.parallel.topology import Topology, describe_devices
+from ipt_jax.train.program import Program, build_program, lower
+
+STEPS = 1000  # of the schedule; the program is the same for any number
+
+
+def compile_recipe(recipe: Recipe, model: ModelConfig, topology: Topology) -> dict[str, Any]:
+    """Compiles the step of `recipe` for `topology`; the object that `--json` prints."""
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, describe_devices(topology))
+    program = build_program(recipe, model, mesh, STEPS)
+    started = time.monotonic()
+    lowered = lower(program)
+    result: dict[str, Any] = {
+        "topology": topology.name,
+        "devices": mesh.devices.size,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "params": param_count(model),
+        "seq_len": recipe.data.seq_len,
+        "microbatch": program.rows // program.shape.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        "accumulation": program.shape.accumulation,
+        "batch_tokens": recipe.train.batch_tokens,
+        "remat": program.shape.remat,
+        "compute_dtype": program.shape.compute_dtype,
+        "attention_chosen": {"kernel": program.shape.attention, "reason": program.choices["attention_reason"]},
+        "fallbacks": program.choices["fallbacks"],
+        "model_flops_per_token": model_flops_per_token(model, recipe.data.seq_len),
+        "hbm_bytes": topology.memory,
+        "usable_bytes": topology.usable,
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        return result | {
+            "peak_bytes_per_device": needed,
+            "fits": False,
+            "compile_seconds": round(time.monotonic() - started, 1),
+            "refused": "the compiler found no way to fit the program into the device's memory",
+        }
+    seconds = time.monotonic() - started
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "compilers for devices give both"
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    kernels, found = attention_kernels(text), collectives(text)
+    return result | {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "peak_bytes_per_device": peak,
+        "fits": peak <= topology.usable,
+        "attention": next(iter(kernels), "xla"),
+        "attention_calls": kernels,
+        "collectives": _by_kind(found),
+        "collectives_in_loops": _by_kind([one for one in found if one.loops]),
+        "reduce_dtypes": sorted({one.dtype for one in found if one.kind == "reduce-scatter"}),
+        "ideal": ideal_fsdp(program),
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def _by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
+    totals: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    for one in found:
+        totals[one.kind]["count"] += one.times
+        totals[one.kind]["bytes"] += one.sent
+    return dict(sorted(totals.items()))
+
+
+def ideal_fsdp(program: Program) -> dict[str, int]:
+    """Bytes that one device sends in an ideal schedule: of each split parameter, two gathers and one reduce-scatter a
+    micro-batch, in the compute dtype; of what several devices hold whole, one float32 all-reduce a step."""
+    mesh, model = program.mesh, program.model
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    width = 2 if program.shape.compute_dtype == "bfloat16" else 4
+    moved = reduced = 0
+    names = logical_axes(model)
+    shapes = abstract_params(model)
+    flat_axes = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
+    for shape, axes in zip(jax.tree.leaves(shapes), flat_axes, strict=True):
+        size = math.prod(shape.shape)
+        if tensor > 1 and any("tensor" in mesh_axes(name) for name in axes):
+            size //= tensor
+        if fsdp > 1 and any("fsdp" in mesh_axes(name) for name in axes):
+            moved += size * width * (fsdp - 1) // fsdp
+            size, copies = size // fsdp, mesh.shape["data"]
+        else:
+            copies = mesh.shape["data"] * fsdp
+        reduced += 2 * 4 * size * (copies - 1) // copies
+    each = program.shape.accumulation
+    return {"all-gather": 2 * moved * each, "reduce-scatter": moved * each, "all-reduce": reduced}
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that a program which did not fit asked for, as far as libtpu's message tells; None for other errors."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    numbers = re.search(
+        r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm. Exceeded hbm capacity by ([\d.]+)([KMG]?)", message
+    )
+    if numbers is None:
+        return 0
+    used, over = float(numbers[1]) * units[numbers[2]], float(numbers[3]) * units[numbers[4]]
+    return int(max(used, used + over if used < over else used))
