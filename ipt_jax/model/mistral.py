@@ -31,7 +31,7 @@ from ipt_jax.model.mlp import gated_mlp
 from ipt_jax.model.rope import rope_tables, rotate
 
 SAVEABLE = ("query", "key", "value", "output", "gate", "up")  # products that `remat` may name
-WHOLE = "whole weight"
+KEPT = ("dot_general", "exp", "pallas_call", "dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
 SHALLOW = 8  # up to so many layers the scan is unrolled: no copies in and out of stacked residuals, a fifth faster
 
 Axes = tuple[str | None, ...]
@@ -182,7 +182,7 @@ def forward(
         return attention(q, k, v, window=config.sliding_window, segment_ids=segment_ids), None
 
     def step(x: Array, layer: dict[str, Array]) -> tuple[Array, None]:
-        layer = {name: _whole(gather, w.astype(_dtype_of(name, x)), axes[name][1:]) for name, w in layer.items()}
+        layer = {name: gather(w.astype(_dtype_of(name, x)), axes[name][1:]) for name, w in layer.items()}
         x, _ = decoder_layer(layer, config, x, tables, see, mlp_chunk)
         return constrain(x, ("batch", "length", None)), None
 
@@ -194,13 +194,14 @@ def forward(
 
 
 def rematerialized(step: Callable[..., Any], remat: str | tuple[str, ...]) -> Callable[..., Any]:
-    """What a layer keeps for its backward pass: all, the products with weights, the named ones, or its input alone.
+    """What a layer keeps for its backward pass: products and attention, products, the named ones, or its input alone.
 
-    Whole weights are never kept, by none of them: they would undo FSDP. The backward pass gathers them again.
+    What is cheap to compute again (norms, RoPE, the activation) is, in all of them. Whole weights are never kept: they
+    would undo FSDP; the backward pass gathers them again.
     """
     policies = jax.checkpoint_policies
     if remat == "none":
-        policy = policies.save_anything_except_these_names(WHOLE)
+        policy = _products_and_attention
     elif remat == "dots":
         policy = policies.dots_with_no_batch_dims_saveable
     elif remat == "full":
@@ -211,8 +212,8 @@ def rematerialized(step: Callable[..., Any], remat: str | tuple[str, ...]) -> Ca
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
-def _whole(gather: Gather, w: Array, axes: Axes) -> Array:
-    return checkpoint_name(gather(w, axes), WHOLE)
+def _products_and_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in KEPT
 
 
 def _dtype_of(name: str, x: Array) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from ipt_jax.parallel.rules import Axes, mesh_axes
 
 Stages = tuple[tuple[tuple[int, ...], ...] | None, ...]  # of each reduce-scatter: its groups of places along fsdp
 
-FUSED: dict[str, Attention] = {"cudnn": attend_cudnn, "splash": attend_splash}
+KERNELS: dict[str, Attention] = {"xla": attend, "cudnn": attend_cudnn, "splash": attend_splash}
 
 
 class OnDevice:
@@ -42,7 +43,8 @@ class OnDevice:
         self.divides = self.fsdp > 1 and hidden_size % self.fsdp == 0  # else `place_params` leaves weights whole
         self.stages = torus_stages(mesh.devices[0, :, 0])
         self.rows = tuple(axis for axis in ROWS if mesh.shape[axis] > 1)  # the axes over which sums are due
-        self.manual = frozenset(self.rows if self.tensor > 1 else mesh.axis_names)
+        # With tensor alone there is nothing to write out: the partitioner handles all of it.
+        self.manual = frozenset(mesh.axis_names if self.tensor == 1 else ROWS if self.rows else ())
 
     def spec(self, spec: PartitionSpec) -> PartitionSpec:
         """`spec` without the axes that the partitioner handles."""
@@ -61,8 +63,23 @@ class OnDevice:
         """A weight made whole over fsdp; the gradient goes back split and added up."""
         if self.is_split(axes):
             dim = next(dim for dim, name in enumerate(axes) if "fsdp" in mesh_axes(name))
-            w = _gathered(dim, self.stages, w)
+            gathered = functools.partial(_gathered, dim, self.stages)
+            # the partitioner would first gather a weight's tensor parts: each is told to keep to its own
+            w = gathered(w) if self.tensor == 1 else self._each_part(gathered, self._along_tensor(w.shape, axes))(w)
         return self.constrain(w, axes)
+
+    def _each_part(self, function: Callable[..., Array], spec: PartitionSpec) -> Callable[..., Array]:
+        """`function` of an array, run by each device on its own part along tensor."""
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(
+            function, mesh=mesh, axis_names={"tensor"}, in_specs=spec, out_specs=spec, check_vma=False
+        )  # fmt: skip
+
+    def _along_tensor(self, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+        return PartitionSpec(*(
+            "tensor" if "tensor" in mesh_axes(name) and size % self.tensor == 0 else None
+            for size, name in zip(shape, axes, strict=True)
+        ))  # fmt: skip
 
     def add_up(self, x: Any, axes: Axes = ()) -> Any:
         """`x` summed over all rows; of a split weight's gradient, fsdp's part was added where it was gathered."""
@@ -73,32 +90,29 @@ class OnDevice:
         """Pins `x` along `tensor`, where that is split at all."""
         if self.tensor == 1:
             return x
-        parts = [
-            "tensor" if "tensor" in mesh_axes(name) and size % self.tensor == 0 else None
-            for size, name in zip(x.shape, axes, strict=True)
-        ]
         mesh = jax.sharding.get_abstract_mesh() if self.manual else self.mesh
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self._along_tensor(x.shape, axes)))
 
     def attention(self, kernel: str) -> Attention:
-        """The kernel for a device's rows; fused ones are opaque to the partitioner and are given their heads."""
+        """The kernel for a device's rows; a fused one is opaque to the partitioner and is given its heads."""
         if kernel == "xla" or self.tensor == 1:
-            return FUSED.get(kernel, attend)
-        return functools.partial(self._on_heads, FUSED[kernel])
+            return KERNELS[kernel]
+        return functools.partial(self._on_heads, KERNELS[kernel])
 
     def _on_heads(
         self, kernel: Attention, q: Array, k: Array, v: Array, *, window: int | None, segment_ids: Array | None
     ) -> Array:
         divides = k.shape[2] % self.tensor == 0  # else every device computes all heads
-        heads = PartitionSpec(None, None, "tensor" if divides else None, None)
+        rows = None if self.manual else ROWS
+        heads = PartitionSpec(rows, None, "tensor" if divides else None, None)
 
         def part(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
             return kernel(q, k, v, window=window, segment_ids=segment_ids)
 
-        mesh = jax.sharding.get_abstract_mesh() if self.manual else self.mesh
         on_heads = jax.shard_map(
-            part, mesh=mesh, axis_names={"tensor"}, check_vma=False,
-            in_specs=(heads, heads, heads, PartitionSpec()), out_specs=heads,
+            part, mesh=jax.sharding.get_abstract_mesh() if self.manual else self.mesh, check_vma=False,
+            axis_names={"tensor"} if self.manual else set(self.mesh.axis_names),
+            in_specs=(heads, heads, heads, PartitionSpec(rows)), out_specs=heads,
         )  # fmt: skip
         return on_heads(q, k, v, segment_ids)
 
@@ -148,6 +162,8 @@ def _grid_sides(devices: np.ndarray) -> tuple[int, ...]:
         return (devices.size,)
     table = np.array(coords)  # [n, 3]
     used = [axis for axis in range(table.shape[1]) if len(set(table[:, axis])) > 1]
+    if not used:
+        return (1,)
     for order in itertools.permutations(used):
         sides = tuple(len(set(table[:, axis])) for axis in order)
         if math.prod(sides) == len(table) and (np.lexsort(table[:, order[::-1]].T) == np.arange(len(table))).all():
