@@ -79,7 +79,8 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
             state = initial_state(recipe, program)
         layout = check_layout(state, program.shardings)
         if jax.process_index() == 0:
-            tell(*layout)
+            for line in layout:
+                tell(line)
         with Ledger.open(run_dir, start, program, plan, recipe.train.log_every) as ledger:
             train(recipe, plan, program, step, state, ledger, checkpoints)
         return result(recipe, ledger.record, ledger.last)
