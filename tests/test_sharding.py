@@ -9,62 +9,104 @@ from __future__ import annotations
 import functools
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trainkit import host, model_of, place, program_of, random_batch, recipe_of, run_python, start, worst
+from trainkit import build, host, model_of, place, program_of, random_batch, recipe_of, run_python, start, worst
 
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.parallel.mesh import host_slot, make_mesh, mesh_shape
 from ipt_jax.parallel.process import ADDRESSES, initialize_distributed
 from ipt_jax.parallel.rules import spec_of
+from ipt_jax.train.layout import check_layout
 from ipt_jax.train.metrics import loss_metrics
+from ipt_jax.train.optim import make_optimizer
+from ipt_jax.train.program import Program
 from ipt_jax.train.state import fresh_state
-from ipt_jax.train.step import gradients
 
 SGD = {"name": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0, "clip_norm": None}
 DEEP = {"layers": 6, "hidden_size": 32, "q_heads": 4, "kv_heads": 2, "vocab_size": 104}  # deep enough to be scanned
-LAYOUTS = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+LAYOUTS = [{"data": 8, "fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+ROWS, LENGTH = 32, 32
+SIZES = ("data", "fsdp", "tensor", "accumulation")
 
 
 @functools.cache
-def trained(data: int, fsdp: int, tensor: int) -> tuple[Any, list[float], Any]:
-    """Gradients of step 1, losses of three steps, parameters after them. Windows, blocks and padding included."""
-    model = model_of(**DEEP, sliding_window=8)
+def matrix_program(data: int, fsdp: int, tensor: int, accumulation: int) -> Program:
+    """The real step on plain SGD behind a transformation that keeps the gradients it was given in its state."""
     recipe = recipe_of(
         optimizer=SGD,
         mesh={"data": data, "fsdp": fsdp, "tensor": tensor},
         data={"cross_document": "block"},
-        train={"microbatch": 8 // (data * fsdp), "loss_chunk": 32},
+        train={"batch_tokens": ROWS * LENGTH, "microbatch": ROWS // (data * fsdp * accumulation), "loss_chunk": 64},
     )
-    program = program_of(recipe, model, data * fsdp * tensor)
-    state, batch = start(program), place(program, random_batch(16, 32, 104))
-    shapes = {"model": model, "shape": program.shape, "mesh": program.mesh, "shardings": program.shardings.params}
-    options = {"xla_backend_optimization_level": 0}
-    grads, _ = jax.jit(functools.partial(gradients, **shapes), compiler_options=options)(state.params, batch)
-    losses = []
+    with pytest.MonkeyPatch.context() as patch:
+        keeping = "ipt_jax.train.program.make_optimizer"
+        patch.setattr(keeping, lambda *given: optax.chain(optax.trace(0.0), make_optimizer(*given)))
+        return build(recipe, model_of(**DEEP, sliding_window=8), data * fsdp * tensor)
+
+
+@functools.cache
+def trained(data: int, fsdp: int, tensor: int, accumulation: int) -> tuple[Any, list[float], Any]:
+    """Gradients of step 1, losses of three steps, parameters after them. Windows, blocks and padding included."""
+    made = matrix_program(data, fsdp, tensor, accumulation)
+    state, grads, losses = start(made), None, []
+    slot, slots = host_slot(made.mesh)
     for seed in range(3):
-        state, metrics = program.step(state, place(program, random_batch(16, 32, 104, seed)))
+        mine = {name: np.split(rows, slots)[slot] for name, rows in random_batch(ROWS, LENGTH, 104, seed).items()}
+        state, metrics = made.step(state, place(made, mine))
         losses.append(loss_metrics(jax.device_get(metrics))["loss"])
-    return host(grads), losses, host(state.params)
+        grads = grads or whole(state.optimizer[0].trace)
+    return grads, losses, whole(state.params)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_eight_devices_train_as_one(layout: dict[str, int]) -> None:
-    grads, losses, params = trained(**({"data": 1, "fsdp": 1, "tensor": 1} | layout))
-    wanted_grads, wanted_losses, wanted_params = trained(1, 1, 1)
-    assert worst(grads, wanted_grads) < 1e-5
-    np.testing.assert_allclose(losses, wanted_losses, atol=1e-5)
-    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, wanted_params)
+def whole(tree: Any) -> Any:
+    """On the host, and every process has all of it."""
+    return host(multihost_utils.process_allgather(tree, tiled=True))
+
+
+def check_equal(one: tuple[Any, list[float], Any], other: tuple[Any, list[float], Any]) -> None:
+    assert worst(one[0], other[0]) < 1e-5
+    np.testing.assert_allclose(one[1], other[1], atol=1e-5)
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), one[2], other[2])
     assert max(jax.tree.leaves(apart)) < 1e-5
 
 
-def test_parameters_and_moments_are_split() -> None:
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_eight_devices_train_as_one(layout: dict[str, int], accumulation: int) -> None:
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | layout
+    check_equal(trained(**sizes, accumulation=accumulation), trained(1, 1, 1, accumulation=1))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_trains_as_one_batch(accumulation: int) -> None:
+    check_equal(trained(1, 1, 1, accumulation=accumulation), trained(1, 1, 1, accumulation=1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_matrix_and_its_moments_are_split(layout: dict[str, int]) -> None:
+    """Over all of fsdp x tensor, before and after a step; `data` holds copies."""
+    made = matrix_program(**({"data": 1, "fsdp": 1, "tensor": 1} | layout), accumulation=1)
+    begun = start(made)
+    ended, _ = made.step(start(made), place(made, random_batch(ROWS, LENGTH, 104)))
+    for state in (begun, ended):
+        for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.optimizer[0].trace)):
+            if "norm" not in str(path[-1]):
+                parts = layout["fsdp"] * layout.get("tensor", 1)
+                assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}, path
+
+
+def test_parts_lie_where_the_rules_say(monkeypatch: pytest.MonkeyPatch) -> None:
     program = program_of(recipe_of(mesh={"fsdp": 4, "tensor": 2}), model_of(**DEEP), 8)
     state = start(program)
     mean = state.optimizer[0].mu
@@ -79,8 +121,18 @@ def test_parameters_and_moments_are_split() -> None:
         assert parts(tree["layers"]["output"]) == {(6, 4 // 2, 8, 32 // 4)}
         assert parts(tree["layers"]["down"]) == {(6, 48 // 2, 32 // 4)}
         assert parts(tree["head"]) == {(32 // 4, 104 // 2)}
-    state, _ = program.step(state, place(program, random_batch(16, 32, 104)))
-    assert parts(state.params["layers"]["down"]) == {(6, 48 // 2, 32 // 4)}, "a step leaves them split"
+
+    monkeypatch.setattr("ipt_jax.train.layout.BIG", 6 * 32 * 48)
+    assert check_layout(state, program.shardings) == [
+        "layers.down [6, 48, 32]: 8 parts (tensor x fsdp), 0.0 MiB a device",
+        "layers.gate [6, 32, 48]: 8 parts (fsdp x tensor), 0.0 MiB a device",
+        "layers.up [6, 32, 48]: 8 parts (fsdp x tensor), 0.0 MiB a device",
+        "state: 0.0 MiB of 0.2 MiB of parameters a device, 0.1 MiB of moments",
+    ]
+    copied = jax.device_put(state.params["layers"]["up"], NamedSharding(program.mesh, P()))
+    state.params["layers"]["up"] = copied
+    with pytest.raises(AssertionError, match=r"up.*holds \(6, 32, 48\), planned was \(6, 8, 24\)"):
+        check_layout(state, program.shardings)
 
 
 def test_parameters_begin_equal_on_every_mesh() -> None:
@@ -149,30 +201,24 @@ def test_half_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 PROCESS = """
 import json, sys
 from ipt_jax.parallel.process import initialize_distributed
-found = initialize_distributed()
-import jax
-from trainkit import *
-from ipt_jax.train.metrics import loss_metrics
-from ipt_jax.parallel.mesh import host_slot
-for mesh in ({"fsdp": 4}, {"fsdp": 1, "tensor": 4}):
-    program = program_of(recipe_of(mesh=mesh, optimizer={"warmup_steps": 0}), model_of(), 4)
-    host, hosts = host_slot(program.mesh)
-    state, losses = start(program), []
-    for seed in range(2):
-        mine = {name: np.split(rows, hosts)[host] for name, rows in random_batch(16, 32, 104, seed).items()}
-        state, metrics = program.step(state, place(program, mine))
-        losses.append(loss_metrics(jax.device_get(metrics))["loss"])
-    print(json.dumps({"local": jax.local_device_count(), "slot": [host, hosts], "losses": losses}))
+initialize_distributed()
+import jax, numpy as np, test_sharding as of
+for name, sizes in json.loads(sys.argv[1]).items():
+    grads, losses, params = of.trained(**sizes)
+    slot = of.host_slot(of.matrix_program(**sizes).mesh)
+    print(json.dumps({"devices": [jax.local_device_count(), jax.device_count()], "slot": slot, "losses": losses}))
+    if jax.process_index() == 0:
+        np.savez(sys.argv[2] + "/" + name, *jax.tree.leaves((grads, params)))
 """
 
 
-def run_processes(processes: int) -> list[list[dict[str, Any]]]:
-    """What each of `processes` children with four devices between them prints."""
+def run_processes(*arguments: str) -> list[list[dict[str, Any]]]:
+    """What each of two children with four devices prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    addresses = [dict(zip(ADDRESSES, (address, str(i), str(processes)), strict=True)) for i in range(processes)]
-    children = [run_python(PROCESS, JAX_NUM_CPU_DEVICES=str(4 // processes), **names) for names in addresses]
+    addresses = [dict(zip(ADDRESSES, (address, str(i), "2"), strict=True)) for i in range(2)]
+    children = [run_python(PROCESS, *arguments, JAX_NUM_CPU_DEVICES="4", **names) for names in addresses]
     try:
         outputs = [child.communicate(timeout=250) for child in children]
     finally:
@@ -182,15 +228,16 @@ def run_processes(processes: int) -> list[list[dict[str, Any]]]:
     return [[json.loads(line) for line in output.splitlines() if line.startswith("{")] for output, _ in outputs]
 
 
-def test_two_processes_train_as_one() -> None:
-    """First rows split over the processes, then a tensor axis across them: there both read the same rows."""
-    first, second = run_processes(2)
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """First rows and parameters split over the processes, then a tensor axis across them: both read the same rows."""
+    layouts = {"fsdp": (1, 8, 1, 2), "tensor": (1, 1, 8, 1)}
+    named = {name: dict(zip(SIZES, sizes, strict=True)) for name, sizes in layouts.items()}
+    first, second = run_processes(json.dumps(named), str(tmp_path))
     assert [one["slot"] for one in first] == [[0, 2], [0, 1]] and [one["slot"] for one in second] == [[1, 2], [0, 1]]
-    program = program_of(recipe_of(mesh={"fsdp": 1}, optimizer={"warmup_steps": 0}), model_of())
-    state, wanted = start(program), []
-    for seed in range(2):
-        state, metrics = program.step(state, place(program, random_batch(16, 32, 104, seed)))
-        wanted.append(loss_metrics(jax.device_get(metrics))["loss"])
-    for one in first + second:
-        assert one["local"] == 2
-        np.testing.assert_allclose(one["losses"], wanted, atol=1e-5)
+    grads, losses, params = trained(1, 1, 1, accumulation=1)
+    leaves, tree = jax.tree.flatten((grads, params))
+    for name, one, other in zip(layouts, first, second, strict=True):
+        assert one["devices"] == other["devices"] == [4, 8] and one["losses"] == other["losses"]
+        with np.load(tmp_path / f"{name}.npz") as saved:
+            found = jax.tree.unflatten(tree, [saved[f"arr_{i}"] for i in range(len(leaves))])
+        check_equal((found[0], one["losses"], found[1]), (grads, losses, params))

@@ -76,17 +76,22 @@ def program_of(recipe: Recipe, model: ModelConfig, devices: int = 1) -> Program:
     """The recipe's program on the first `devices` devices; equal ones are shared, and with them what they compile."""
     key = f"{recipe.model_dump_json()} {model.model_dump_json()} {devices}"
     if key not in PROGRAMS:
-        mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, jax.devices()[:devices])
-        program = build_program(recipe, model, mesh, total_steps=30)
-        # LLVM's optimizations take half of the compilation and change no result that is tested here
-        quick = jax.jit(
-            program.step.__wrapped__,
-            donate_argnums=0,
-            out_shardings=(program.shardings, None),
-            compiler_options={"xla_backend_optimization_level": 0},
-        )
-        PROGRAMS[key] = dataclasses.replace(program, step=quick)
+        PROGRAMS[key] = build(recipe, model, devices)
     return PROGRAMS[key]
+
+
+def build(recipe: Recipe, model: ModelConfig, devices: int = 1) -> Program:
+    """The program of `ipt train`, its step compiled quickly."""
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, jax.devices()[:devices])
+    program = build_program(recipe, model, mesh, total_steps=30)
+    # LLVM's optimizations take half of the compilation and change no result that is tested here
+    quick = jax.jit(
+        program.step.__wrapped__,
+        donate_argnums=0,
+        out_shardings=(program.shardings, None),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    return dataclasses.replace(program, step=quick)
 
 
 def start(program: Program, seed: int = 0) -> TrainState:

@@ -37,6 +37,7 @@ from ipt_jax.model.source import read_model_config, resolve_checkpoint
 from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
 from ipt_jax.parallel.process import enable_compile_cache, initialize_distributed
 from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
+from ipt_jax.train.layout import check_layout
 from ipt_jax.train.ledger import Ledger
 from ipt_jax.train.metrics import last_line
 from ipt_jax.train.program import Program, build_program, lower
@@ -76,6 +77,10 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
             state = checkpoints.restore(found.step, program.state, program.shardings)
         else:
             state = initial_state(recipe, program)
+        layout = check_layout(state, program.shardings)
+        if jax.process_index() == 0:
+            for line in layout:
+                tell(line)
         with Ledger.open(run_dir, start, program, plan, recipe.train.log_every) as ledger:
             train(recipe, plan, program, step, state, ledger, checkpoints)
         return result(recipe, ledger.record, ledger.last)
