@@ -162,7 +162,7 @@ def _group_size(rest: str) -> int:
             count *= sizes[name]
         return count
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
-        return found[1].count("{") + 1
+        return found[1].count("{")
     raise AssertionError(f"a collective without groups: {rest[:200]}")
 
 

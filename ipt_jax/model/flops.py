@@ -60,12 +60,12 @@ def recomputed_flops_per_token(model: ModelConfig, seq_len: int, remat: str | tu
     D, H, F = model.hidden_size, model.head_dim, model.intermediate_size
     N, K = model.q_heads, model.kv_heads
     products = {
-        "query": D * N * H,
-        "key": D * K * H,
-        "value": D * K * H,
-        "output": N * H * D,
-        "gate": D * F,
-        "up": D * F,
+        "query": N * H,
+        "key": K * H,
+        "value": K * H,
+        "output": N * H,
+        "gate": F,
+        "up": F,
     }
     kept = products if remat == "dots" else () if remat == "full" else remat
     again = D * sum(size for name, size in products.items() if name not in kept)
