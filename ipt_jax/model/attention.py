@@ -84,7 +84,8 @@ def dense(q: Array, k: Array, v: Array, mask: Array) -> Array:
     B, K, G, T, H = q.shape
     q = (q * (1 / math.sqrt(H))).astype(q.dtype).reshape(B, K, G * T, H)  # one matrix a key head
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(jnp.tile(mask, (1, G, 1))[:, None], scores, MASKED)
+    # added, not selected: MASKED swallows any score, and a sum is one pass with the maximum and the exponential
+    scores += jnp.tile(jnp.where(mask, 0.0, MASKED), (1, G, 1))[:, None]
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(B, K, G, T, H)
@@ -93,13 +94,16 @@ def dense(q: Array, k: Array, v: Array, mask: Array) -> Array:
 def _staircase(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> Array:
     """A short row in steps of queries, each against the keys it can reach at all: half of the dense arithmetic."""
     T = q.shape[3]
+    starts = range(0, T, STEP)
+    # split, not sliced: the gradients of slices are padded to the whole row and added up
+    parts = jax.lax.split(q, [min(STEP, T - start) for start in starts], axis=3)
     steps = []
-    for start in range(0, T, STEP):
-        end = min(start + STEP, T)
+    for start, part in zip(starts, parts, strict=True):
+        end = start + part.shape[3]
         first = 0 if window is None else max(0, start - window + 1)
         own = None if segment_ids is None else (segment_ids[:, start:end], segment_ids[:, first:end])
         mask = visible(jnp.arange(start, end), jnp.arange(first, end), window, own)
-        steps.append(dense(q[:, :, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
+        steps.append(dense(part, k[:, :, first:end], v[:, :, first:end], mask))
     return jnp.concatenate(steps, axis=3)
 
 
