@@ -87,16 +87,12 @@ def accumulation_steps(recipe: Recipe, shards: int) -> int:
     microbatch = recipe.train.microbatch or max(1, rows // shards)
     if rows % (microbatch * shards):
         fits = _multiple(recipe.train.batch_tokens, recipe.data.seq_len * microbatch * shards)
+        other = f", or train.microbatch to a divisor of {rows // shards}" if rows % shards == 0 else ""
         raise UserError(
             f"train.batch_tokens is {recipe.train.batch_tokens}, no multiple of seq_len {recipe.data.seq_len} x "
-            f"microbatch {microbatch} x {shards} (data x fsdp); set train.batch_tokens to {fits}{_smaller(rows, shards)}"
+            f"microbatch {microbatch} x {shards} (data x fsdp); set train.batch_tokens to {fits}{other}"
         )
     return rows // (microbatch * shards)
-
-
-def _smaller(rows: int, shards: int) -> str:
-    """The other way out, where the rows can be dealt at all."""
-    return f", or train.microbatch to a divisor of {rows // shards}" if rows % shards == 0 else ""
 
 
 def _multiple(value: int, unit: int) -> int:
