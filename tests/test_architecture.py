@@ -48,8 +48,8 @@ OPTIONAL: dict[str, set[str]] = {
     "vllm": {"synth.engine.vllm_"},
     "torch": set(),
     "ray": {"ipt_jax.corpus.executor", "synth.cluster"},
-    "datasets": set(),
-    "tensorflow_datasets": set(),
+    "datasets": {"ipt_jax.corpus.datasets"},
+    "tensorflow_datasets": {"ipt_jax.corpus.datasets"},
     "lm_eval": set(),
 }
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "torch")

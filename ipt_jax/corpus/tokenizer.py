@@ -1,13 +1,16 @@
 """Tokenizers: any `tokenizer.json`, or a SentencePiece `tokenizer.model`, behind one small interface.
 
-Guarantees: `encode` adds no BOS or EOS, and text that spells a control token stays text. Pieces of a document are
-encoded one by one, in training and at inference alike, so that a prompt's tokens are a prefix of the training row's;
-`continuing` leaves out the space that SentencePiece models put before a text's first word.
+Guarantees: `encode` adds no BOS or EOS, and text that spells a control token stays text, even where the model's own
+vocabulary holds the spelling. Pieces of a document are encoded one by one, in training and at inference alike, so that
+a prompt's tokens are a prefix of the training row's; `continuing` leaves out the space that SentencePiece models put
+before a text's first word. `characters` says how much of the text each token covers: by the spelling of its ids where
+they spell the text byte for byte, which costs a tenth of asking the library, else by the library's offsets.
 """
 
 import json
-import threading
+import re
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer as JsonTokenizer
 
 from ipt_jax.corpus.settings import UserError, directory_digest
+from ipt_jax.corpus.spellings import json_spellings, sentencepiece_spellings
 
 FILES = (
     "tokenizer.json",
@@ -38,13 +42,13 @@ class Tokenizer:
         self._open()
 
     def _open(self) -> None:
+        self._spelled_controls: dict[str, int] = {}
         self._sentencepiece: Any = None
         self._json: Any = None
         if self.path.name.endswith(".json"):
             self._open_json()
         else:
             self._open_sentencepiece()
-        self._local = threading.local()
         plain, after = self._encode("a"), self._encode("\na")
         lead = self._encode("\n")
         # A tokenizer that puts a space before the first word encodes "a" apart from its start.
@@ -62,6 +66,10 @@ class Tokenizer:
         self.bos_id = self._control("bos", _BOS_NAMES, special)
         self.eos_id = self._control("eos", _EOS_NAMES, special)
         self.vocab_size = max(self._json.get_vocab(with_added_tokens=True).values()) + 1
+        own = self._json.get_vocab(with_added_tokens=False)  # spellings that the model itself might make of text
+        self._spelled_controls = {
+            name: index for name, index in special.items() if name in own and index in (self.bos_id, self.eos_id)
+        }
 
     def _open_sentencepiece(self) -> None:
         import sentencepiece
@@ -86,24 +94,65 @@ class Tokenizer:
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
         """Ids of `text`. `continuing`: it goes on from a former piece, so no space is put before its first word."""
-        if continuing and self._lead is not None:
-            ids = self._encode("\n" + text)
-            if ids[: len(self._lead)] == self._lead:
-                return ids[len(self._lead) :]
-        return self._encode(text)
+        return self.encode_batch([text], continuing)[0]
 
     def encode_batch(self, texts: list[str], continuing: bool = False) -> list[list[int]]:
         """`encode` of each text; the tokenizer's own threads share the work."""
-        if continuing and self._lead is not None:
-            return [self.encode(text, continuing=True) for text in texts]
-        if self._json is not None:
-            return [one.ids for one in self._json.encode_batch_fast(texts, add_special_tokens=False)]
-        return self._sentencepiece.encode(texts)
+        if not continuing or self._lead is None:
+            return self._encode_batch(texts)
+        size = len(self._lead)
+        found = self._encode_batch(["\n" + text for text in texts])
+        return [
+            ids[size:] if ids[:size] == self._lead else self._encode(text)
+            for ids, text in zip(found, texts, strict=True)
+        ]
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if self._json is None:
+            return self._sentencepiece.encode(texts)
+        batch = [one.ids for one in self._json.encode_batch_fast(texts, add_special_tokens=False)]
+        if not self._spelled_controls:
+            return batch
+        return [
+            self._encode_apart(text) if self._holds_control(text, ids) else ids
+            for text, ids in zip(texts, batch, strict=True)
+        ]
+
+    def _holds_control(self, text: str, ids: list[int]) -> bool:
+        """A search of the text is far cheaper than one of the ids, and enough where no normalizer changes it first."""
+        normalized = self._json.normalizer is not None
+        return any((normalized or name in text) and one in ids for name, one in self._spelled_controls.items())
 
     def _encode(self, text: str) -> list[int]:
-        if self._json is not None:
-            return self._json.encode(text, add_special_tokens=False).ids
-        return self._sentencepiece.encode(text)
+        return self._encode_batch([text])[0]
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """Ids of a text in which the model found a control token's spelling: cut behind its first character."""
+        cuts = {at.start() + 1 for name in self._spelled_controls for at in re.finditer(re.escape(name), text)}
+        bounds = [0, *sorted(cuts), len(text)]
+        parts = [text[start:stop] for start, stop in pairwise(bounds)]
+        ids = [token for part in parts for token in self._json.encode(part, add_special_tokens=False).ids]
+        for name, control in self._spelled_controls.items():
+            if control in ids:
+                raise UserError(
+                    f"tokenizer {self.path}: makes {name} of text that holds no {name}; give another tokenizer"
+                )
+        return ids
+
+    def characters(self, text: str, ids: list[int], tokens: np.ndarray, continuing: bool = False) -> np.ndarray:
+        """How many characters of `text` each of its `ids` covers; a character cut by tokens counts to the first.
+
+        `tokens` are the same ids as an array, which the caller has anyway: making it costs more than the rest.
+        """
+        spelled, data = b"".join(map(self._spellings.__getitem__, ids)), text.encode()
+        if spelled == data or (not continuing and spelled[1:] == data and spelled[:1] == b" "):
+            covered = self._covered.take(tokens)
+            covered[:1] -= len(spelled) - len(data)  # the space that the text has not
+            return covered
+        if continuing:  # its ids are no encoding of the text alone: all of it counts to the first
+            return np.array([len(text)] + [0] * (len(ids) - 1), np.uint32)[: len(ids)]
+        ends = np.maximum.accumulate(np.array(self.char_ends(text)[1], np.int64))
+        return np.diff(ends, prepend=0).astype(np.uint32)
 
     def char_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of `text` and, for each, the character position in `text` where its piece ends."""
@@ -111,9 +160,23 @@ class Tokenizer:
             encoding = self._json.encode(text, add_special_tokens=False)
             return encoding.ids, [end for _, end in encoding.offsets]
         pieces = self._sentencepiece.encode(text, return_type="proto").pieces
-        leading = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80  # SentencePiece counts bytes, not characters
+        leading = _leading(text.encode())  # SentencePiece counts bytes, not characters
         chars = np.concatenate([[0], np.cumsum(leading)])
         return [piece.id for piece in pieces], [int(chars[piece.end]) for piece in pieces]
+
+    @cached_property
+    def _spellings(self) -> list[bytes]:
+        """The bytes that each id stands for in text; none for control tokens."""
+        if self._sentencepiece is not None:
+            return sentencepiece_spellings(self._sentencepiece)
+        return json_spellings(self._json, self.vocab_size)
+
+    @cached_property
+    def _covered(self) -> np.ndarray:
+        """The characters that begin in each id's bytes."""
+        before = np.concatenate([[0], np.cumsum(_leading(b"".join(self._spellings)))])
+        ends = np.cumsum([len(piece) for piece in self._spellings])
+        return np.diff(before[ends], prepend=0).astype(np.uint32)
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens are left out."""
@@ -148,3 +211,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return Tokenizer(path / name, path)
     what = "has no tokenizer.json or tokenizer.model" if path.is_dir() else "no such file or directory"
     raise UserError(f"tokenizer {path}: {what}; give a Hugging Face directory or a tokenizer file")
+
+
+def _leading(data: bytes) -> np.ndarray:
+    """Whether each byte of UTF-8 begins a character."""
+    return (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
