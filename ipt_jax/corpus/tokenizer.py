@@ -184,6 +184,18 @@ class Tokenizer:
             return self._json.decode(ids, skip_special_tokens=True)
         return self._sentencepiece.decode(ids)
 
+    def spell(self, ids: list[int], *, first: bool) -> str:
+        """The text that `ids` stand for to the space, unlike `decode`. `first`: they begin a text."""
+        data = b"".join(map(self._spellings.__getitem__, ids))
+        if first and self._lead is not None:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
+
+    def control_name(self, token: int) -> str:
+        """How the vocabulary writes a control token."""
+        name = self._sentencepiece.id_to_piece(token) if self._json is None else self._json.id_to_token(token)
+        return str(name)
+
     @cached_property
     def digest(self) -> str:
         """Digest of the file that decides the ids."""
