@@ -42,6 +42,7 @@ def hf_files(path: Path, split: str | None) -> list[Path]:
         raise UserError(f"input {path}: not a whole Hugging Face data set ({error}); save it again") from error
 
 
+@lru_cache(maxsize=8)
 def hub_files(name: str, subset: str | None, split: str | None) -> list[Path]:
     """The Arrow files of a data set of the hub, fetched into the library's cache on first use."""
     try:

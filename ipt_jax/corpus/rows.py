@@ -109,6 +109,8 @@ class RowReader:
         texts: list[tuple[str, bool]] = []
         for place, part in enumerate(self._parts):
             text, loss = (row[part], part in targets) if place % 2 else (part, False)
+            if not text:
+                continue
             if loss and texts and not texts[-1][1] and texts[-1][0].endswith(" "):
                 texts[-1], text = (texts[-1][0][:-1], False), " " + text
             if texts and texts[-1][1] == loss:
