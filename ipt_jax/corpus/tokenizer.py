@@ -42,6 +42,7 @@ class Tokenizer:
         self._open()
 
     def _open(self) -> None:
+        self._lead: list[int] | None = None
         self._spelled_controls: dict[str, int] = {}
         self._sentencepiece: Any = None
         self._json: Any = None
@@ -129,9 +130,11 @@ class Tokenizer:
     def _encode_apart(self, text: str) -> list[int]:
         """Ids of a text in which the model found a control token's spelling: cut behind its first character."""
         cuts = {at.start() + 1 for name in self._spelled_controls for at in re.finditer(re.escape(name), text)}
-        bounds = [0, *sorted(cuts), len(text)]
-        parts = [text[start:stop] for start, stop in pairwise(bounds)]
-        ids = [token for part in parts for token in self._json.encode(part, add_special_tokens=False).ids]
+        ids: list[int] = []
+        for start, stop in pairwise([0, *sorted(cuts), len(text)]):
+            lead = self._lead if start and self._lead is not None else []
+            found = self._json.encode("\n" * bool(lead) + text[start:stop], add_special_tokens=False).ids
+            ids += found[len(lead) :]
         for name, control in self._spelled_controls.items():
             if control in ids:
                 raise UserError(
