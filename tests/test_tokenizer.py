@@ -117,7 +117,7 @@ def test_character_ends_cover_the_text(bytes_bpe: Tokenizer, mistral: Tokenizer,
         ids, ends = tokenizer.char_ends(text)
         assert ids == tokenizer.encode(text)
         assert ends == sorted(ends) and (ends[-1:] == [len(text)] or not text.strip())
-        covered = tokenizer.characters(text, ids, np.array(ids, np.uint32))
+        covered = tokenizer.characters([text], [ids], np.array(ids, np.uint32))
         assert covered.sum() == len(text) and len(covered) == len(ids)
         assert tokenizer.spell(ids, first=True) == text
 
@@ -125,10 +125,23 @@ def test_character_ends_cover_the_text(bytes_bpe: Tokenizer, mistral: Tokenizer,
 @given(st.text(alphabet="aé日 w\n𝄞ﬁA", max_size=20))
 def test_characters_fall_to_the_tokens_that_spell_them(bytes_bpe: Tokenizer, text: str) -> None:
     ids = bytes_bpe.encode(text)
-    covered = bytes_bpe.characters(text, ids, np.array(ids, np.uint32))
+    covered = bytes_bpe.characters([text], [ids], np.array(ids, np.uint32))
     for place in np.flatnonzero(covered):
         stop = int(covered[: place + 1].sum())
         assert bytes_bpe.spell(ids[: place + 1], first=True).rstrip("\ufffd") in (text[:stop], text[: stop - 1])
+
+
+def test_a_batch_counts_each_text_for_itself(bytes_bpe: Tokenizer, mistral: Tokenizer) -> None:
+    texts = ["", "a world", " é", "日本 <s>", "", "w" * 300, "\n"]
+    for tokenizer in (bytes_bpe, mistral):
+        for continuing in (False, True):
+            batch = tokenizer.encode_batch(texts, continuing)
+            joined = np.array([token for ids in batch for token in ids], np.uint32)
+            alone = [
+                tokenizer.characters([t], [i], np.array(i, int), continuing) for t, i in zip(texts, batch, strict=True)
+            ]
+            assert tokenizer.characters(texts, batch, joined, continuing).tolist() == np.concatenate(alone).tolist()
+            assert [int(one.sum()) for one in alone] == [len(text) for text in texts]
 
 
 def test_a_tokenizer_that_changes_its_text_is_asked_for_offsets(tmp_path: Path) -> None:
@@ -139,8 +152,8 @@ def test_a_tokenizer_that_changes_its_text_is_asked_for_offsets(tmp_path: Path) 
     tokenizer = load_tokenizer(tmp_path)
     ids = tokenizer.encode("AB  zzz c")
     assert ids == [1, 0, 2]
-    assert tokenizer.characters("AB  zzz c", ids, np.array(ids)).tolist() == [2, 5, 2]
-    assert tokenizer.characters("AB  zzz c", ids, np.array(ids), continuing=True).tolist() == [9, 0, 0]
+    assert tokenizer.characters(["AB  zzz c"], [ids], np.array(ids)).tolist() == [2, 5, 2]
+    assert tokenizer.characters(["AB  zzz c"], [ids], np.array(ids), continuing=True).tolist() == [9, 0, 0]
 
 
 def test_travels_between_processes_and_names_its_files(bytes_bpe: Tokenizer) -> None:

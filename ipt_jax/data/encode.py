@@ -6,8 +6,8 @@ document without any gets BOS and EOS as its input says. Every text token, and t
 says so; BOS never is. Documents are taken in batches, because one call a document costs the tokenizer its speed.
 """
 
-from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,8 +17,8 @@ from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 
 BOS, EOS = Segment(control="bos"), Segment(control="eos")
+NO_CHARACTERS = np.zeros(1, np.uint32)
 Dtype = Literal["uint16", "uint32"]
-ARRAY_CODES: dict[Dtype, str] = {"uint16": "H", "uint32": "I"}  # array() reads a list of ids in half of numpy's time
 TOKEN_TYPES: dict[Dtype, str] = {"uint16": "<u2", "uint32": "<u4"}  # as they stand in records
 
 
@@ -31,10 +31,10 @@ class TokenRow(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """One piece of text: its ids as a list, as the tokenizer gives them, and as an array."""
+    """One piece of text."""
 
-    ids: list[int]
     tokens: np.ndarray
+    characters: np.ndarray
 
 
 def tokenize_documents(
@@ -47,11 +47,12 @@ def tokenize_documents(
     for segments in segmented:
         for segment, continuing in _texts(segments):
             (later if continuing else first).append(segment.text)
-    dtype = token_dtype(tokenizer)
-    firsts, laters = _encode(first, tokenizer, dtype, False), _encode(later, tokenizer, dtype, True)
+    raw = any(document.kind == "raw" for document in documents)
+    firsts, laters = _encode(first, tokenizer, raw, False), _encode(later, tokenizer, raw, True)
+    controls = _controls(tokenizer)
     for document, segments in zip(documents, segmented, strict=True):
         pieces = [next(laters if continuing else firsts) for _, continuing in _texts(segments)]
-        yield _row(document, segments, pieces, tokenizer)
+        yield _row(document, segments, pieces, controls)
 
 
 def token_dtype(tokenizer: Tokenizer) -> Dtype:
@@ -75,47 +76,55 @@ def _texts(segments: list[Segment]) -> Iterator[tuple[Segment, bool]]:
             continuing = True
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, dtype: Dtype, continuing: bool) -> Iterator[Encoded]:
+def _encode(texts: list[str], tokenizer: Tokenizer, raw: bool, continuing: bool) -> Iterator[Encoded]:
+    """All pieces in one call of the tokenizer. Only raw text needs characters."""
     if not texts:
         return
-    for ids in tokenizer.encode_batch(texts, continuing):
-        yield Encoded(ids, np.frombuffer(array(ARRAY_CODES[dtype], ids), dtype))
+    batch = tokenizer.encode_batch(texts, continuing)
+    dtype = token_dtype(tokenizer)
+    tokens = np.fromiter(chain.from_iterable(batch), dtype, count=sum(map(len, batch)))  # half of np.array's time
+    characters = tokenizer.characters(texts, batch, tokens, continuing) if raw else tokens[:0]
+    start = 0
+    for ids in batch:
+        here = slice(start, start + len(ids))
+        yield Encoded(tokens[here], characters[here])
+        start = here.stop
 
 
-def _row(document: Document, segments: list[Segment], pieces: list[Encoded], tokenizer: Tokenizer) -> TokenRow:
+def _controls(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """The control tokens that the tokenizer has, as arrays of one."""
+    found = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    return {name: np.array([one], token_dtype(tokenizer)) for name, one in found.items() if one is not None}
+
+
+def _row(
+    document: Document, segments: list[Segment], pieces: list[Encoded], controls: dict[str, np.ndarray]
+) -> TokenRow:
     """Lays out the segments' tokens in order."""
     parts: list[np.ndarray] = []
     covered: list[np.ndarray] = []
     runs: list[tuple[int, int]] = []
-    texts = iter(zip(_texts(segments), pieces, strict=True))
+    texts = iter(pieces)
     end = 0
     for segment in segments:
         if segment.control:
-            parts.append(_control(segment.control, tokenizer, document))
-            covered.append(np.zeros(1, np.uint32))
+            if segment.control not in controls:
+                raise UserError(
+                    f"document {document.id!r} holds a {segment.control} control, but the tokenizer has none; "
+                    "give one that has"
+                )
+            piece = Encoded(controls[segment.control], NO_CHARACTERS)
         elif segment.text:
-            (_, continuing), piece = next(texts)
-            parts.append(piece.tokens)
-            if document.kind == "raw":
-                covered.append(tokenizer.characters(segment.text, *piece, continuing=continuing))
+            piece = next(texts)
         else:
             continue
-        start, end = end, end + len(parts[-1])
+        parts.append(piece.tokens)
+        covered.append(piece.characters)
+        start, end = end, end + len(piece.tokens)
         if segment.loss and segment.control != "bos":
             _add_run(runs, start, end)
-    if not parts:
-        return TokenRow(np.zeros(0, token_dtype(tokenizer)), runs, None)
-    characters = np.concatenate(covered) if document.kind == "raw" else None
-    return TokenRow(np.concatenate(parts, dtype=token_dtype(tokenizer)), runs, characters)
-
-
-def _control(control: str, tokenizer: Tokenizer, document: Document) -> np.ndarray:
-    found = tokenizer.bos_id if control == "bos" else tokenizer.eos_id
-    if found is None:
-        raise UserError(
-            f"document {document.id!r} holds a {control} control, but the tokenizer has none; give one that has"
-        )
-    return np.array([found], token_dtype(tokenizer))
+    tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
+    return TokenRow(tokens, runs, np.concatenate(covered) if parts and document.kind == "raw" else None)
 
 
 def _add_run(runs: list[tuple[int, int]], start: int, stop: int) -> None:
