@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(prefix="ipt-tokenize-") as folder:
-        tokenizer = arguments.tokenizer or mistral(Path(folder) / "tokenizer")
+        tokenizer = arguments.tokenizer.resolve() if arguments.tokenizer else mistral(Path(folder) / "tokenizer")
         if arguments.memory:
             for megabytes in arguments.memory:
                 memory(Path(folder), tokenizer, megabytes, arguments.cores)

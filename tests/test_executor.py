@@ -1,10 +1,12 @@
 """Processes and Ray run the same function: the same bytes of token shards, and a mistake in a worker is one line."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,19 @@ def end_this_worker(item: int) -> int:
 def test_a_worker_that_is_killed_is_told() -> None:
     with pytest.raises(UserError, match="ended from outside.*fewer workers"):
         list(run_units(end_this_worker, [1, 2], workers=2))
+
+
+def wait_or_fail(seconds: float) -> float:
+    if not seconds:
+        raise UserError("no")
+    time.sleep(seconds)
+    return seconds
+
+
+def test_nobody_waits_for_work_that_is_thrown_away() -> None:
+    with pytest.raises(UserError, match="no"):
+        list(run_units(wait_or_fail, [10_000.0, 0.0], workers=2))
+    assert not [one for one in multiprocessing.active_children() if "ForkServer" in type(one).__name__]
 
 
 def checksums(output: Path) -> dict[str, str]:

@@ -156,6 +156,7 @@ def test_mistakes_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"text": ""}])
     with pytest.raises(UserError, match="no document is left.*empty_text"):
         run_tokenize(settings(empty, tokenizer, tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def many_rows(path: Path, count: int) -> Path:

@@ -40,6 +40,7 @@ def run_units(
             yield index, function(item)
         return
     context = multiprocessing.get_context("forkserver")  # a plain fork would copy the threads of readers half-alive
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=partial(die_with, os.getpid())) as pool:
         futures = {pool.submit(function, item): index for index, item in enumerate(items)}
         try:
@@ -50,8 +51,10 @@ def run_units(
                 "a worker process was ended from outside, most often because memory ran out; "
                 "run the same command again with fewer workers"
             ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # what the workers are at would be thrown away: nobody has to wait for it
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            pool.shutdown(cancel_futures=True)
             raise
 
 

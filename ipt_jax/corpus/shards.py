@@ -100,7 +100,7 @@ class Output:
         files = list(self.path.iterdir())
         if all(file.name in (".lock", "manifest.json") or file.name.endswith(TEMPORARY) for file in files):
             for file in files:
-                file.unlink()
+                file.unlink(missing_ok=True)
             self.path.rmdir()
 
     def _resume(self) -> None:

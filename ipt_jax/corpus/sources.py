@@ -243,7 +243,13 @@ def _read_shard(path: Path, unit: Unit, settings: SourceSettings) -> Iterator[Do
     shards = Shards(path, verify=False)
     longest = settings.max_characters
     for number, record in enumerate(shards.stream(unit.start), start=unit.rows_before + 1):
-        document = decode(record, Document)
+        try:
+            document = decode(record, Document)
+        except UserError as error:
+            raise UserError(
+                f"input {shards.paths[unit.start]}: record {number} is no document (stage {shards.manifest.stage!r} "
+                "made it); give raw text, or the output of synth collect or synth render"
+            ) from error
         characters = sum(len(segment.text) for segment in document.segments)
         if characters < settings.min_characters:
             yield Dropped("too_short", f"{path.name}:{number}")
@@ -337,10 +343,12 @@ def _jsonl_units(path: Path, size: int, unit_bytes: int) -> Iterator[Unit]:
 
 def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"input {path}: line {number} is not UTF-8 (byte {error.start}); convert the file") from error
     except (ValueError, RecursionError) as error:
+        if number == 1 and line.lstrip().startswith(b"["):
+            raise UserError(f"input {path}: holds one JSON array; write its objects one a line") from error
         raise UserError(f"input {path}: line {number} is not valid JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
         raise UserError(f"input {path}: line {number} is a {type(row).__name__}, expected an object with fields")

@@ -180,9 +180,12 @@ def _duplicates(settings: TokenizeSettings, units: list[tuple[Unit, InputSetting
 def _finish(output: Output, tokenizer: Tokenizer) -> Manifest:
     """Adds the tokenizer's files and what planning wants to know, and marks the directory complete."""
     if output.manifest.records == 0:
-        raise UserError(
-            f"output {output.path}: no document is left (dropped {output.manifest.dropped}); mend the inputs"
-        )
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in output.manifest.dropped.items())
+        for index, entry in enumerate(output.manifest.shards):  # nothing stays that would refuse a mended recipe
+            for name in (entry.name, *entry.sides):
+                (output.path / name).unlink()
+            output.drop(index)
+        raise UserError(f"output {output.path}: no document is left (dropped: {dropped}); mend the inputs or filters")
     with writing(output.path):
         (output.path / "tokenizer").mkdir(exist_ok=True)
         for file in tokenizer.files():
