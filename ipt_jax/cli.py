@@ -1,9 +1,10 @@
-"""The `ipt` command: tokenize, plan, train, compile, import, export, eval, report.
+"""The `ipt` command: tokenize, plan, show, train, compile, import, export, eval, report.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `ipt plan` starts without jax.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ def main() -> None:
 
 @app.command()
 def tokenize(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Documents, JSON Lines (.gz, .zst) and Parquet become token shards."""
+    """Documents, JSON Lines (.gz, .zst), Parquet, Arrow, TFDS and Hugging Face data sets become token shards."""
     from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
 
     settings = load_settings(TokenizeSettings, config, overrides)
@@ -49,6 +50,29 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
         show(solved.summary(), as_json)
     else:
         print_plan(solved)
+
+
+@app.command("show")
+def show_rows(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Rows to show.", min=1)] = 4,
+    step: Annotated[int, typer.Option(help="The step whose rows come first.", min=0)] = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="An HTML page instead of the terminal.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows of a training recipe's plan: decoded, coloured by kind, and by what the loss counts."""
+    from ipt_jax.config import Recipe, rows_per_step
+    from ipt_jax.data.plan import build_plan
+    from ipt_jax.show import run_show
+
+    recipe = load_settings(Recipe, config, overrides)
+    with quiet_stdout():
+        solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
+    with quiet_stdout() if as_json else nullcontext():
+        result = run_show(solved, output, step=step, rows=rows, quiet=as_json)
+    if as_json or output:
+        show(result, as_json)
 
 
 @app.command()

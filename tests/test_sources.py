@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ipt_jax.corpus.records import Document, Segment, encode
+from ipt_jax.corpus.records import Document, Segment, TokenDocument, encode
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Output
 from ipt_jax.corpus.sources import Dropped, SourceSettings, plan_units, read_source, read_unit, source_identity
@@ -98,6 +98,8 @@ def test_unusable_rows_are_dropped_with_a_reason(tmp_path: Path) -> None:
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2 is not UTF-8"),
         (b"[1]\n", "line 1 is a list, expected an object"),
         (b"", "the file is empty"),
+        (b'[\n {"text": "a"}\n]\n', "holds one JSON array; write its objects one a line"),
+        (b'{"text": ' + b"1" * 5000 + b"}\n", "line 1 is not valid JSON"),
     ],
 )
 def test_faults_name_file_and_line_wherever_the_units_fall(tmp_path: Path, data: bytes, said: str) -> None:
@@ -109,6 +111,20 @@ def test_faults_name_file_and_line_wherever_the_units_fall(tmp_path: Path, data:
         assert said in str(caught.value) and "x.jsonl" in str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(ROWS[:1]))
+    (document,) = read_source(SourceSettings(path=str(tmp_path / "x.jsonl")))
+    assert isinstance(document, Document) and document.id == "r0"
+
+
+def test_tokens_are_no_documents(tmp_path: Path) -> None:
+    with Output(tmp_path / "o", stage="tokenize", identity={}, shard_name="tokens") as output:
+        output.seal(0, 1, [encode(TokenDocument("a", "raw", "uint16", b"", []))])
+        output.finish()
+    with pytest.raises(UserError, match=r"tokens-00000-of-00001.*record 1 is no document \(stage 'tokenize' made it"):
+        list(read_source(SourceSettings(path=str(tmp_path / "o"))))
+
+
 def test_absent_and_cut_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         plan_units(SourceSettings(path=str(tmp_path / "none.jsonl")))
@@ -116,7 +132,7 @@ def test_absent_and_cut_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cut short"):
         list(read_source(SourceSettings(path=str(tmp_path / "cut.jsonl.gz"))))
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match="not a whole Parquet file"):
+    with pytest.raises(UserError, match="x.parquet: its footer cannot be read"):
         list(read_source(SourceSettings(path=str(tmp_path / "x.parquet"))))
 
 

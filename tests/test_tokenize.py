@@ -20,8 +20,9 @@ from ipt_jax.corpus.records import Document, Parent, Segment, TokenDocument, dec
 from ipt_jax.corpus.settings import UserError, file_digest
 from ipt_jax.corpus.shards import Output, Shards
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from ipt_jax.data.encode import TokenRow, tokenize_documents
 from ipt_jax.data.lengths import read_index, read_parents, side_path
-from ipt_jax.data.tokenize import InputSettings, TokenizeSettings, run_tokenize, tokenize_document
+from ipt_jax.data.tokenize import InputSettings, TokenizeSettings, run_tokenize
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,11 @@ def test_side_files_tell_lengths_and_characters(tokenizer: Tokenizer, tmp_path: 
     assert index["characters"].tolist() == [len(row["text"]) for row in rows]
 
 
+def tokenize_document(document: Document, tokenizer: Tokenizer, **policy: bool) -> TokenRow:
+    (row,) = tokenize_documents([document], tokenizer, **policy)
+    return row
+
+
 def test_control_segments_and_loss_runs(tokenizer: Tokenizer) -> None:
     segments = [
         Segment(control="bos", loss=False),
@@ -93,16 +99,21 @@ def test_control_segments_and_loss_runs(tokenizer: Tokenizer) -> None:
     ]
     row = tokenize_document(Document("x", "s", "task", segments), tokenizer)
     prompt, answer = tokenizer.encode("a world"), tokenizer.encode(" of", True) + tokenizer.encode(" words", True)
-    assert row.ids == [1, *prompt, *answer, 2, 1, *tokenizer.encode("a"), 2]
+    assert row.tokens.tolist() == [1, *prompt, *answer, 2, 1, *tokenizer.encode("a"), 2]
     assert row.loss_runs == [(1 + len(prompt), 2 + len(prompt) + len(answer))]
 
 
 def test_policy_acts_only_without_controls(tokenizer: Tokenizer) -> None:
     plain = Document("x", "s", "augmented", [Segment("a"), Segment(" b", loss=False)])
-    assert tokenize_document(plain, tokenizer).ids == [1, *tokenizer.encode("a"), *tokenizer.encode(" b", True), 2]
-    assert tokenize_document(plain, tokenizer, bos=False, eos=False).ids == tokenizer.encode("a b")
+    assert tokenize_document(plain, tokenizer).tokens.tolist() == [
+        1,
+        *tokenizer.encode("a"),
+        *tokenizer.encode(" b", True),
+        2,
+    ]
+    assert tokenize_document(plain, tokenizer, bos=False, eos=False).tokens.tolist() == tokenizer.encode("a b")
     ended = Document("x", "s", "task", [Segment("a"), Segment(control="eos")])
-    assert tokenize_document(ended, tokenizer).ids == [*tokenizer.encode("a"), 2]
+    assert tokenize_document(ended, tokenizer).tokens.tolist() == [*tokenizer.encode("a"), 2]
 
 
 @given(
@@ -110,10 +121,11 @@ def test_policy_acts_only_without_controls(tokenizer: Tokenizer) -> None:
 )
 def test_text_that_spells_a_control_token_never_becomes_one(tokenizer: Tokenizer, parts: list[str]) -> None:
     row = tokenize_document(Document("x", "s", "raw", [Segment("".join(parts))]), tokenizer)
-    assert row.ids[0] == 1 and row.ids[-1] == 2
-    assert not {0, 1, 2} & set(row.ids[1:-1])
-    assert row.ends[0] == 0 and row.ends[-1] == len("".join(parts)) and len(row.ends) == len(row.ids)
-    assert row.loss_runs == [(1, len(row.ids))]
+    ids, covered = row.tokens.tolist(), row.characters.tolist()
+    assert ids[0] == 1 and ids[-1] == 2
+    assert not {0, 1, 2} & set(ids[1:-1])
+    assert covered[0] == covered[-1] == 0 and sum(covered) == len("".join(parts)) and len(covered) == len(ids)
+    assert row.loss_runs == [(1, len(ids))]
 
 
 def test_documents_of_a_stage_and_their_parents(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -144,6 +156,7 @@ def test_mistakes_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"text": ""}])
     with pytest.raises(UserError, match="no document is left.*empty_text"):
         run_tokenize(settings(empty, tokenizer, tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def many_rows(path: Path, count: int) -> Path:

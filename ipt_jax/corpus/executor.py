@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -28,9 +29,10 @@ def run_units(
     workers: int | None = None,
     executor: ExecutorName = "local",
 ) -> Iterator[tuple[int, Result]]:
-    """(index, function(item)) in order of completion. `workers` None means one a core; 1 runs in this process."""
+    """(index, function(item)) in order of completion. `workers` None means one a core, of the cluster or of this
+    machine; 1 on this machine runs in this process."""
     if executor == "ray":
-        yield from _run_ray(function, items)
+        yield from _run_ray(function, items, workers)
         return
     workers = min(workers or os.cpu_count() or 1, len(items))
     if workers <= 1:
@@ -38,13 +40,21 @@ def run_units(
             yield index, function(item)
         return
     context = multiprocessing.get_context("forkserver")  # a plain fork would copy the threads of readers half-alive
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=partial(die_with, os.getpid())) as pool:
         futures = {pool.submit(function, item): index for index, item in enumerate(items)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was ended from outside, most often because memory ran out; "
+                "run the same command again with fewer workers"
+            ) from error
+        except BaseException:  # what the workers are at would be thrown away: nobody has to wait for it
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
@@ -63,8 +73,13 @@ def _watch(parent: int) -> None:
         time.sleep(0.5)
 
 
-def _run_ray(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-    """The cluster of RAY_ADDRESS, or a Ray of this machine alone. At most four tasks a CPU wait at a time."""
+def _run_ray(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None
+) -> Iterator[tuple[int, Result]]:
+    """The cluster of RAY_ADDRESS, or a Ray of this machine alone. At most four tasks a CPU wait at a time.
+
+    A task whose machine is lost is run again by Ray, elsewhere.
+    """
     try:
         import ray
     except ImportError as error:
@@ -74,7 +89,7 @@ def _run_ray(function: Callable[[Item], Result], items: Sequence[Item]) -> Itera
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
     task = ray.remote(num_cpus=1)(function)
-    limit = max(4 * int(ray.cluster_resources().get("CPU", 1)), 1)
+    limit = workers or max(4 * int(ray.cluster_resources().get("CPU", 1)), 1)
     waiting: dict[ray.ObjectRef, int] = {}
     for index, item in enumerate(items):
         waiting[task.remote(item)] = index
@@ -89,4 +104,4 @@ def _next_done(ray, waiting):  # type: ignore[no-untyped-def]
     try:
         return waiting.pop(done), ray.get(done)
     except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from None
+        raise error.cause from error  # the task's own exception, whose message Ray would bury in a traceback

@@ -51,6 +51,7 @@ class Progress:
     def __init__(self, total: int | None, unit: str, label: str, *, done: int = 0) -> None:
         self.total, self.unit, self.label = total, unit, label
         self.done = self._first = done
+        self._guessed = False
         self._fields: dict[str, object] = {}
         self._lock = threading.Lock()
         self._started = self._last_line = time.monotonic()
@@ -78,6 +79,13 @@ class Progress:
             elif now - self._last_line >= PLAIN_SECONDS:
                 self._last_line = now
                 self._write(f"{self.label}: {self._status(now)}")
+
+    def expect(self, total: int) -> None:
+        """The total as far as it can be told by now, for work whose amount shows on the way."""
+        with self._lock:
+            self.total, self._guessed = total, True
+            if self._live is not None and self._task is not None:
+                self._live.update(self._task, total=total)
 
     def __exit__(
         self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -128,7 +136,10 @@ class Progress:
     def _count(self) -> str:
         if not self.total:
             return f"{self.done:,} {self.unit}"
-        return f"{self.done:,}/{self.total:,} {self.unit} ({100 * self.done / self.total:.0f}%)"
+        share = f"({100 * self.done / self.total:.0f}%)"
+        if self._guessed and self.done < self.total:
+            return f"{self.done:,} of about {self.total:,} {self.unit} {share}"
+        return f"{self.done:,}/{self.total:,} {self.unit} {share}"
 
     def _tail(self) -> str:
         return "".join(f" {name} {format_field(value)}" for name, value in self._fields.items())

@@ -2,8 +2,9 @@
 
 A shard is written under a temporary name, closed, opened again and counted, fsynced, renamed to
 `NAME-00000-of-00010.array_record`, and its folder fsynced: what has its final name is whole. `manifest.json` lists each
-shard with counts and SHA-256; `complete` turns true when the stage has finished. One writer a directory: `.lock` is
-held with flock and dies with its process. ArrayRecord writes to local disks only.
+shard with counts and SHA-256, and holds a checksum of itself; `complete` turns true when the stage has finished. Damage
+is named by file and, where the bytes tell, by record. One writer a directory: `.lock` is held with flock and dies with
+its process. ArrayRecord writes to local disks only.
 """
 
 import bisect
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,6 +41,7 @@ class ShardEntry(msgspec.Struct):
     sha256: str
     counts: dict[str, int] = {}
     dropped: dict[str, int] = {}
+    sides: dict[str, str] = {}  # SHA-256 of the stage's own files beside the shard, by name
 
 
 class Manifest(msgspec.Struct):
@@ -53,17 +56,26 @@ class Manifest(msgspec.Struct):
     dropped: dict[str, int] = {}
     summary: dict[str, Any] = {}
     shards: list[ShardEntry] = []
+    checksum: str = ""
+
+    def digest(self) -> str:
+        """Digest of all but the checksum."""
+        return digest(msgspec.to_builtins(msgspec.structs.replace(self, checksum="")))
 
 
 class Output:
     """The one writer of a stage's directory.
 
     `identity` holds the contents and meaning of the run's settings, never paths: a directory made with another identity
-    is refused, naming the field. Shards that are whole are kept; what was left half-written is removed.
+    is refused, naming the field. Shards that are whole are kept; what was left half-written is removed. `remake`, for
+    stages whose work is cheap: a manifest that was edited is named and its shards are made again, and so are files that
+    bear a shard's name without being one. Elsewhere an edited manifest is an error.
     """
 
-    def __init__(self, path: str | Path, *, stage: str, identity: dict[str, Any], shard_name: str):
-        self.path, self.shard_name = Path(path), shard_name
+    def __init__(
+        self, path: str | Path, *, stage: str, identity: dict[str, Any], shard_name: str, remake: bool = False
+    ):
+        self.path, self.shard_name, self._remake = Path(path), shard_name, remake
         self.manifest = Manifest(SCHEMA, stage, digest(identity), identity)
         self._entries: dict[int, ShardEntry] = {}
 
@@ -88,26 +100,54 @@ class Output:
         files = list(self.path.iterdir())
         if all(file.name in (".lock", "manifest.json") or file.name.endswith(TEMPORARY) for file in files):
             for file in files:
-                file.unlink()
+                file.unlink(missing_ok=True)
             self.path.rmdir()
 
     def _resume(self) -> None:
         if (self.path / "manifest.json").exists():
-            found = _load_manifest(self.path)
+            found = _load_manifest(self.path, edited=self._remake)
             refuse_other(self.path, found, self.manifest)
-            self.manifest = found
-            for entry in found.shards:
-                if (self.path / entry.name).is_file() and (self.path / entry.name).stat().st_size == entry.bytes:
-                    self._entries[_index(entry.name)] = entry
-            if len(self._entries) < len(found.shards):
-                self.manifest.complete = False
+            if found.checksum == found.digest():
+                self.manifest = found
+                self._keep_whole(found.shards)
+            else:
+                print(f"{self.path / 'manifest.json'}: was edited; all shards are made again", file=sys.stderr)
         elif foreign := sorted({entry.name for entry in self.path.iterdir()} - OWN_FIRST):
             raise UserError(
                 f"output {self.path}: holds {foreign[0]!r} but no manifest of this project; give an empty directory"
             )
         for leftover in self.path.glob(f"*{TEMPORARY}"):
             leftover.unlink()
+        if self._remake:
+            self._remove_unlisted()
         self._save()
+
+    def _keep_whole(self, entries: list[ShardEntry]) -> None:
+        for entry in entries:
+            file = self.path / entry.name
+            if file.is_file() and file.stat().st_size == entry.bytes:
+                self._entries[_index(entry.name)] = entry
+            elif file.is_file():
+                print(f"{damage(self.path, entry)}; it is made again", file=sys.stderr)
+        if len(self._entries) < len(entries):
+            self.manifest.complete = False
+
+    def _remove_unlisted(self) -> None:
+        """A copy of a shard under another number, or one that was named just before a kill."""
+        listed = {entry.name for entry in self._entries.values()}
+        for file in sorted(self.path.glob(f"{self.shard_name}-*.array_record")):
+            if file.name not in listed:
+                print(f"{file}: not listed in the manifest; it is removed", file=sys.stderr)
+                file.unlink()
+
+    def damage(self, index: int) -> str | None:
+        """What is wrong with the listed shard `index`, by its checksum."""
+        return damage(self.path, self._entries[index])
+
+    def drop(self, index: int) -> None:
+        """Takes a damaged shard off the list; the directory is complete no more."""
+        del self._entries[index]
+        self.manifest.complete = False
 
     @property
     def complete(self) -> bool:
@@ -150,6 +190,7 @@ class Output:
         tokens: int = 0,
         counts: dict[str, int] | None = None,
         dropped: dict[str, int] | None = None,
+        sides: dict[str, str] | None = None,
     ) -> ShardEntry:
         """Gives the file at `temporary(index)`, of `records` records, its final name."""
         temporary = self.temporary(index)
@@ -157,7 +198,7 @@ class Output:
         assert found == records, f"{temporary}: wrote {records} records, found {found}"
         name = f"{self.shard_name}-{index:05d}-of-{total:05d}.array_record"
         checksum, size = _sha256(temporary), temporary.stat().st_size
-        entry = ShardEntry(name, records, tokens, size, checksum, counts or {}, dropped or {})
+        entry = ShardEntry(name, records, tokens, size, checksum, counts or {}, dropped or {}, sides or {})
         with writing(self.path):
             os.replace(temporary, self.path / name)
             sync_directory(self.path)
@@ -180,6 +221,7 @@ class Output:
         manifest.tokens = sum(entry.tokens for entry in shards)
         manifest.counts = _sum(entry.counts for entry in shards)
         manifest.dropped = _sum(entry.dropped for entry in shards)
+        manifest.checksum = manifest.digest()
         with writing(self.path):
             write_whole(self.path / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
@@ -289,7 +331,8 @@ def read_manifest(path: str | Path, stage: str | None = None) -> Manifest:
     return manifest
 
 
-def _load_manifest(path: Path) -> Manifest:
+def _load_manifest(path: Path, *, edited: bool = False) -> Manifest:
+    """The manifest. `edited`: the caller deals with one whose checksum does not fit."""
     try:
         manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -297,6 +340,11 @@ def _load_manifest(path: Path) -> Manifest:
     if manifest.schema != SCHEMA:
         raise UserError(
             f"{path / 'manifest.json'}: schema {manifest.schema}, this version reads {SCHEMA}; make it again"
+        )
+    if not edited and manifest.checksum != manifest.digest():
+        raise UserError(
+            f"{path / 'manifest.json'}: was edited (its checksum does not fit); put the original back, or run stage "
+            f"{manifest.stage!r} again"
         )
     return manifest
 
@@ -347,7 +395,10 @@ class Shards:
         try:
             return self._readers[shard].read(indices)
         except (RuntimeError, IndexError) as error:
-            raise UserError(f"{self.paths[shard]}: damaged ({error}); delete it and run its stage again") from error
+            raise UserError(
+                f"{self.paths[shard]}: damaged{_first_unreadable(self.paths[shard])} ({error}); "
+                "run its stage again to make it anew"
+            ) from error
 
     def __iter__(self) -> Iterator[bytes]:
         for shard in range(len(self.paths)):
@@ -365,16 +416,35 @@ class Shards:
 
 def verify_shard(path: Path, entry: ShardEntry, *, checksum: bool) -> None:
     """Raises UserError, naming the file, when a listed shard is absent, of another size, or of other bytes."""
+    if found := damage(path, entry, checksum=checksum):
+        raise UserError(f"{found}; run its stage again to make it anew")
+
+
+def damage(path: Path, entry: ShardEntry, *, checksum: bool = True) -> str | None:
+    """What is wrong with a listed shard, by file and, where its bytes differ, by record."""
     file = path / entry.name
     if not file.is_file():
-        raise UserError(f"{file}: listed in the manifest but absent; run its stage again")
+        return f"{file}: listed in the manifest but absent"
     size = file.stat().st_size
     if size != entry.bytes:
-        raise UserError(
-            f"{file}: {size} bytes where the manifest says {entry.bytes}; delete it and run its stage again"
-        )
+        return f"{file}: {size} bytes where the manifest says {entry.bytes}"
     if checksum and _sha256(file) != entry.sha256:
-        raise UserError(f"{file}: its bytes differ from the manifest's checksum; delete it and run its stage again")
+        return f"{file}: its bytes differ from the manifest's checksum{_first_unreadable(file)}"
+    return None
+
+
+def _first_unreadable(file: Path) -> str:
+    """Which record is the first that cannot be read. Some bytes of a shard belong to none."""
+    reader = ArrayRecordReader(str(file))
+    if not reader.ok():
+        return ", none of its records can be read"
+    count = reader.num_records()
+    for record in range(count):
+        try:
+            reader.read([record])
+        except (RuntimeError, IndexError):
+            return f", record {record:,} of {count:,} cannot be read"
+    return f", though all {count:,} records can be read"
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:

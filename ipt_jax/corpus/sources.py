@@ -1,119 +1,219 @@
-"""Sources of text: JSON Lines (plain, gz, zst), Parquet, shards of Documents, directories and globs of these.
+"""Sources of text: JSON Lines (plain, gz, zst), Parquet, Arrow, shards of Documents, Hugging Face and TFDS data sets.
 
-A source is cut into units (byte ranges of plain JSON Lines, row groups of Parquet, whole compressed files, whole
-shards) so that processes can share the work; the units depend on the contents and `unit_bytes` alone. A row is named by
-file and line in every error. What can be used is a Document; what cannot, for a reason that data may have (an empty
-text), is `Dropped` with that reason; what points at a wrong config (a missing column) is a UserError.
+A path names a file, a directory, a glob or `hf:NAME`. A source is cut into units (byte ranges of plain JSON Lines, row
+groups of Parquet, record batches of Arrow, whole compressed files, whole shards, records of TFDS files) so that
+processes can share the work; the units depend on the contents and `unit_bytes` alone. A row is named by file and line
+in every error.
 """
 
 import glob
 import gzip
 import io
 import json
-import re
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import zstandard
 
-from ipt_jax.corpus.records import Document, Kind, Segment, decode
-from ipt_jax.corpus.settings import Settings, UserError, file_digest
+from ipt_jax.corpus.datasets import HUB, hf_files, hub_files, is_hf, is_tfds, read_tfds, tfds_files, tfds_split
+from ipt_jax.corpus.records import Document, decode
+from ipt_jax.corpus.rows import Dropped, RowReader, SourceSettings
+from ipt_jax.corpus.settings import UserError, file_digest
 from ipt_jax.corpus.shards import Shards, read_manifest
+from ipt_jax.corpus.tables import arrow_parts, parquet_parts, read_arrow, read_parquet
 
 UNIT_BYTES = 64 << 20
+READ_BYTES = 4 << 20
+ZSTD_BYTES = 128 << 10  # compressed bytes at a time; text grows some fivefold
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson")
-_FIELD = re.compile(r"\{(\w+)\}")
-
-
-class SourceSettings(Settings):
-    """One input. `text` and `id` name the columns; `template` ("{question} {response}") joins several into one text."""
-
-    path: str
-    text: str = "text"
-    id: str = "id"
-    source: str | None = None
-    kind: Kind = "raw"
-    template: str | None = None
+DIGEST_THREADS = 8
+Form = Literal["jsonl", "packed", "parquet", "arrow", "shards", "tfds"]
 
 
 class Unit(NamedTuple):
-    """Rows [start, stop) of `path`: bytes of plain JSON Lines, row groups of Parquet, shards of a directory."""
+    """Rows of `path`: bytes [start, stop) of plain JSON Lines, or row groups, record batches, shards, records.
+
+    `rows_before` of the file (lines for JSON Lines) number its rows; `size` in bytes weighs it for the progress line.
+    """
 
     path: str
-    form: Literal["jsonl", "packed", "parquet", "shards"]
+    form: Form
     start: int
     stop: int
-
-
-class Dropped(NamedTuple):
-    reason: str
-    where: str
+    rows_before: int
+    size: int
 
 
 def find_files(path: str) -> list[Path]:
-    """The input files behind a path, a directory or a glob, sorted; a directory of shards stands for itself."""
+    """The files and data sets behind a path, a directory or a glob, sorted.
+
+    A directory of shards, a saved Hugging Face data set and a TFDS directory stand for themselves.
+    """
     found = Path(path)
-    if found.is_file() or (found / "manifest.json").is_file():
+    if found.is_file() or (found.is_dir() and _directory_form(found)):
         return [found]
-    names = found.rglob("*") if found.is_dir() else map(Path, glob.glob(path, recursive=True))
-    files = sorted(name for name in names if (name.is_file() and _form(name)) or (name / "manifest.json").is_file())
+    if found.is_dir():
+        files = list(_walk(found))
+    else:
+        hits = sorted(map(Path, glob.glob(path, recursive=True)))
+        files = [hit for hit in hits if (_directory_form(hit) if hit.is_dir() else _form(hit))]
     if not files:
-        what = "holds no .jsonl, .jsonl.gz, .jsonl.zst or .parquet file" if found.is_dir() else "no such file"
+        what = f"holds no {', '.join(JSONL)}, .parquet or .arrow file" if found.is_dir() else "no such file"
         raise UserError(f"input {path}: {what}; give a file, a directory, a glob, or a stage's output")
+    prepared = [str(one) for one in files if one.is_dir() and is_tfds(one)]
+    if len(prepared) > 1:
+        raise UserError(f"input {path}: holds {len(prepared)} TFDS data sets; give one of them, such as {prepared[0]}")
     return files
 
 
-def _form(path: Path) -> str | None:
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files before those of the folders below; hidden ones are left out, data sets are not looked into."""
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    yield from (entry for entry in entries if entry.is_file() and _form(entry))
+    for entry in entries:
+        if entry.is_dir() and _directory_form(entry):
+            yield entry
+        elif entry.is_dir():
+            yield from _walk(entry)
+
+
+def _directory_form(path: Path) -> str | None:
+    if (path / "manifest.json").is_file():
+        return "shards"
+    return "hf" if is_hf(path) else "tfds" if is_tfds(path) else None
+
+
+def _form(path: Path) -> Form | None:
     name = path.name
     if name.endswith((".gz", ".zst")):
         return "packed" if name.endswith(JSONL) else None
     if name.endswith(".parquet"):
         return "parquet"
+    if name.endswith(".arrow"):
+        return "arrow"
     return "jsonl" if name.endswith(JSONL) else None
+
+
+class _Input(NamedTuple):
+    """A file, a directory of shards, or one split of a TFDS directory."""
+
+    path: Path
+    form: Form
+    split: str = ""
+
+
+def _inputs(settings: SourceSettings) -> list[_Input]:
+    """What the settings' path, split and subset come to. Raises UserError for what is absent or of no known kind."""
+    if settings.path.startswith(HUB):
+        files = hub_files(settings.path.removeprefix(HUB), settings.subset, settings.split)
+        return [_Input(file, "arrow") for file in files]
+    inputs: list[_Input] = []
+    for path in find_files(settings.path):
+        form = _directory_form(path) if path.is_dir() else _form(path)
+        if form == "hf":
+            inputs += [_Input(file, "arrow") for file in hf_files(path, settings.split)]
+        elif form == "tfds":
+            inputs.append(_Input(path, "tfds", tfds_split(path, settings.split)))
+        elif form is None:
+            raise UserError(f"input {path}: unknown kind of file; expected {', '.join(JSONL)}, .parquet or .arrow")
+        elif settings.split is not None:
+            raise UserError(f"input {path}: given split: {settings.split}, but has no splits; take split out")
+        else:
+            inputs.append(_Input(path, form))  # type: ignore[arg-type]
+    if settings.subset is not None:
+        raise UserError(f"input {settings.path}: subset {settings.subset} is for {HUB}NAME alone; take it out")
+    return inputs
 
 
 def plan_units(settings: SourceSettings, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     """The source's units in reading order. Raises UserError for absent, empty and unknown files."""
-    units: list[Unit] = []
-    for path in find_files(settings.path):
-        if path.is_dir():
-            shards = read_manifest(path).shards
-            units += [Unit(str(path), "shards", index, index + 1) for index in range(len(shards))]
-            continue
-        form = _form(path)
-        if form is None:
-            raise UserError(f"input {path}: unknown kind of file; expected one of {', '.join(JSONL)}, .parquet")
-        size = path.stat().st_size
-        if size == 0:
-            raise UserError(f"input {path}: the file is empty; give a file with one record a line")
-        if form == "jsonl":
-            units += [Unit(str(path), "jsonl", at, min(at + unit_bytes, size)) for at in range(0, size, unit_bytes)]
-        elif form == "parquet":
-            units += [Unit(str(path), "parquet", at, at + 1) for at in range(_open_parquet(path).num_row_groups)]
-        else:
-            units.append(Unit(str(path), "packed", 0, size))
-    return units
+    return [unit for one in _inputs(settings) for unit in _units(one, unit_bytes)]
+
+
+def _units(one: _Input, unit_bytes: int) -> Iterator[Unit]:
+    with _reading(one.path):
+        yield from _cut(one, unit_bytes)
+
+
+def _cut(one: _Input, unit_bytes: int) -> Iterator[Unit]:
+    path, name = one.path, str(one.path)
+    if one.form == "shards":
+        before = 0
+        for index, shard in enumerate(read_manifest(path).shards):
+            yield Unit(name, "shards", index, index + 1, before, shard.bytes)
+            before += shard.records
+        return
+    if one.form == "tfds":
+        yield from _tfds_units(one, unit_bytes)
+        return
+    if not path.is_file():
+        raise UserError(f"input {path}: no such file, though its data set lists it; fetch or save the data set again")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"input {path}: the file is empty; give a file with one record a line")
+    if one.form == "jsonl":
+        yield from _jsonl_units(path, size, unit_bytes)
+    elif one.form == "packed":
+        yield Unit(name, "packed", 0, size, 0, size)
+    else:
+        parts = parquet_parts(path) if one.form == "parquet" else arrow_parts(path, unit_bytes)
+        yield from (Unit(name, one.form, *part) for part in parts)
+
+
+def _tfds_units(one: _Input, unit_bytes: int) -> Iterator[Unit]:
+    """Runs of records of about `unit_bytes` of their file, the rows counted over the whole split."""
+    before = 0
+    for file, records in tfds_files(one.path, one.split):
+        size = file.stat().st_size if file.is_file() else 0
+        step = max(1, -(-records * unit_bytes // max(size, unit_bytes)))
+        for start in range(0, records, step):
+            rows = min(step, records - start)
+            place = before + start
+            yield Unit(str(one.path), "tfds", place, place + rows, place, size * rows // records)
+        before += records
 
 
 def read_unit(unit: Unit, settings: SourceSettings) -> Iterator[Document | Dropped]:
     """The rows of one unit, in order."""
     path = Path(unit.path)
-    if unit.form == "shards":
-        yield from _read_shard(path, unit.start)
-        return
-    for line, row in _rows(unit):
-        yield _document(row, settings, where=f"{path.name}:{line}", named=f"input {path}: line {line}")
+    with _reading(path):
+        if unit.form == "shards":
+            yield from _read_shard(path, unit, settings)
+            return
+        reader = RowReader(settings, path.name, unit.path)
+        for number, row in _rows(unit, settings):
+            yield reader.document(row, number)
 
 
-def _rows(unit: Unit) -> Iterator[tuple[int, dict[str, Any]]]:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns a missing permission or a failing disk into a UserError that names the input, not the output."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"input {path}: cannot be read ({error.strerror or error}); check its rights and disk"
+        ) from error
+
+
+def _rows(unit: Unit, settings: SourceSettings) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number in its file, row)."""
     path = Path(unit.path)
-    if unit.form == "parquet":
-        yield from _read_parquet(path, unit.start)
-    elif unit.form == "packed":
-        yield from read_jsonl(path)
+    if unit.form == "packed":
+        return read_jsonl(path)
+    if unit.form == "jsonl":
+        return _read_range(path, unit.start, unit.stop, unit.rows_before)
+    if unit.form == "tfds":
+        rows = read_tfds(path, tfds_split(path, settings.split), unit.start, unit.stop)
+    elif unit.form == "parquet":
+        rows = read_parquet(path, unit.start, settings.columns, [settings.id, "source"])
     else:
-        yield from _read_range(path, unit.start, unit.stop)
+        rows = read_arrow(path, unit.start, unit.stop, settings.columns, [settings.id, "source"])
+    return enumerate(rows, start=unit.rows_before + 1)
 
 
 def read_source(settings: SourceSettings) -> Iterator[Document | Dropped]:
@@ -124,48 +224,39 @@ def read_source(settings: SourceSettings) -> Iterator[Document | Dropped]:
 
 def source_identity(settings: SourceSettings) -> dict[str, Any]:
     """What the source means for a fingerprint: contents and columns, never where the files lie."""
-    files = find_files(settings.path)
-    contents = [read_manifest(path).fingerprint if path.is_dir() else file_digest(path) for path in files]
+    inputs = _inputs(settings)
+    with ThreadPoolExecutor(DIGEST_THREADS) as pool:
+        contents = list(pool.map(_contents, inputs))
     return {**settings.model_dump(exclude={"path"}), "contents": contents}
 
 
-def _document(row: dict[str, Any], settings: SourceSettings, *, where: str, named: str) -> Document | Dropped:
-    names = _FIELD.findall(settings.template) if settings.template else [settings.text]
-    for name in names:
-        if name not in row:
-            raise UserError(
-                f"{named}: no field {name!r}, found {', '.join(sorted(row)) or 'none'}; name the text field"
-            )
-        if row[name] is None:
-            return Dropped("null_text", where)
-        if not isinstance(row[name], str):
-            raise UserError(
-                f"{named}: field {name!r} is a {type(row[name]).__name__}, expected text; name another field"
-            )
-    values = {name: row[name] for name in names}
-    text = _FIELD.sub(lambda match: values[match[1]], settings.template) if settings.template else row[settings.text]
-    if not text.strip():
-        return Dropped("empty_text", where)
-    if not _is_unicode(text):
-        return Dropped("lone_surrogate", where)
-    raw_id = row.get(settings.id)
-    source = settings.source or str(row.get("source") or Path(settings.path).stem.split(".")[0])
-    return Document(str(where if raw_id is None else raw_id), source, settings.kind, [Segment(text)])
+def _contents(one: _Input) -> str | list[str]:
+    if one.form == "shards":
+        return read_manifest(one.path).fingerprint
+    if one.form == "tfds":
+        return [file_digest(file) for file, _ in tfds_files(one.path, one.split)]
+    return file_digest(one.path)
 
 
-def _is_unicode(text: str) -> bool:
-    """JSON may spell lone surrogates, which no UTF-8 can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_shard(path: Path, shard: int) -> Iterator[Document]:
+def _read_shard(path: Path, unit: Unit, settings: SourceSettings) -> Iterator[Document | Dropped]:
+    """Documents of a stage's shard. They have text, ids and kinds of their own; only the bounds of length act."""
     shards = Shards(path, verify=False)
-    for record in shards.stream(shard):
-        yield decode(record, Document)
+    longest = settings.max_characters
+    for number, record in enumerate(shards.stream(unit.start), start=unit.rows_before + 1):
+        try:
+            document = decode(record, Document)
+        except UserError as error:
+            raise UserError(
+                f"input {shards.paths[unit.start]}: record {number} is no document (stage {shards.manifest.stage!r} "
+                "made it); give raw text, or the output of synth collect or synth render"
+            ) from error
+        characters = sum(len(segment.text) for segment in document.segments)
+        if characters < settings.min_characters:
+            yield Dropped("too_short", f"{path.name}:{number}")
+        elif longest is not None and characters > longest:
+            yield Dropped("too_long", f"{path.name}:{number}")
+        else:
+            yield document
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -175,27 +266,60 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"input {path}: no such file; give a JSON Lines file")
     if path.stat().st_size == 0:
         raise UserError(f"input {path}: the file is empty; give a file with one record a line")
+    number = 0
     with _open_bytes(path) as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, parse_row(line, path, number)
-        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise UserError(f"input {path}: cut short or not compressed as its name says ({error})") from error
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(
+                f"input {path}: cut short or not compressed as its name says, after line {number} ({error}); "
+                "fetch or write the file again"
+            ) from error
 
 
 def _open_bytes(path: Path) -> Any:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")
-    if path.name.endswith(".zst"):
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
-    return path.open("rb")
+    return io.BufferedReader(_ZstdFile(path), READ_BYTES) if path.name.endswith(".zst") else path.open("rb")
 
 
-def _read_range(path: Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows whose line begins within bytes [start, stop). Line numbers are counted from the start of the file."""
+class _ZstdFile(io.RawIOBase):
+    """All frames of a .zst file. The library's own reader ends at the first frame, and takes a cut one for whole."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._ready, self._inside = b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._inside = zstandard.ZstdDecompressor().decompressobj(), False
+            data = data or self._file.read(ZSTD_BYTES)
+            if not data:
+                if self._inside:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self._inside = True
+            self._ready = self._frame.decompress(data)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _read_range(path: Path, start: int, stop: int, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows whose line begins within bytes [start, stop); `number` lines begin before."""
     with path.open("rb") as file:
-        number = _lines_before(file, start)
         file.seek(max(start - 1, 0))
         if start > 0:
             file.readline()  # the end of a line that belongs to the unit before
@@ -205,43 +329,27 @@ def _read_range(path: Path, start: int, stop: int) -> Iterator[tuple[int, dict[s
                 yield number, parse_row(line, path, number)
 
 
-def _lines_before(file: Any, start: int) -> int:
-    """Lines that begin before byte `start`: those of the units before."""
-    file.seek(0)
-    count, left, last = 0, start, b"\n"
-    while left > 0 and (block := file.read(min(left, 1 << 22))):
-        count += block.count(b"\n")
-        left, last = left - len(block), block[-1:]
-    return count + (last != b"\n")
+def _jsonl_units(path: Path, size: int, unit_bytes: int) -> Iterator[Unit]:
+    """Ranges of `unit_bytes`, and the lines that begin before each: one reading of the file, as the checksum's is."""
+    lines, last = 0, b"\n"
+    with path.open("rb") as file:
+        for start in range(0, size, unit_bytes):
+            stop = min(start + unit_bytes, size)
+            yield Unit(str(path), "jsonl", start, stop, lines + (last != b"\n"), stop - start)
+            left = stop - start
+            while left > 0 and (block := file.read(min(left, READ_BYTES))):
+                lines, last, left = lines + block.count(b"\n"), block[-1:], left - len(block)
 
 
 def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"input {path}: line {number} is not UTF-8 (byte {error.start}); convert the file") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        if number == 1 and line.lstrip().startswith(b"["):
+            raise UserError(f"input {path}: holds one JSON array; write its objects one a line") from error
         raise UserError(f"input {path}: line {number} is not valid JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
         raise UserError(f"input {path}: line {number} is a {type(row).__name__}, expected an object with fields")
     return row
-
-
-def _open_parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"input {path}: not a whole Parquet file ({error})") from error
-
-
-def _read_parquet(path: Path, group: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of one row group, numbered from 1 within the file."""
-    file = _open_parquet(path)
-    number = sum(file.metadata.row_group(index).num_rows for index in range(group))
-    for batch in file.iter_batches(row_groups=[group]):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row

@@ -1,17 +1,16 @@
 """`ipt tokenize`: documents in, shards of TokenDocuments out.
 
 One unit of the input (see corpus.sources) becomes one shard, written by a worker process under a temporary name and
-sealed by the parent, so that a run again makes only what is missing, and the number of workers changes no byte.
+sealed by the parent, so that a run again makes only what is missing, and the number of workers changes no byte. A run
+again also compares what is there with its checksums: a shard that is damaged is named and made again.
 
-A document's segments are tokenized one by one: the first text of an example as a text's start, later ones as going on
-from it, so that a prompt's tokens are a prefix of the training row's. Control tokens come from control segments; a
-document without any gets BOS and EOS as its input says. Every text token, and the EOS, is a target where its segment
-says so; BOS never is. Documents that share an id are kept and counted (`duplicate_ids`): ids are names, not keys, and
-only `exclude_converted` needs them unique.
+Documents that share an id are kept and counted (`duplicate_ids`): ids are names, not keys, and only `exclude_converted`
+needs them unique. Documents that share their whole text drop out where `drop_duplicates` says so.
 """
 
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,15 +23,19 @@ from pydantic import Field
 
 from ipt_jax.corpus.executor import run_units
 from ipt_jax.corpus.progress import Progress
-from ipt_jax.corpus.records import Document, Segment, TokenDocument, encode
+from ipt_jax.corpus.records import Document, TokenDocument, encode
 from ipt_jax.corpus.settings import Settings, UserError
 from ipt_jax.corpus.shards import Manifest, Output, write_shard, writing
-from ipt_jax.corpus.sources import UNIT_BYTES, Dropped, SourceSettings, Unit, plan_units, read_unit, source_identity
+from ipt_jax.corpus.sources import UNIT_BYTES, SourceSettings, Unit, plan_units, read_unit, source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from ipt_jax.data.lengths import SideFiles, name_side_files, read_index, side_digests, whole
+from ipt_jax.data.duplicates import find_duplicates, usable
+from ipt_jax.data.encode import TOKEN_TYPES, token_dtype, tokenize_documents
+from ipt_jax.data.lengths import read_index
+from ipt_jax.data.sides import SideWriter, name_side_files, side_damage, side_digests, side_names
 
 STAGE = "tokenize"
 SHARD = "tokens"
+BATCH_CHARACTERS = 1 << 18  # text that is tokenized at a time: large enough for speed, small enough for memory
 
 
 class InputSettings(SourceSettings):
@@ -43,23 +46,28 @@ class InputSettings(SourceSettings):
 
 
 class TokenizeSettings(Settings):
-    """The recipe of `ipt tokenize`. `unit_bytes` of JSON Lines make one shard, the grain of sharing and resuming."""
+    """The recipe of `ipt tokenize`. `unit_bytes` of an input make one shard, the grain of sharing and resuming.
+
+    `drop_duplicates` keeps the first of all documents, over all inputs, whose text is the same to the byte.
+    """
 
     inputs: list[InputSettings] = Field(min_length=1)
     tokenizer: str
     output: str
+    drop_duplicates: bool = False
     executor: Literal["local", "ray"] = "local"
     workers: int | None = Field(default=None, gt=0)
     unit_bytes: int = Field(default=UNIT_BYTES, gt=0)
 
 
 class Job(NamedTuple):
-    """What a worker needs to write one shard."""
+    """What a worker needs to write one shard. `duplicates`: numbers of the unit's usable documents that drop out."""
 
     unit: Unit
     source: InputSettings
     tokenizer: str
     temporary: Path
+    duplicates: np.ndarray | None
 
 
 class Made(NamedTuple):
@@ -69,19 +77,22 @@ class Made(NamedTuple):
     tokens: int
     counts: dict[str, int]
     dropped: dict[str, int]
+    sides: dict[str, str]
 
 
 def run_tokenize(settings: TokenizeSettings) -> dict[str, Any]:
-    """Writes the shards of `settings.output`; finished ones are kept. Returns what `--json` prints."""
+    """Writes the shards of `settings.output`; whole ones are kept. Returns what `--json` prints."""
     tokenizer = load_tokenizer(settings.tokenizer)
     _check_controls(settings, tokenizer)
     units = [(unit, source) for source in settings.inputs for unit in plan_units(source, settings.unit_bytes)]
+    if settings.executor == "ray":  # a worker on another machine starts in another folder
+        units = [(unit._replace(path=str(Path(unit.path).absolute())), source) for unit, source in units]
     started, made_tokens = time.monotonic(), 0
-    with Output(settings.output, stage=STAGE, identity=_identity(settings, tokenizer), shard_name=SHARD) as output:
-        todo = [i for i in range(len(units)) if not (output.has(i) and whole(output.path, output.entry(i)))]
+    identity = _identity(settings, tokenizer)
+    with Output(settings.output, stage=STAGE, identity=identity, shard_name=SHARD, remake=True) as output:
+        todo = [index for index in range(len(units)) if not _whole(output, index)]
         if todo or not output.complete:
-            jobs = [Job(*units[i], settings.tokenizer, output.temporary(i)) for i in todo]
-            made_tokens = _make_shards(settings, output, todo, jobs, total=len(units))
+            made_tokens = _make_shards(settings, output, units, todo)
             manifest = _finish(output, tokenizer)
         else:
             manifest = output.manifest
@@ -113,41 +124,73 @@ def _identity(settings: TokenizeSettings, tokenizer: Tokenizer) -> dict[str, Any
         "tokenizer": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
         "inputs": [source_identity(source) for source in settings.inputs],
+        "drop_duplicates": settings.drop_duplicates,
         "unit_bytes": settings.unit_bytes,
     }
 
 
-def _make_shards(settings: TokenizeSettings, output: Output, todo: list[int], jobs: list[Job], *, total: int) -> int:
+def _whole(output: Output, index: int) -> bool:
+    """Whether shard `index` is there with its side files, all as they were written. What is damaged is named."""
+    if not output.has(index):
+        return False
+    found = output.damage(index) or side_damage(output.path, output.entry(index))
+    if found:
+        print(f"{found}; it is made again", file=sys.stderr)
+        output.drop(index)
+    return found is None
+
+
+def _make_shards(
+    settings: TokenizeSettings, output: Output, units: list[tuple[Unit, InputSettings]], todo: list[int]
+) -> int:
     """Tokenizes the units that are missing; returns the tokens made."""
-    tokens = 0
-    done = total - len(todo)
-    with Progress(total, "shards", "ipt tokenize", done=done) as progress:
+    total, tokens, read = len(units), 0, 0
+    duplicates = _duplicates(settings, units)
+    tokenizer = str(Path(settings.tokenizer).absolute())
+    jobs = [Job(*units[i], tokenizer, output.temporary(i).absolute(), duplicates[i]) for i in todo]
+    weight = sum(job.unit.size for job in jobs)
+    with Progress(None, "tokens", "ipt tokenize") as progress:
         results = run_units(tokenize_unit, jobs, workers=settings.workers, executor=settings.executor)
-        for place, made in results:
-            index = todo[place]
+        for done, (place, made) in enumerate(results, start=total - len(todo) + 1):
+            index, name = todo[place], f"{SHARD}-{todo[place]:05d}-of-{total:05d}.array_record"
             with writing(output.path):
-                name_side_files(jobs[place].temporary, _shard_name(index, total))
-            output.seal_file(index, total, made.records, tokens=made.tokens, counts=made.counts, dropped=made.dropped)
-            tokens += made.tokens
-            progress.advance(1, tokens=tokens)
+                name_side_files(output.temporary(index), name)
+            output.seal_file(
+                index,
+                total,
+                made.records,
+                tokens=made.tokens,
+                counts=made.counts,
+                dropped=made.dropped,
+                sides=side_names(name, made.sides),
+            )
+            tokens, read = tokens + made.tokens, read + jobs[place].unit.size
+            progress.expect(tokens * weight // max(read, 1))
+            progress.advance(made.tokens, shards=f"{done:,}/{total:,}")
     return tokens
 
 
-def _shard_name(index: int, total: int) -> str:
-    return f"{SHARD}-{index:05d}-of-{total:05d}.array_record"
+def _duplicates(settings: TokenizeSettings, units: list[tuple[Unit, InputSettings]]) -> list[np.ndarray | None]:
+    """For each unit the numbers of its usable documents that drop out."""
+    if not settings.drop_duplicates:
+        return [None] * len(units)
+    return list(find_duplicates(units, workers=settings.workers, executor=settings.executor))
 
 
 def _finish(output: Output, tokenizer: Tokenizer) -> Manifest:
     """Adds the tokenizer's files and what planning wants to know, and marks the directory complete."""
     if output.manifest.records == 0:
-        raise UserError(
-            f"output {output.path}: no document is left (dropped {output.manifest.dropped}); mend the inputs"
-        )
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in output.manifest.dropped.items())
+        for index, entry in enumerate(output.manifest.shards):  # nothing stays that would refuse a mended recipe
+            for name in (entry.name, *entry.sides):
+                (output.path / name).unlink()
+            output.drop(index)
+        raise UserError(f"output {output.path}: no document is left (dropped: {dropped}); mend the inputs or filters")
     with writing(output.path):
         (output.path / "tokenizer").mkdir(exist_ok=True)
         for file in tokenizer.files():
             shutil.copyfile(file, output.path / "tokenizer" / file.name)
-    summary = {"side_files": side_digests(output.path, output.manifest)}
+    summary = {"side_files": side_digests(output.manifest)}
     output.manifest.summary = summary
     ids = np.concatenate([index["id"] for index in read_index(output.path, output.manifest)])
     return output.finish(summary | {"duplicate_ids": int(len(ids) - len(np.unique(ids)))})
@@ -156,12 +199,13 @@ def _finish(output: Output, tokenizer: Tokenizer) -> Manifest:
 def tokenize_unit(job: Job) -> Made:
     """Writes the shard of one unit and its side files, under temporary names. Runs in a worker process."""
     tokenizer = _open_tokenizer(job.tokenizer)
-    side, counts, dropped = SideFiles(), Counter[str](), Counter[str]()
+    counts, dropped = Counter[str](), Counter[str]()
     with writing(job.temporary.parent):
+        side = SideWriter(job.temporary)
         records = write_shard(job.temporary, _records(job, tokenizer, side, counts, dropped))
-        side.write(job.temporary)
+        sides = side.close()
     tokens = counts.pop("tokens", 0)
-    return Made(records, tokens, dict(counts), dict(dropped))
+    return Made(records, tokens, dict(counts), dict(dropped), sides)
 
 
 @lru_cache(maxsize=1)
@@ -171,82 +215,43 @@ def _open_tokenizer(path: str) -> Tokenizer:
 
 
 def _records(
-    job: Job, tokenizer: Tokenizer, side: SideFiles, counts: Counter[str], dropped: Counter[str]
+    job: Job, tokenizer: Tokenizer, side: SideWriter, counts: Counter[str], dropped: Counter[str]
 ) -> Iterator[bytes]:
-    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    for document in read_unit(job.unit, job.source):
-        if isinstance(document, Dropped):
-            dropped[document.reason] += 1
-            continue
-        if not document.text.strip():
-            dropped["empty_text"] += 1
-            continue
-        row = tokenize_document(document, tokenizer, bos=job.source.bos, eos=job.source.eos)
-        if not row.ids:
-            dropped["no_token"] += 1
-            continue
-        ends = np.array(row.ends) if document.kind == "raw" else None
-        side.add(document.id, len(row.ids), ends, document.parents)
-        counts[document.kind] += 1
-        counts["tokens"] += len(row.ids)
-        tokens = np.array(row.ids, np.dtype(dtype).newbyteorder("<")).tobytes()
-        yield encode(
-            TokenDocument(document.id, document.kind, dtype, tokens, row.loss_runs, document.parents, document.source)
-        )
+    dtype = token_dtype(tokenizer)
+    for batch in _batches(job, dropped):
+        rows = tokenize_documents(batch, tokenizer, bos=job.source.bos, eos=job.source.eos)
+        for document, row in zip(batch, rows, strict=True):
+            size = len(row.tokens)
+            if not size:
+                dropped["no_token"] += 1
+                continue
+            side.add(document.id, size, row.characters, document.parents)
+            counts[document.kind] += 1
+            counts["tokens"] += size
+            data = row.tokens.astype(TOKEN_TYPES[dtype], copy=False).tobytes()
+            yield encode(
+                TokenDocument(document.id, document.kind, dtype, data, row.loss_runs, document.parents, document.source)
+            )
 
 
-class TokenRow(NamedTuple):
-    """Ids, the ranges of them that are targets, and (raw documents) the character position where each token ends."""
-
-    ids: list[int]
-    loss_runs: list[tuple[int, int]]
-    ends: list[int]
-
-
-def tokenize_document(document: Document, tokenizer: Tokenizer, *, bos: bool = True, eos: bool = True) -> TokenRow:
-    """The tokens of one document. `bos` and `eos` act only where the document has no control segment."""
-    segments = document.segments
-    if not any(segment.control for segment in segments):
-        segments = [Segment(control="bos")] * bos + segments + [Segment(control="eos")] * eos
-    row, continuing, position = TokenRow([], [], []), False, 0
-    for segment in segments:
-        start = len(row.ids)
-        if segment.control:
-            row.ids.append(_control_id(segment.control, tokenizer, document))
-            row.ends.append(position)
-            continuing = segment.control == "eos"
-        elif segment.text:
-            ids, ends = _encode(segment.text, tokenizer, continuing=continuing, raw=document.kind == "raw")
-            row.ids.extend(ids)
-            row.ends.extend([position + end for end in ends] if position else ends)
-            position += len(segment.text)
-            continuing = True
-        if segment.loss and segment.control != "bos":
-            _add_run(row.loss_runs, start, len(row.ids))
-    return row
+def _batches(job: Job, dropped: Counter[str]) -> Iterator[list[Document]]:
+    """The unit's documents that are to be tokenized, some BATCH_CHARACTERS of text at a time."""
+    batch: list[Document] = []
+    characters = 0
+    for document in _kept(job, dropped):
+        batch.append(document)
+        characters += sum(len(segment.text) for segment in document.segments)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _encode(text: str, tokenizer: Tokenizer, *, continuing: bool, raw: bool) -> tuple[list[int], list[int]]:
-    """Ids and character ends. Only a raw document's first segment needs ends within the segment."""
-    if raw and not continuing:
-        return tokenizer.char_ends(text)
-    ids = tokenizer.encode(text, continuing=continuing)
-    return ids, [len(text)] * len(ids)
-
-
-def _control_id(control: str, tokenizer: Tokenizer, document: Document) -> int:
-    found = tokenizer.bos_id if control == "bos" else tokenizer.eos_id
-    if found is None:
-        raise UserError(
-            f"document {document.id!r} holds a {control} control, but the tokenizer has none; give one that has"
-        )
-    return found
-
-
-def _add_run(runs: list[tuple[int, int]], start: int, stop: int) -> None:
-    if start == stop:
-        return
-    if runs and runs[-1][1] == start:
-        runs[-1] = (runs[-1][0], stop)
-    else:
-        runs.append((start, stop))
+def _kept(job: Job, dropped: Counter[str]) -> Iterator[Document]:
+    duplicates = set() if job.duplicates is None else set(job.duplicates.tolist())
+    for number, document in enumerate(usable(read_unit(job.unit, job.source), dropped)):
+        if number in duplicates:
+            dropped["duplicate"] += 1
+        else:
+            yield document

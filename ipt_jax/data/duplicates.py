@@ -1,0 +1,59 @@
+"""Exact duplicates over all inputs of `ipt tokenize`: the first document with a text stays, later ones drop out.
+
+A pass of its own reads every document once and hashes its text (64 bits of BLAKE2b: among 2e8 texts two different ones
+share a hash with probability 1e-3); what is the first is decided by the order of inputs and units, so the number of
+workers changes nothing. Holds some 24 bytes a document meanwhile.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ipt_jax.corpus.executor import ExecutorName, run_units
+from ipt_jax.corpus.progress import Progress
+from ipt_jax.corpus.records import Document
+from ipt_jax.corpus.sources import Dropped, SourceSettings, Unit, read_unit
+
+
+class Task(NamedTuple):
+    unit: Unit
+    source: SourceSettings
+
+
+def usable(rows: Iterable[Document | Dropped], dropped: Counter[str]) -> Iterator[Document]:
+    """The documents that hold text; the others are counted by reason."""
+    for row in rows:
+        if isinstance(row, Dropped):
+            dropped[row.reason] += 1
+        elif not any(segment.text and not segment.text.isspace() for segment in row.segments):
+            dropped["empty_text"] += 1
+        else:
+            yield row
+
+
+def hash_unit(task: Task) -> np.ndarray:
+    """The hash of each usable document's text, in order. Runs in a worker process."""
+    documents = usable(read_unit(task.unit, task.source), Counter())
+    hashes = (hashlib.blake2b(one.text.encode(), digest_size=8).digest() for one in documents)
+    return np.frombuffer(b"".join(hashes), np.uint64)
+
+
+def find_duplicates(
+    units: Sequence[tuple[Unit, SourceSettings]], *, workers: int | None, executor: ExecutorName
+) -> list[np.ndarray]:
+    """For each unit the numbers of its usable documents whose text stood before."""
+    hashes: dict[int, np.ndarray] = {}
+    with Progress(len(units), "units", "ipt tokenize: duplicates") as progress:
+        tasks = [Task(*unit) for unit in units]
+        for index, found in run_units(hash_unit, tasks, workers=workers, executor=executor):
+            hashes[index] = found
+            progress.advance()
+    in_order = [hashes[index] for index in range(len(units))]
+    every = np.concatenate(in_order)
+    again = np.ones(len(every), bool)
+    again[np.unique(every, return_index=True)[1]] = False  # the first of each stays
+    starts = np.cumsum([0] + [len(one) for one in in_order])[1:-1]
+    return [np.flatnonzero(part) for part in np.split(again, starts)]
