@@ -144,7 +144,7 @@ def test_mistakes_and_damage_after_planning(plan: Plan, tmp_path: Path) -> None:
         {"seq_len": 64, "sources": [{"name": "r", "path": str(tmp_path / "raw"), "epochs": 1}]}
     )
     made = build_plan(data, rows_per_step=8)
-    (shard,) = made.sources[0].shards.paths
+    shard = tmp_path / "raw" / made.sources[0].manifest.shards[0].name
     content = bytearray(shard.read_bytes())
     content[1000 : len(content) // 2] = bytes(len(content) // 2 - 1000)
     shard.write_bytes(content)
