@@ -2,7 +2,7 @@
 
 The rows of a step are a pure function of (plan, step, host, hosts), so there is no state to save: a run goes on from
 its step on any number of hosts and sees the same global batches. Steps are read several at a time, as many as make
-about a million tokens of this host: documents then share reads. This module imports no jax; Grain, imported on the
+about 262,144 tokens of this host: documents then share reads. This module imports no jax; Grain, imported on the
 first call, uses jax's tree functions where jax is installed.
 """
 
@@ -13,10 +13,10 @@ import numpy as np
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.data.plan import Plan
 
-READ_THREADS = 4
-READ_TOKENS = 1 << 20  # of one host, in one element of the data set
+READ_THREADS = 2
+READ_TOKENS = 1 << 18  # of one host, in one element of the data set: larger ones outgrow the processor's caches
 AHEAD_BYTES = 256 << 20  # most memory that elements read ahead may take, beyond the two that overlap with a step
-AHEAD_READS = 8
+AHEAD_READS = 32  # a window of blocks and more
 TOKEN_BYTES = 5 * 4 + 1  # of a row's fields
 
 

@@ -153,19 +153,16 @@ class Plan:
 
     def _read(self, pieces: np.ndarray, whole_blocks: bool) -> list[Tokens]:
         """The record of each piece. Reads each once, each source's in ascending order."""
-        documents: list[Tokens] = [_NONE] * len(pieces)
+        documents = np.empty(len(pieces), object)
         for source, reader in enumerate(self._readers):
             mine = np.flatnonzero(pieces["source"] == source)
             if not len(mine):
                 continue
             _, firsts, places = np.unique(pieces["document"]["record"][mine], return_index=True, return_inverse=True)
-            records = reader.read(pieces["document"][mine[firsts]], whole_blocks=whole_blocks)
-            for piece, place in zip(mine.tolist(), places.tolist(), strict=True):
-                documents[piece] = records[place]
-        return documents
-
-
-_NONE = Tokens("", "raw", "uint16", b"", [])
+            records = np.empty(len(firsts), object)
+            records[:] = reader.read(pieces["document"][mine[firsts]], whole_blocks=whole_blocks)
+            documents[mine] = records[places]
+        return documents.tolist()
 
 
 def _runs(rows: Sequence[int], end: int) -> Iterator[tuple[int, int, int]]:

@@ -1,14 +1,14 @@
 """The tokens of planned documents, read from a source's shards and checked.
 
-Every record read is checked: ArrayRecord keeps a hash of each record's bytes, and the record's id and length must be
-those of the index that the plan was made from. So a shard that was cut, damaged or exchanged after planning is found by
-the first record that is read from it, and named with that record.
+Every record read is checked: ArrayRecord keeps a hash of each record's bytes, its length must be that of the index
+which the plan was made from, and so must the id of the first record of each read. A shard that was cut, damaged or
+exchanged after planning is found when it is read, before anything of it is trained on, and named with the record.
 
 On one host a block of neighbouring records is read at once and kept until its window is through; on several, each
 host reads only the records of its own rows.
 """
 
-from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Literal
@@ -41,6 +41,9 @@ class Tokens(msgspec.Struct):
     loss_runs: list[tuple[int, int]]
 
 
+_DECODER = msgspec.msgpack.Decoder(Tokens)
+
+
 class RecordReader:
     """Records of one source by number. Any thread may call it."""
 
@@ -53,18 +56,19 @@ class RecordReader:
 
     def read(self, documents: np.ndarray, *, whole_blocks: bool) -> list[Tokens]:
         """The records of DOCUMENT rows that stand in ascending order of records, each once."""
-        numbers = documents["record"].tolist()
+        numbers = documents["record"]
+        size = self._block if whole_blocks else 1
+        bounds = np.flatnonzero(np.diff(numbers // size, prepend=-2) > (0 if whole_blocks else 1))
+        parts = np.split(numbers, bounds[1:])
         if whole_blocks:
-            blocks = sorted({number // self._block for number in numbers})
-            found = dict(zip(blocks, in_threads(self._blocks, blocks), strict=True))
-            data: Iterable[bytes] = (found[n // self._block][n % self._block] for n in numbers)
+            blocks = in_threads(self._blocks, [int(part[0]) // size for part in parts])
+            picked = [[block[i] for i in (part % size).tolist()] for block, part in zip(blocks, parts, strict=True)]
         else:
-            breaks = np.flatnonzero(np.diff(documents["record"]) != 1) + 1
-            runs = np.split(documents["record"], breaks)
-            spans = [(int(run[0]), int(run[-1]) + 1) for run in runs]
-            data = (record for span in in_threads(self._read_span, spans) for record in span)
-        rows = zip(data, numbers, documents["tokens"].tolist(), documents["id"].tolist(), strict=True)
-        return [self._checked(*row) for row in rows]
+            picked = in_threads(self._read_span, [(int(part[0]), int(part[-1]) + 1) for part in parts])
+        data = list(chain.from_iterable(picked))
+        found = self._decode(data, documents)
+        self._check(found, documents, bounds)
+        return found
 
     def _read_block(self, block: int) -> list[bytes]:
         return self._read_span((block * self._block, min((block + 1) * self._block, int(self._ends[-1]))))
@@ -95,23 +99,30 @@ class RecordReader:
             )
         return reader, Lock()
 
-    def _checked(self, data: bytes, number: int, tokens: int, key: int) -> Tokens:
+    def _decode(self, data: list[bytes], documents: np.ndarray) -> list[Tokens]:
         try:
-            found = decode(data, Tokens)
-        except UserError as error:
-            raise UserError(self._other(number, str(error))) from error
-        if found.dtype != self._dtype:
-            raise UserError(self._other(number, f"it holds {found.dtype}, the vocabulary asks for {self._dtype}"))
-        held = len(found.tokens) // np.dtype(self._dtype).itemsize
-        if id_key(found.id) != key or held != tokens:
-            raise UserError(
-                self._other(number, f"it holds {held} tokens of {found.id!r}, the index has {tokens} of another id")
-                if id_key(found.id) != key
-                else self._other(number, f"it holds {held} tokens, its index says {tokens}")
-            )
-        return found
+            return [_DECODER.decode(record) for record in data]
+        except msgspec.DecodeError:
+            for number, record in zip(documents["record"].tolist(), data, strict=True):
+                try:
+                    decode(record, Tokens)
+                except UserError as error:
+                    raise UserError(self._other(number, error)) from error
+            raise
 
-    def _other(self, number: int, what: str) -> str:
+    def _check(self, found: list[Tokens], documents: np.ndarray, bounds: np.ndarray) -> None:
+        """Every record has the length that the plan counts on; the first of each read is the very document."""
+        lengths = np.array([len(one.tokens) for one in found]) // np.dtype(self._dtype).itemsize
+        if (wrong := np.flatnonzero(lengths != documents["tokens"])).size:
+            expected = documents[wrong[0]]
+            held = f"it holds {lengths[wrong[0]]} tokens, its index says {expected['tokens']}"
+            raise UserError(self._other(int(expected["record"]), held))
+        for at, key in zip(bounds.tolist(), documents["id"][bounds].tolist(), strict=True):
+            if id_key(found[at].id) != key or found[at].dtype != self._dtype:
+                other = f"it is {found[at].id!r} in {found[at].dtype}, not what its index says"
+                raise UserError(self._other(int(documents["record"][at]), other))
+
+    def _other(self, number: int, what: object) -> str:
         ((shard, local, _),) = shards_of(self._ends, number, number + 1)
         return _damaged(self._paths[shard], local, what)
 
