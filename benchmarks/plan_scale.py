@@ -39,7 +39,7 @@ from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings
 
 SEQ_LEN, ROWS, LAST_STEPS, RANDOM_ROWS = 2048, 16, 8, 40
-SHARD_DOCUMENTS = 100_000
+SHARD_DOCUMENTS = 30_000  # 64 MiB of text, as `ipt tokenize` cuts its input
 PARTS: list[tuple[str, Kind, float, float]] = [
     ("raw", "raw", 0.9, 500), ("augmented", "augmented", 0.09, 1200), ("tasks", "task", 0.01, 600),
 ]  # fmt: skip

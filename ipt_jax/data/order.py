@@ -1,7 +1,7 @@
 """The order of training data as arithmetic: a document's place follows from (seed, source, epoch) and sums of blocks.
 
 A source's records lie in blocks of about 131,072 tokens. An epoch permutes the blocks over the whole corpus, and the
-documents of each window of 64 blocks among themselves, so reads stay near. Sources are merged by tokens: a document
+documents of each window of 32 blocks among themselves, so reads stay near. Sources are merged by tokens: a document
 stands at the fraction of its source's tokens that its middle has reached, so every source keeps within one document of
 its share at every point. The merged order is cut into chunks at fractions c / chunks, and any chunk is computed alone.
 
@@ -17,7 +17,7 @@ from ipt_jax.corpus.settings import draw
 from ipt_jax.data.blocks import DOCUMENT, SourceDocuments
 from ipt_jax.data.kept import Kept
 
-WINDOW = 64  # blocks whose documents are shuffled among themselves
+WINDOW = 32  # blocks whose documents are shuffled among themselves
 EPOCHS_KEPT = 2
 WINDOWS_KEPT = 6  # of each source: the chunks at hand lie in one or two
 

@@ -1,24 +1,31 @@
 """Threads that wait for reads: on a network disk a read costs milliseconds however small, so many run at once."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TypeVar
 
 THREADS = 16
+QUICK_SECONDS = 5e-4  # a read from memory; handing it to a thread costs as much
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 def in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """`function` of each item, in order; a thread takes every sixteenth. `function` must not call this one."""
-    if len(items) == 1:
-        return [function(items[0])]
-    shares = [items[i::THREADS] for i in range(min(THREADS, len(items)))]
-    results: list[B | None] = [None] * len(items)
-    for i, found in enumerate(_pool().map(lambda share: [function(item) for item in share], shares)):
-        results[i::THREADS] = found
-    return results  # type: ignore[return-value]  # every place is filled
+    """`function` of each item, in order: here as long as it is quick, then in threads. It must not call this one."""
+    results: list[B] = []
+    for item in items:
+        started = time.perf_counter()
+        results.append(function(item))
+        if time.perf_counter() - started > QUICK_SECONDS:
+            break
+    left = items[len(results) :]
+    if not left:
+        return results
+    shares = [left[i::THREADS] for i in range(min(THREADS, len(left)))]
+    found = list(_pool().map(lambda share: [function(item) for item in share], shares))
+    return results + [found[i % THREADS][i // THREADS] for i in range(len(left))]
 
 
 @lru_cache(maxsize=1)
