@@ -31,7 +31,7 @@ import numpy as np
 from token_corpus import VOCAB, web_lengths
 
 from ipt_jax.corpus.records import Kind, TokenDocument, encode
-from ipt_jax.corpus.settings import file_digest
+from ipt_jax.corpus.settings import digest, file_digest
 from ipt_jax.corpus.shards import SCHEMA, Manifest, ShardEntry, write_shard
 from ipt_jax.data.lengths import INDEX, PARENTS, id_key, side_path
 from ipt_jax.data.loader import batches
@@ -82,7 +82,7 @@ def write_directory(root: Path, number: int, documents: int) -> None:
 
 def save_manifest(path: Path, shards: list[ShardEntry], kind: str, digests: dict[str, str]) -> None:
     identity = {"tokenizer": "benchmark", "vocab_size": VOCAB}
-    manifest = Manifest(SCHEMA, "tokenize", "benchmark", identity, True, shards=shards)
+    manifest = Manifest(SCHEMA, "tokenize", digest(identity), identity, True, shards=shards)
     manifest.records, manifest.tokens = sum(one.records for one in shards), sum(one.tokens for one in shards)
     manifest.counts, manifest.summary = {kind: manifest.records}, {"side_files": digests, "duplicate_ids": 0}
     (path / "manifest.json").write_bytes(msgspec.json.encode(manifest))

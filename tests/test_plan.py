@@ -195,8 +195,9 @@ def test_blocks_hold_about_as_many_tokens(records: int, mean: int) -> None:
     assert size == 1 or (size * mean <= 1 << 17 and (2 * size * mean > 1 << 17 or size == 1 << 16))
 
 
-def test_any_window_of_rows_holds_the_shares() -> None:
-    draw = np.random.default_rng(0)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_window_of_rows_holds_the_shares(seed: int) -> None:
+    draw = np.random.default_rng(seed)
     lengths = [np.clip(draw.lognormal(6, 1.2, n), 5, 20_000).astype(int) for n in (20_000, 9000, 500)]
     data = mix(2048, a={"epochs": 1}, b={"epochs": 2}, c={"epochs": 4})
     amounts = solve_mix(data, [int(one.sum()) for one in lengths])
@@ -364,15 +365,66 @@ def test_damaged_input_is_named(tmp_path: Path, damage: str) -> None:
         plan_of(root)
 
 
-@settings(max_examples=15)
-@given(st.data())
-def test_no_token_is_lost_on_the_way_to_the_rows(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    lengths = data.draw(st.lists(st.integers(2, 40), min_size=1, max_size=20))
-    documents = random_documents(lengths)
-    root = write_tokens(tmp_path_factory.mktemp("p") / "raw", documents, shards=min(len(lengths), 3)).parent
-    plan = plan_of(root, data.draw(st.integers(2, 24)), packing=data.draw(st.sampled_from(["concat", "best_fit"])))
-    rows = plan.batch(range(plan.rows + 2))
-    assert Counter(rows["tokens"][rows["segment_ids"] > 0].tolist()) == Counter(t for d in documents for t in d)
-    targets = Counter(rows["targets"][rows["loss_mask"]].tolist())
-    assert targets == Counter(token for document in documents for token in document[1:])
+@st.composite
+def documents_with_loss(draw: st.DrawFn) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Documents, and target ranges in each: in order, some touching, some empty lists."""
+    documents = random_documents(draw(st.lists(st.integers(2, 40), min_size=1, max_size=20)), draw(st.integers(0, 9)))
+    runs = []
+    for document in documents:
+        cuts = draw(st.lists(st.integers(0, len(document)), max_size=6, unique=True).map(sorted))
+        runs.append(list(zip(cuts[0::2], cuts[1::2], strict=False)))
+    return documents, runs
+
+
+@settings(max_examples=20)
+@given(
+    documents_with_loss(),
+    st.integers(2, 24),
+    st.sampled_from(["concat", "best_fit"]),
+    st.integers(1, 3),
+    st.sampled_from([1, 64, 1 << 17]),
+)
+def test_no_token_or_target_is_lost_on_the_way_to_the_rows(
+    tmp_path_factory: pytest.TempPathFactory,
+    given_documents: tuple[list[list[int]], list[list[tuple[int, int]]]],
+    seq_len: int,
+    packing: str,
+    epochs: int,
+    block_tokens: int,
+) -> None:
+    """Through cuts, epochs, blocks over shards and many windows."""
+    documents, runs = given_documents
+    root = tmp_path_factory.mktemp("p")
+    write_tokens(root / "raw", documents, loss_runs=runs, shards=min(len(documents), 3))
+    sources = [{"name": "raw", "path": str(root / "raw"), "epochs": epochs}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ipt_jax.data.blocks.BLOCK_TOKENS", block_tokens)
+        patch.setattr("ipt_jax.data.order.WINDOW", 2)
+        patch.setattr("ipt_jax.data.plan.CHUNK_ROWS", 3)
+        plan = plan_of(root, seq_len, packing=packing, sources=sources)
+        rows = plan.batch(range(plan.rows + 2))
+        assert all((plan.row(1)[name] == rows[name][1]).all() for name in rows)
+    tokens = Counter(token for document in documents for token in document for _ in range(epochs))
+    assert Counter(rows["tokens"][rows["segment_ids"] > 0].tolist()) == tokens
+    targets = Counter(
+        document[t]
+        for document, mine in zip(documents, runs, strict=True)
+        for a, b in mine
+        for t in range(max(a, 1), b)
+        for _ in range(epochs)
+    )
+    assert Counter(rows["targets"][rows["loss_mask"]].tolist()) == targets
     assert not rows["kinds"][rows["segment_ids"] == 0].any() and not rows["segment_ids"][-2:].any()
+
+
+def test_the_block_table_is_kept_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_tokens(tmp_path / "raw", random_documents([30] * 40)).parent
+    first = plan_of(root).fingerprint
+    (kept,) = (tmp_path / "raw").glob("blocks-*.npz")
+    assert plan_of(root).fingerprint == first
+    kept.write_bytes(kept.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"blocks-.*\.npz: damaged .*delete it"):
+        plan_of(root)
+    kept.unlink()
+    assert plan_of(root).fingerprint == first and kept.is_file()
+    assert not capsys.readouterr().err

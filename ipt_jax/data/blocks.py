@@ -97,7 +97,9 @@ class SourceDocuments:
 def open_table(name: str, directory: Path, manifest: Manifest, converted: tuple[Path, Manifest] | None) -> Table:
     """The table of a source without what `converted` was made from: the kept one, or made and kept."""
     size = block_size(manifest.records, manifest.tokens)
-    made_from = [VERSION, size, contents(manifest), manifest.summary["side_files"]]
+    check_manifest(directory, manifest)
+    counts = [[entry.records, entry.tokens] for entry in manifest.shards]
+    made_from = [VERSION, size, contents(manifest), counts, manifest.summary["side_files"]]
     if converted:
         made_from += [contents(converted[1]), converted[1].summary["side_files"]]
     path = directory / f"blocks-{digest(made_from)[:16]}.npz"
@@ -107,6 +109,26 @@ def open_table(name: str, directory: Path, manifest: Manifest, converted: tuple[
     table = make_table(name, directory, manifest, size, parents)
     _keep(path, table)
     return table
+
+
+def check_manifest(directory: Path, manifest: Manifest) -> None:
+    """Raises UserError when a manifest contradicts itself: it was edited, or mixed from two."""
+    total = len(manifest.shards)
+    faults = {
+        "its fingerprint is not that of its identity": manifest.fingerprint != digest(manifest.identity),
+        "its shards are not those of one run, in order": any(
+            not entry.name.endswith(f"-{number:05d}-of-{total:05d}.array_record")
+            for number, entry in enumerate(manifest.shards)
+        ),
+        "its records are not the sum of its shards'": manifest.records != sum(one.records for one in manifest.shards),
+        "its tokens are not the sum of its shards'": manifest.tokens != sum(one.tokens for one in manifest.shards),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise UserError(
+                f"{directory / 'manifest.json'}: edited by hand or damaged ({fault}); "
+                "delete the directory and run ipt tokenize again"
+            )
 
 
 def make_table(name: str, directory: Path, manifest: Manifest, size: int, parents: np.ndarray | None) -> Table:

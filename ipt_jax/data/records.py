@@ -1,7 +1,7 @@
 """The tokens of planned documents, read from a source's shards and checked.
 
 Every record read is checked: ArrayRecord keeps a hash of each record's bytes, its length must be that of the index
-which the plan was made from, and so must the id of the first record of each read. A shard that was cut, damaged or
+which the plan was made from, and so must the id of the first record that each read takes from a shard. A shard that was cut, damaged or
 exchanged after planning is found when it is read, before anything of it is trained on, and named with the record.
 
 On one host a block of neighbouring records is read at once and kept until its window is through; on several, each
@@ -50,6 +50,7 @@ class RecordReader:
     def __init__(self, directory: Path, manifest: Manifest, *, block: int, dtype: str):
         self._paths = [directory / entry.name for entry in manifest.shards]
         self._ends = np.cumsum([entry.records for entry in manifest.shards])
+        self._bytes = [entry.bytes for entry in manifest.shards]
         self._block, self._dtype = block, dtype
         self._readers = Kept(self._open, OPEN_SHARDS)
         self._blocks = Kept(self._read_block, BLOCKS_KEPT)
@@ -67,7 +68,8 @@ class RecordReader:
             picked = in_threads(self._read_span, [(int(part[0]), int(part[-1]) + 1) for part in parts])
         data = list(chain.from_iterable(picked))
         found = self._decode(data, documents)
-        self._check(found, documents, bounds)
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        self._check(found, documents, np.union1d(bounds, np.flatnonzero(np.diff(shards, prepend=-1))))
         return found
 
     def _read_block(self, block: int) -> list[bytes]:
@@ -90,6 +92,12 @@ class RecordReader:
         path = self._paths[shard]
         if not path.is_file():
             raise UserError(f"{path}: listed in the manifest but absent; run ipt tokenize again")
+        size = path.stat().st_size
+        if size != self._bytes[shard]:
+            raise UserError(
+                f"{path}: {size} bytes where the manifest says {self._bytes[shard]}; "
+                "delete it and run ipt tokenize again"
+            )
         reader = ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=BUFFER_BYTES)
         expected = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
         if not reader.ok() or reader.num_records() != expected:

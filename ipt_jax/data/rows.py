@@ -68,7 +68,7 @@ def _loss_mask(
     documents: Sequence[Tokens], begins: np.ndarray, first: np.ndarray, lengths: np.ndarray, stop: np.ndarray
 ) -> np.ndarray:
     """Whether the token that each place predicts is a target. Token t is predicted at t - 1, within its document."""
-    counts = np.array([len(one.loss_runs) for one in documents])
+    counts = np.array([len(one.loss_runs) for one in documents], np.int64)
     runs = np.array(list(chain.from_iterable(chain.from_iterable(one.loss_runs for one in documents))), np.int64)
     piece = np.repeat(np.arange(len(documents)), counts)
     low = np.maximum(runs[0::2], first[piece] + 1)
