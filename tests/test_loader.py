@@ -1,15 +1,21 @@
 """Rows written out in full, and batches that depend on the step alone: not on hosts, threads or where a run stopped."""
 
 import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from extras import ROOT
 from token_shards import random_documents, write_tokens
 
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import Plan, build_plan
+from ipt_jax.data.records import RecordReader
 from ipt_jax.data.settings import DataSettings
 
 
@@ -92,14 +98,14 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     root = tmp_path_factory.mktemp("mix")
     draw = np.random.default_rng(0)
     for seed, kind in enumerate(("raw", "augmented", "task")):
-        lengths = np.clip(draw.lognormal(4, 1, 400), 2, 900).astype(int).tolist()
+        lengths = np.clip(draw.lognormal(4, 1, 500), 2, 900).astype(int).tolist()
         write_tokens(root / kind, random_documents(lengths, seed), kind=kind, shards=3)  # type: ignore[arg-type]
     sources = [
         {"name": "raw", "path": str(root / "raw")},
         {"name": "augmented", "path": str(root / "augmented"), "share": 0.25},
         {"name": "tasks", "path": str(root / "task"), "epochs": 1.5},
     ]
-    data = DataSettings.model_validate({"seq_len": 64, "tokens": 90_000, "sources": sources})
+    data = DataSettings.model_validate({"seq_len": 64, "tokens": 110_000, "sources": sources})
     return build_plan(data, rows_per_step=8)
 
 
@@ -114,12 +120,29 @@ def hashes(plan: Plan, *, start: int, hosts: int) -> list[str]:
 
 
 def test_hosts_and_stops_change_no_batch(plan: Plan) -> None:
+    """Steps 0 to 200; then a stop at step 97 on four hosts, gone on with on two."""
     whole = hashes(plan, start=0, hosts=1)
-    assert len(whole) == plan.steps == len(set(whole)) > 170
+    assert len(whole) == plan.steps == len(set(whole)) > 200
     for hosts in (2, 4, 8):
         assert hashes(plan, start=0, hosts=hosts) == whole
-    assert hashes(plan, start=97, hosts=2) == whole[97:]
+    assert hashes(plan, start=0, hosts=4)[:97] + hashes(plan, start=97, hosts=2) == whole
     assert hashes(plan, start=plan.steps, hosts=1) == []
+
+
+def test_a_host_reads_the_records_of_its_rows_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[tuple[Path, int]] = set()
+    read_span = RecordReader._read_span
+
+    def noted(self: RecordReader, span: tuple[int, int]) -> list[bytes]:
+        read.update((self._paths[0], record) for record in range(*span))
+        return read_span(self, span)
+
+    monkeypatch.setattr(RecordReader, "_read_span", noted)
+    steps = list(batches(plan, start_step=plan.steps - 20, rows_per_step=8, host=3, hosts=4))
+    rows = [step * 8 + slot for step in range(plan.steps - 20, plan.steps) for slot in (6, 7)]
+    shards = [source.path / source.manifest.shards[0].name for source in plan.sources]
+    assert read == {(shards[piece.source], piece.record) for row in rows for piece in plan.pieces(row)}
+    assert len(steps) == 20
 
 
 def test_the_last_batch_is_filled_with_padding(plan: Plan) -> None:
@@ -133,20 +156,127 @@ def test_the_whole_plan_gives_its_tokens(plan: Plan) -> None:
     kinds = np.concatenate([batch["kinds"].ravel() for batch in batches(plan, start_step=0, rows_per_step=8)])
     counted = np.bincount(kinds, minlength=4)[1:4].tolist()
     assert counted == [source["tokens"] for source in plan.summary()["sources"]]
-    assert sum(counted) == plan.tokens == 90_000
+    assert sum(counted) == plan.tokens == 110_000
 
 
-def test_mistakes_and_damage_after_planning(plan: Plan, tmp_path: Path) -> None:
+def test_a_batch_must_split_evenly(plan: Plan) -> None:
     with pytest.raises(UserError, match="8 rows cannot be shared by 3 hosts"):
         batches(plan, start_step=0, rows_per_step=8, hosts=3)
-    write_tokens(tmp_path / "raw", random_documents([5000] * 40))
-    data = DataSettings.model_validate(
-        {"seq_len": 64, "sources": [{"name": "r", "path": str(tmp_path / "raw"), "epochs": 1}]}
-    )
-    made = build_plan(data, rows_per_step=8)
-    (shard,) = made.sources[0].shards.paths
-    content = bytearray(shard.read_bytes())
-    content[1000 : len(content) // 2] = bytes(len(content) // 2 - 1000)
-    shard.write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
-        list(batches(made, start_step=0, rows_per_step=8))
+
+
+def test_a_row_alone_is_that_of_the_batch(plan: Plan) -> None:
+    rows = [3, 4, 5, plan.rows - 1, 700, plan.rows, 0]
+    for whole_blocks in (False, True):
+        together = plan.batch(rows, whole_blocks=whole_blocks)
+        for slot, row in enumerate(rows):
+            assert all((values == together[name][slot]).all() for name, values in plan.row(row).items())
+
+
+# ---- damage
+
+
+def damaged(root: Path, how: str) -> str:
+    """Damages the second of two shards; returns its name."""
+    names = [f"tokens-{shard:05d}-of-00002.array_record" for shard in range(2)]
+    first, second = (root / "raw" / name for name in names)
+    data = bytearray(second.read_bytes())
+    assert len(data) == first.stat().st_size
+    match how:
+        case "truncated":
+            second.write_bytes(data[:-4096])
+        case "byte flipped":
+            data[20_000] ^= 1
+            second.write_bytes(data)
+        case "deleted":
+            second.unlink()
+        case "another's copy":
+            second.write_bytes(first.read_bytes())
+        case "doubled":
+            second.write_bytes(data + data)
+    return names[1]
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("how", ["truncated", "byte flipped", "deleted", "another's copy", "doubled"])
+def test_no_damaged_record_is_trained_on(tmp_path: Path, how: str, hosts: int) -> None:
+    """Found when planning by size, or when the record is read, and then named; either way before a batch holds it."""
+    write_tokens(tmp_path / "raw", random_documents([300] * 200), shards=2)
+    source = {"name": "r", "path": str(tmp_path / "raw"), "epochs": 1}
+    data = DataSettings.model_validate({"seq_len": 64, "sources": [source]})
+    planned = build_plan(data, rows_per_step=8)
+    name = damaged(tmp_path, how)
+    late = how in ("byte flipped", "another's copy")
+    with pytest.raises(UserError, match=f"{name}: record [0-9]+ is damaged" if late else name):
+        list(batches(build_plan(data, rows_per_step=8), start_step=0, rows_per_step=8, hosts=hosts))
+    with pytest.raises(UserError, match=name):  # the same after a plan that was made before
+        list(batches(planned, start_step=0, rows_per_step=8, hosts=hosts))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m["identity"].update(tokenizer="x"), "its fingerprint"),
+        (lambda m: m.update(tokens=m["tokens"] + 1), "its tokens are not the sum"),
+        (lambda m: m["shards"].append(m["shards"][0]), "not those of one run"),
+        (lambda m: m["shards"].reverse(), "not those of one run"),
+        (lambda m: m["shards"].pop(), "not those of one run"),
+        (lambda m: m["shards"][0].update(bytes=5), "tokens-00000-of-00002.array_record: .* bytes where"),
+        (lambda m: (m["shards"][0].update(tokens=301), m.update(tokens=601)), "tokens-00000-of-00002.index.npy"),
+        (lambda m: m["summary"]["side_files"].clear(), "tokens-00000-of-00002.index.npy"),
+        (lambda m: m.update(complete=False), "has not finished"),
+    ],
+)
+def test_an_edited_manifest_is_refused(tmp_path: Path, edit: Callable[[dict], None], message: str) -> None:
+    write_tokens(tmp_path / "raw", random_documents([300] * 2), shards=2)
+    source = {"name": "r", "path": str(tmp_path / "raw"), "epochs": 1}
+    data = DataSettings.model_validate({"seq_len": 64, "sources": [source]})
+    build_plan(data, rows_per_step=8)
+    file = tmp_path / "raw" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    edit(manifest)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        build_plan(data, rows_per_step=8)
+
+
+def test_an_index_that_changed_after_planning_is_refused(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "raw", random_documents([300] * 50))
+    source = {"name": "r", "path": str(tmp_path / "raw"), "epochs": 1}
+    data = DataSettings.model_validate({"seq_len": 64, "sources": [source]})
+    build_plan(data, rows_per_step=8)
+    (file,) = (tmp_path / "raw").glob("*.index.npy")
+    index = np.load(file)
+    index["tokens"][7] = 299
+    np.save(file, index)
+    with pytest.raises(UserError, match="the index of records 0 to .* has changed"):
+        build_plan(data, rows_per_step=8).row(0)
+
+
+# ---- memory
+
+FLAT = """
+import sys
+from pathlib import Path
+from ipt_jax.data.loader import batches
+from ipt_jax.data.plan import build_plan
+from ipt_jax.data.settings import DataSettings
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+source = {"name": "r", "path": sys.argv[1], "epochs": 60}
+plan = build_plan(DataSettings.model_validate({"seq_len": 256, "sources": [source]}), rows_per_step=16)
+assert plan.rows > 20_000
+for step, batch in enumerate(batches(plan, start_step=0, rows_per_step=16), start=1):
+    if step == 400:
+        early = resident()
+print(resident() - early)
+"""
+
+
+def test_memory_is_flat_over_twenty_thousand_rows(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).integers(20, 400, 420).tolist()
+    write_tokens(tmp_path / "raw", random_documents(lengths), shards=3)
+    command = [sys.executable, "-c", FLAT, str(tmp_path / "raw")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 60 << 20

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import numpy as np
 import pydantic
@@ -14,13 +14,12 @@ from token_shards import random_documents, write_tokens
 
 from ipt_jax.corpus.records import Parent
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import Shards
+from ipt_jax.data.blocks import block_size, documents_in_memory
 from ipt_jax.data.converted import stay
 from ipt_jax.data.mix import check_sources, solve_mix
-from ipt_jax.data.order import order_key, permute, shuffled
-from ipt_jax.data.packing import BestFit, Concat, Packing
-from ipt_jax.data.plan import Order, Plan, Source, build_plan
-from ipt_jax.data.rows import Documents
+from ipt_jax.data.order import WINDOW, MergedOrder, Stream, shuffle
+from ipt_jax.data.packing import CHUNK_ROWS, BestFit, Concat, Packing
+from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings, SourceMix
 from ipt_jax.data.table import plan_summary_table
 
@@ -37,13 +36,34 @@ def mix(seq_len: int = 16, tokens: int | None = None, **sources: dict) -> DataSe
     return DataSettings(seq_len=seq_len, tokens=tokens, sources=listed)
 
 
+class Order(NamedTuple):
+    """A merged order in full, made of lengths alone."""
+
+    merged: MergedOrder
+    source: np.ndarray
+    document: np.ndarray
+    length: np.ndarray
+
+    @property
+    def counted(self) -> list[tuple[int, int]]:
+        """Documents, and tokens that are cut from the last one, of each source."""
+        return [stream.count() for stream in self.merged.streams]
+
+
 def order_of(data: DataSettings, lengths: Sequence[Sequence[int]], amounts: Sequence[int]) -> Order:
-    """The order alone needs no shards."""
-    sources = [
-        Source(one, cast(Shards, None), Documents(np.array(tokens, np.uint32)))
-        for one, tokens in zip(data.sources, lengths, strict=True)
+    streams = [
+        Stream(documents_in_memory(tokens), amount, data.seed, one.name)
+        for one, tokens, amount in zip(data.sources, lengths, amounts, strict=True)
     ]
-    return Order(sources, amounts, data.seed)
+    merged = MergedOrder(streams, CHUNK_ROWS * data.seq_len)
+    chunks = [merged.chunk(i) for i in range(merged.chunks)]
+    documents = np.concatenate([chunk.documents for chunk in chunks])
+    source = np.concatenate([chunk.source for chunk in chunks])
+    return Order(merged, source, documents["record"], documents["length"])
+
+
+def one_source(lengths: Sequence[int], seq_len: int) -> MergedOrder:
+    return order_of(mix(seq_len, a={"epochs": 1}), [lengths], [sum(lengths)]).merged
 
 
 # ---- amounts
@@ -70,16 +90,16 @@ def test_every_document_as_often_as_epochs_says(lengths: list[int], epochs: int,
     mine = order.source == 0
     assert Counter(order.document[mine].tolist()) == dict.fromkeys(range(len(lengths)), epochs)
     assert (order.length[mine] == np.array(lengths)[order.document[mine]]).all()
-    assert order.truncated == 0
+    assert order.counted == [(len(lengths) * epochs, 0), (len(others), 0)]
 
 
 def test_a_part_of_an_epoch_cuts_its_last_document_alone() -> None:
     lengths = [7] * 40
     data = mix(a={"epochs": 0.55})
     order = order_of(data, [lengths], solve_mix(data, [280]))
-    assert order.length.tolist() == [7] * 22 and order.truncated == 0  # 154 tokens are 22 documents
+    assert order.length.tolist() == [7] * 22 and order.counted == [(22, 0)]  # 154 tokens are 22 documents
     order = order_of(data, [lengths], [157])
-    assert order.length.tolist() == [7] * 22 + [3] and order.truncated == 4
+    assert order.length.tolist() == [7] * 22 + [3] and order.counted == [(23, 4)]
     assert len(set(order.document.tolist())) == 23  # none twice within an epoch
 
 
@@ -139,34 +159,54 @@ def test_names_are_checked() -> None:
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-def test_a_keyed_permutation_reaches_each_place_once(count: int, key: int) -> None:
-    assert sorted(permute(np.arange(count), count, key)) == list(range(count))
+def test_a_shuffle_reaches_each_place_once(count: int, key: int) -> None:
+    assert sorted(shuffle(count, key)) == list(range(count))
 
 
-@pytest.mark.parametrize("count", [1, 255, 257, 65_536, 65_537, 140_000])
-def test_any_place_of_the_shuffle_alone(count: int) -> None:
-    key = order_key(0, "a", 0)
-    whole = shuffled(np.arange(count), count, key)
-    assert np.array_equal(np.sort(whole), np.arange(count))
-    for place in (0, count // 2, count - 1):
-        assert shuffled(np.array([place]), count, key)[0] == whole[place]
-    if count > 200:  # another epoch, another order; neither is the corpus' own
-        assert (whole == shuffled(np.arange(count), count, order_key(0, "a", 1))).mean() < 0.02
-        assert (whole == np.arange(count)).mean() < 0.02
+def test_shuffles_mix_well() -> None:
+    count = 4096
+    for key in (0, 1, 2**63 + 12345):
+        order = shuffle(count, key)
+        assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < 0.06
+        assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.06
+        assert (order == shuffle(count, key ^ 1)).sum() < 12 and (np.diff(order) == 1).sum() < 12
 
 
-def test_any_window_of_rows_holds_the_shares() -> None:
-    draw = np.random.default_rng(0)
+def test_any_part_of_a_stream_alone() -> None:
+    """Several windows of blocks, several epochs: any stretch is what the whole has there."""
+    lengths = np.random.default_rng(3).integers(200, 6000, 9000)
+    documents = documents_in_memory(lengths.tolist())
+    assert len(documents.table.tokens) > 3 * WINDOW
+    stream = Stream(documents, int(2.5 * lengths.sum()), 0, "a")
+    whole = stream.between(0, stream.amount)
+    assert whole.begins.tolist() == [0, *np.cumsum(whole.documents["length"], dtype=np.int64)[:-1].tolist()]
+    first, second = whole.documents["record"][:9000], whole.documents["record"][9000:18000]
+    assert sorted(first) == sorted(second) == list(range(9000)) and (first == second).sum() < 20
+    assert (first == np.arange(9000)).sum() < 20
+    alone = Stream(documents, stream.amount, 0, "a")
+    for place in (17_000, 4, 9001, 22_000):
+        low, high = whole.begins[place], whole.begins[place + 9]
+        assert alone.between(int(low), int(high)).documents.tolist() == whole.documents[place : place + 9].tolist()
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**6))
+def test_blocks_hold_about_as_many_tokens(records: int, mean: int) -> None:
+    size = block_size(records, records * mean)
+    assert size == 1 or (size * mean <= 1 << 17 and (2 * size * mean > 1 << 17 or size == 1 << 16))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_window_of_rows_holds_the_shares(seed: int) -> None:
+    draw = np.random.default_rng(seed)
     lengths = [np.clip(draw.lognormal(6, 1.2, n), 5, 20_000).astype(int) for n in (20_000, 9000, 500)]
     data = mix(2048, a={"epochs": 1}, b={"epochs": 2}, c={"epochs": 4})
     amounts = solve_mix(data, [int(one.sum()) for one in lengths])
     order = order_of(data, [one.tolist() for one in lengths], amounts)
-    packings: list[Packing] = [Concat(order.length, 2048), BestFit(order.length, 2048)]
+    packings: list[Packing] = [Concat(order.merged, 2048), BestFit(order.merged, 2048)]
     for packing in packings:
         held = np.zeros((packing.rows, 3))
-        for row in range(packing.rows):
-            for piece in packing.pieces(row):
-                held[row, order.source[piece.document]] += piece.length
+        pieces = packing.pieces(0, packing.rows)
+        np.add.at(held, (pieces["row"], pieces["source"]), pieces["length"])
         windows = np.cumsum(held, axis=0)[1000:-1] - np.cumsum(held, axis=0)[:-1001]  # without the padded last row
         shares = windows / windows.sum(axis=1, keepdims=True)
         assert np.abs(shares - np.array(amounts) / sum(amounts)).max() < 0.02
@@ -177,28 +217,31 @@ def test_any_window_of_rows_holds_the_shares() -> None:
 
 @given(awkward, st.integers(2, 40))
 def test_concat_puts_every_token_in_its_place(lengths: list[int], seq_len: int) -> None:
-    packing = Concat(np.array(lengths, np.uint32), seq_len)
-    rows = [packing.pieces(row) for row in range(packing.rows)]
-    assert [sum(piece.length for piece in row) for row in rows[:-1]] == [seq_len] * (packing.rows - 1)
-    tokens = [(p.document, p.offset + i) for row in rows for p in row for i in range(p.length)]
-    assert tokens == [(document, i) for document, length in enumerate(lengths) for i in range(length)]
+    order = one_source(lengths, seq_len)
+    packing = Concat(order, seq_len)
+    pieces = packing.pieces(0, packing.rows)
+    assert packing.rows == -(-sum(lengths) // seq_len)
+    assert (pieces["row"] * seq_len + pieces["at"]).tolist() == [0, *np.cumsum(pieces["length"])[:-1].tolist()]
+    tokens = [(p["document"]["record"], p["offset"] + i) for p in pieces for i in range(p["length"])]
+    documents = np.concatenate([order.chunk(i).documents for i in range(order.chunks)])
+    assert tokens == [(d["record"], i) for d in documents for i in range(d["length"])]
+    for row in range(packing.rows):
+        assert packing.pieces(row, row + 1).tolist() == pieces[pieces["row"] == row].tolist()
 
 
 @given(awkward, st.integers(2, 40))
 def test_best_fit_keeps_documents_whole(lengths: list[int], seq_len: int) -> None:
-    packing = BestFit(np.array(lengths, np.uint32), seq_len)
-    rows = [packing.pieces(row) for row in range(packing.rows)]
-    assert all(0 < sum(piece.length for piece in row) <= seq_len for row in rows)
-    pieces = sorted(piece for row in rows for piece in row)
+    packing = BestFit(one_source(lengths, seq_len), seq_len)
+    pieces = packing.pieces(0, packing.rows)
+    filled = np.bincount(pieces["row"], pieces["length"], minlength=packing.rows)
+    assert filled.min() > 0 and filled.max() <= seq_len
+    for row in range(packing.rows):
+        here = pieces[pieces["row"] == row]
+        assert here["at"].tolist() == [0, *np.cumsum(here["length"])[:-1].tolist()]
+        assert packing.pieces(row, row + 1).tolist() == here.tolist()
+    found = sorted((int(p["document"]["record"]), int(p["offset"]), int(p["length"])) for p in pieces)
     wanted = [(d, at, min(seq_len, n - at)) for d, n in enumerate(lengths) for at in range(0, n, seq_len)]
-    assert pieces == wanted
-
-
-def test_best_fit_pads_little() -> None:
-    draw = np.random.default_rng(1)
-    lengths = np.clip(draw.lognormal(np.log(450), 1.1, 30_000), 10, 60_000).astype(np.uint32)
-    packing = BestFit(lengths, 2048)
-    assert 1 - lengths.sum() / ((packing.rows - 1) * 2048) < 0.005
+    assert found == wanted
 
 
 # ---- the plan over shards
@@ -307,7 +350,7 @@ def test_another_tokenizer_is_refused(corpora: Path) -> None:
         plan_of(corpora, sources=listed)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "side flip", "side gone"])
+@pytest.mark.parametrize("damage", ["cut", "side flip", "side gone"])
 def test_damaged_input_is_named(tmp_path: Path, damage: str) -> None:
     root = write_tokens(tmp_path / "raw", random_documents([50] * 40), shards=2).parent
     name = "tokens-00001-of-00002" + (".index.npy" if damage.startswith("side") else ".array_record")
@@ -322,15 +365,66 @@ def test_damaged_input_is_named(tmp_path: Path, damage: str) -> None:
         plan_of(root)
 
 
-@settings(max_examples=15)
-@given(st.data())
-def test_no_token_is_lost_on_the_way_to_the_rows(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    lengths = data.draw(st.lists(st.integers(2, 40), min_size=1, max_size=20))
-    documents = random_documents(lengths)
-    root = write_tokens(tmp_path_factory.mktemp("p") / "raw", documents, shards=min(len(lengths), 3)).parent
-    plan = plan_of(root, data.draw(st.integers(2, 24)), packing=data.draw(st.sampled_from(["concat", "best_fit"])))
-    rows = plan.batch(range(plan.rows + 2))
-    assert Counter(rows["tokens"][rows["segment_ids"] > 0].tolist()) == Counter(t for d in documents for t in d)
-    targets = Counter(rows["targets"][rows["loss_mask"]].tolist())
-    assert targets == Counter(token for document in documents for token in document[1:])
+@st.composite
+def documents_with_loss(draw: st.DrawFn) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Documents, and target ranges in each: in order, some touching, some empty lists."""
+    documents = random_documents(draw(st.lists(st.integers(2, 40), min_size=1, max_size=20)), draw(st.integers(0, 9)))
+    runs = []
+    for document in documents:
+        cuts = draw(st.lists(st.integers(0, len(document)), max_size=6, unique=True).map(sorted))
+        runs.append(list(zip(cuts[0::2], cuts[1::2], strict=False)))
+    return documents, runs
+
+
+@settings(max_examples=20)
+@given(
+    documents_with_loss(),
+    st.integers(2, 24),
+    st.sampled_from(["concat", "best_fit"]),
+    st.integers(1, 3),
+    st.sampled_from([1, 64, 1 << 17]),
+)
+def test_no_token_or_target_is_lost_on_the_way_to_the_rows(
+    tmp_path_factory: pytest.TempPathFactory,
+    given_documents: tuple[list[list[int]], list[list[tuple[int, int]]]],
+    seq_len: int,
+    packing: str,
+    epochs: int,
+    block_tokens: int,
+) -> None:
+    """Through cuts, epochs, blocks over shards and many windows."""
+    documents, runs = given_documents
+    root = tmp_path_factory.mktemp("p")
+    write_tokens(root / "raw", documents, loss_runs=runs, shards=min(len(documents), 3))
+    sources = [{"name": "raw", "path": str(root / "raw"), "epochs": epochs}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ipt_jax.data.blocks.BLOCK_TOKENS", block_tokens)
+        patch.setattr("ipt_jax.data.order.WINDOW", 2)
+        patch.setattr("ipt_jax.data.plan.CHUNK_ROWS", 3)
+        plan = plan_of(root, seq_len, packing=packing, sources=sources)
+        rows = plan.batch(range(plan.rows + 2))
+        assert all((plan.row(1)[name] == rows[name][1]).all() for name in rows)
+    tokens = Counter(token for document in documents for token in document for _ in range(epochs))
+    assert Counter(rows["tokens"][rows["segment_ids"] > 0].tolist()) == tokens
+    targets = Counter(
+        document[t]
+        for document, mine in zip(documents, runs, strict=True)
+        for a, b in mine
+        for t in range(max(a, 1), b)
+        for _ in range(epochs)
+    )
+    assert Counter(rows["targets"][rows["loss_mask"]].tolist()) == targets
     assert not rows["kinds"][rows["segment_ids"] == 0].any() and not rows["segment_ids"][-2:].any()
+
+
+def test_the_block_table_is_kept_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_tokens(tmp_path / "raw", random_documents([30] * 40)).parent
+    first = plan_of(root).fingerprint
+    (kept,) = (tmp_path / "raw").glob("blocks-*.npz")
+    assert plan_of(root).fingerprint == first
+    kept.write_bytes(kept.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"blocks-.*\.npz: damaged .*delete it"):
+        plan_of(root)
+    kept.unlink()
+    assert plan_of(root).fingerprint == first and kept.is_file()
+    assert not capsys.readouterr().err

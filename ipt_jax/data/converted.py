@@ -2,20 +2,23 @@
 
 A token goes when its last character lies in a converted span (a word's token often begins with the space before it).
 What is left of a document becomes one document a stretch; BOS and EOS stay with the text beside them, and go with it.
+Records are matched with converted texts shard by shard: held in memory are the converted spans (16 bytes each, thrice
+while they are sorted) and a byte a raw record, afterwards a bit a record and 16 bytes a stretch that stays.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data.lengths import CharacterEnds
-from ipt_jax.data.rows import Documents
+
+PARTS = np.dtype([("record", "<i8"), ("start", "<u4"), ("stop", "<u4")])
 
 
-class Excluded(NamedTuple):
+class Counts(NamedTuple):
     """Documents that lost tokens, the tokens, and the converted texts that are of other sources (no id here fits)."""
 
     documents: int
@@ -23,64 +26,113 @@ class Excluded(NamedTuple):
     unmatched: int
 
 
-def unconverted(
-    name: str, directory: Path, manifest: Manifest, indexes: list[np.ndarray], parents: np.ndarray
-) -> tuple[Documents, Excluded]:
-    """The documents that stay of the source `name`, and what dropped out."""
-    index = np.concatenate(indexes)
-    matched, spans = _match(name, index["id"], parents)
-    whole = (spans["start"] == 0) & (spans["end"] >= index["characters"][matched])
-    gone = np.zeros(len(index), bool)
-    gone[matched] = True
-    cut = ~whole & ~np.isin(matched, matched[whole])
-    remains = _remains(directory, manifest, indexes, matched[cut], spans[cut])
-    kept = np.flatnonzero(~gone)
-    record = np.concatenate([kept, remains[:, 0]])
-    start = np.concatenate([np.zeros(len(kept), np.int64), remains[:, 1]])
-    length = np.concatenate([index["tokens"][kept].astype(np.int64), remains[:, 2] - remains[:, 1]])
-    in_order = np.lexsort((start, record))
-    documents = Documents(length[in_order].astype(np.uint32), record[in_order], start[in_order].astype(np.uint32))
-    lost = int(index["tokens"].sum(dtype=np.int64)) - int(length.sum())
-    return documents, Excluded(len(np.unique(matched)), lost, len(parents) - len(matched))
+class Remains(NamedTuple):
+    """`touched`: a bit a record that lost tokens. `parts`: the token ranges that stay of those, by record."""
+
+    touched: np.ndarray
+    parts: np.ndarray
+    counts: tuple[int, ...]
+
+    @classmethod
+    def nothing(cls) -> Self:
+        """What stays where nothing was excluded."""
+        return cls(np.zeros(0, np.uint8), np.zeros(0, PARTS), (0, 0, 0))
+
+    def apply(self, documents: np.ndarray) -> np.ndarray:
+        """Whole records, each replaced by what stays of it, in their order."""
+        if not len(self.touched):
+            return documents
+        record = documents["record"]
+        touched = (self.touched[record >> 3] >> (7 - (record & 7)).astype(np.uint8)) & 1 > 0
+        first = np.searchsorted(self.parts["record"], record[touched], side="left")
+        stop = np.searchsorted(self.parts["record"], record[touched], side="right")
+        counts = np.ones(len(documents), np.int64)
+        counts[touched] = stop - first
+        result = np.repeat(documents, counts)
+        cut = np.repeat(touched, counts)
+        parts = self.parts[ranges(first, stop)]
+        result["start"][cut] = parts["start"]
+        result["length"][cut] = parts["stop"] - parts["start"]
+        return result
 
 
-def _match(name: str, ids: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(record, span) for each parent among `ids`. Raises UserError when none is, or when an id names two documents."""
-    by_id = np.argsort(ids, kind="stable")
-    first = np.searchsorted(ids[by_id], parents["id"], side="left")
-    last = np.searchsorted(ids[by_id], parents["id"], side="right")
-    if (last - first > 1).any():
-        raise UserError(
-            f"source {name!r}: {int((last - first > 1).sum()):,} converted texts have an id that several "
-            "of its documents share, so exclude_converted cannot tell them apart; give the documents unique ids"
-        )
-    found = last > first
-    if not found.any():
-        raise UserError(
-            f"source {name!r}: none of the {len(parents):,} texts to exclude is among its ids; "
-            "take exclude_converted out, or name the id column in ipt tokenize as in synth run"
-        )
-    return by_id[first[found]], parents[found]
+class Exclusion:
+    """Goes through the shards of a source in order and finds what the converted spans `parents` leave of each."""
+
+    def __init__(self, name: str, directory: Path, manifest: Manifest, parents: np.ndarray):
+        self._name, self._directory, self._manifest = name, directory, manifest
+        self._parents = parents[np.argsort(parents["id"])]
+        self._found = np.zeros(len(parents), bool)
+        self._touched = np.zeros(manifest.records, bool)
+        self._parts: list[np.ndarray] = []
+        self._shared, self._lost = 0, 0
+
+    def shard(self, shard: int, first: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each record of a shard, which begins at record `first`, lost tokens; and the parts that stay."""
+        matched, spans = self._match(index["id"])
+        whole = (spans["start"] == 0) & (spans["end"] >= index["characters"][matched])
+        gone = np.zeros(len(index), bool)
+        gone[matched] = True
+        all_gone = np.zeros(len(index), bool)
+        all_gone[matched[whole]] = True
+        cut = ~all_gone[matched]
+        parts = self._remaining(shard, index, matched[cut], spans[cut])
+        parts["record"] += first
+        self._touched[first : first + len(index)] = gone
+        self._parts.append(parts)
+        self._lost += int(index["tokens"][gone].sum(dtype=np.int64)) - int((parts["stop"] - parts["start"]).sum())
+        return gone, parts
+
+    def _match(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(record of the shard, span) for each converted span of the shard's documents, by record and start."""
+        by_id = np.argsort(ids)  # in order, a binary search in many converted spans stays in the processor's cache
+        ordered = ids[by_id]
+        low = np.searchsorted(self._parents["id"], ordered, side="left")
+        inside = np.flatnonzero(low < len(self._parents))
+        hits = inside[self._parents["id"][low[inside]] == ordered[inside]]
+        low = low[hits]
+        high = np.searchsorted(self._parents["id"], ordered[hits], side="right")
+        again = np.diff(low, prepend=-1) == 0
+        self._shared += int((high - low)[again | self._found[low]].sum())
+        self._found[low] = True
+        records = np.repeat(by_id[hits], high - low)
+        places = ranges(low, high)
+        self._found[places] = True
+        spans = self._parents[places]
+        in_order = np.lexsort((spans["start"], records))
+        return records[in_order], spans[in_order]
+
+    def _remaining(self, shard: int, index: np.ndarray, records: np.ndarray, spans: np.ndarray) -> np.ndarray:
+        if not len(records):
+            return np.zeros(0, PARTS)
+        rows: list[tuple[int, int, int]] = []
+        ends = CharacterEnds(self._directory, self._manifest.shards[shard].name, index)
+        documents, firsts = np.unique(records, return_index=True)
+        for record, mine in zip(documents.tolist(), np.split(spans, firsts[1:]), strict=True):
+            stretches = stay(ends(record), [(int(a), int(b)) for _, a, b in mine])
+            rows += [(record, start, stop) for start, stop in stretches]
+        return np.array(rows, PARTS)
+
+    def finish(self) -> Remains:
+        """What stays. Raises UserError when no converted text is of this source, or when ids cannot tell."""
+        if self._shared:
+            raise UserError(
+                f"source {self._name!r}: {self._shared:,} converted texts have an id that several of its documents "
+                "share, so exclude_converted cannot tell them apart; give the documents unique ids"
+            )
+        if not self._found.any():
+            raise UserError(
+                f"source {self._name!r}: none of the {len(self._parents):,} texts to exclude is among its ids; "
+                "take exclude_converted out, or name the id column in ipt tokenize as in synth run"
+            )
+        counts = Counts(int(self._touched.sum()), self._lost, int((~self._found).sum()))
+        return Remains(np.packbits(self._touched), np.concatenate(self._parts), tuple(counts))
 
 
-def _remains(
-    directory: Path, manifest: Manifest, indexes: list[np.ndarray], records: np.ndarray, spans: np.ndarray
-) -> np.ndarray:
-    """Rows (record, start, stop) of token ranges that stay of documents converted in part."""
-    bounds = np.cumsum([0] + [len(index) for index in indexes])
-    rows: list[tuple[int, int, int]] = []
-    by_record = np.lexsort((spans["start"], records))
-    records, spans = records[by_record], spans[by_record]
-    documents, firsts = np.unique(records, return_index=True)
-    for shard, index in enumerate(indexes):
-        here = slice(*np.searchsorted(documents, bounds[shard : shard + 2]))
-        if here.start == here.stop:
-            continue
-        ends = CharacterEnds(directory, manifest.shards[shard].name, index)
-        for record, mine in zip(documents[here], np.split(spans, firsts[1:])[here], strict=True):
-            stretches = stay(ends(record - bounds[shard]), [(int(a), int(b)) for _, a, b in mine])
-            rows += [(int(record), start, stop) for start, stop in stretches]
-    return np.array(rows, np.int64).reshape(-1, 3)
+def ranges(first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """All numbers of [first[0], stop[0]), then of [first[1], stop[1]), and so on."""
+    counts = stop - first
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
 
 
 def stay(ends: np.ndarray, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

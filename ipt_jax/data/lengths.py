@@ -10,17 +10,22 @@ A key is the first 64 bits of BLAKE2b of the id: among 2e8 ids two share a key w
 
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from ipt_jax.corpus.records import Parent
 from ipt_jax.corpus.settings import UserError, file_digest
 from ipt_jax.corpus.shards import TEMPORARY, Manifest, ShardEntry
+from ipt_jax.data.kept import Kept
+from ipt_jax.data.threads import in_threads
 
 INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("id", "<u8")])
 PARENTS = np.dtype([("id", "<u8"), ("start", "<u4"), ("end", "<u4")])
 CHECKED = ("index", "parents")
+OPEN_FILES = 128
 
 
 def id_key(document_id: str) -> int:
@@ -95,13 +100,58 @@ def whole(directory: Path, entry: ShardEntry) -> bool:
     return fits and (not index["characters"].any() or side_path(directory, entry.name, "chars").is_file())
 
 
-def read_index(directory: Path, manifest: Manifest) -> list[np.ndarray]:
+def read_index(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
     """The index of each shard. Raises UserError naming a file that is absent or differs from the manifest."""
-    arrays = [_read_checked(directory, manifest, entry, "index") for entry in manifest.shards]
-    for entry, index in zip(manifest.shards, arrays, strict=True):
+    for entry in manifest.shards:
+        index = _read_checked(directory, manifest, entry, "index")
         if len(index) != entry.records or int(index["tokens"].sum(dtype=np.int64)) != entry.tokens:
             raise UserError(_damaged(side_path(directory, entry.name, "index")))
-    return arrays
+        yield index
+
+
+class IndexFiles:
+    """Index rows of any ranges of a directory's records, read as they are asked for."""
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self._paths = [side_path(directory, entry.name, "index") for entry in manifest.shards]
+        self._ends = np.cumsum([entry.records for entry in manifest.shards])
+        self._files = Kept(self._open, OPEN_FILES)
+
+    def __call__(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        return in_threads(self._read, ranges)
+
+    def _read(self, span: tuple[int, int]) -> np.ndarray:
+        first, stop = span
+        found = []
+        for shard, low, high in shards_of(self._ends, first, stop):
+            file, start = self._files(shard)
+            size = (high - low) * INDEX.itemsize
+            data = os.pread(file.fileno(), size, start + low * INDEX.itemsize)
+            if len(data) != size:
+                raise UserError(_damaged(self._paths[shard]))
+            found.append(np.frombuffer(data, INDEX))
+        return np.concatenate(found) if len(found) > 1 else found[0]
+
+    def _open(self, shard: int) -> tuple[BinaryIO, int]:
+        """The file, which closes when its last user lets go of it, and where its rows begin."""
+        path = self._paths[shard]
+        records = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+        try:
+            file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"{path}: absent; run ipt tokenize again to make it") from error
+        return file, os.fstat(file.fileno()).st_size - records * INDEX.itemsize  # rows end the file
+
+
+def shards_of(ends: np.ndarray, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first, stop within it) of records [first, stop) of a directory whose shards end at `ends`."""
+    shard = int(np.searchsorted(ends, first, side="right"))
+    while first < stop:
+        start = int(ends[shard - 1]) if shard else 0
+        high = min(stop, int(ends[shard]))
+        if first < high:
+            yield shard, first - start, high - start
+        first, shard = high, shard + 1
 
 
 def read_parents(directory: Path, manifest: Manifest) -> np.ndarray:

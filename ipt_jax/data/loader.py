@@ -1,7 +1,8 @@
-"""Batches of a plan, read ahead: a Grain MapDataset whose element i is what one host feeds at step i.
+"""Batches of a plan, read ahead: a Grain MapDataset whose element i is what one host feeds at some steps in a row.
 
-The element at a step is a pure function of (plan, step, host, hosts), so there is no state to save: a run goes on from
-its step on any number of hosts and sees the same global batches. This module imports no jax; Grain, imported on the
+The rows of a step are a pure function of (plan, step, host, hosts), so there is no state to save: a run goes on from
+its step on any number of hosts and sees the same global batches. Steps are read several at a time, as many as make
+about 262,144 tokens of this host: documents then share reads. This module imports no jax; Grain, imported on the
 first call, uses jax's tree functions where jax is installed.
 """
 
@@ -12,29 +13,35 @@ import numpy as np
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.data.plan import Plan
 
-READ_THREADS = 4
-AHEAD_BYTES = 256 << 20  # most memory that batches read ahead may take, beyond the two that overlap with a step
-AHEAD_STEPS = 8
+READ_THREADS = 2
+READ_TOKENS = 1 << 18  # of one host, in one element of the data set: larger ones outgrow the processor's caches
+AHEAD_BYTES = 256 << 20  # most memory that elements read ahead may take, beyond the two that overlap with a step
+AHEAD_READS = 32  # a window of blocks and more
 TOKEN_BYTES = 5 * 4 + 1  # of a row's fields
 
 
-class HostBatches:
-    """Grain data source: element `step` is the rows of `host` of the global batch of that step."""
+class HostReads:
+    """Grain data source: element i is the rows of `host` at steps start + [i, i + 1) * steps of the plan."""
 
-    def __init__(self, plan: Plan, *, rows_per_step: int, host: int, hosts: int):
-        self._plan, self._rows_per_step = plan, rows_per_step
-        self._rows = rows_per_step // hosts
-        self._first = host * self._rows
+    def __init__(self, plan: Plan, *, start: int, steps: int, rows_per_step: int, host: int, hosts: int):
+        self._plan, self._start, self.steps = plan, start, steps
+        self._rows_per_step, self._host, self._hosts = rows_per_step, host, hosts
+        self.stop = -(-plan.rows // rows_per_step)
 
     def __len__(self) -> int:
-        return -(-self._plan.rows // self._rows_per_step)
+        return max(-(-(self.stop - self._start) // self.steps), 0)
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        first = int(step) * self._rows_per_step + self._first
-        return self._plan.batch(range(first, first + self._rows))
+    def __getitem__(self, read: int) -> dict[str, np.ndarray]:
+        """Each field's array [steps, rows_per_step / hosts, T]."""
+        first = self._start + int(read) * self.steps
+        steps = np.arange(first, min(first + self.steps, self.stop))
+        mine = self._rows_per_step // self._hosts
+        rows = steps[:, None] * self._rows_per_step + self._host * mine + np.arange(mine)
+        made = self._plan.batch(rows.ravel().tolist(), whole_blocks=self._hosts == 1)
+        return {name: array.reshape(*rows.shape, -1) for name, array in made.items()}
 
     def __repr__(self) -> str:
-        return f"HostBatches(rows={self._rows}, plan={self._plan.fingerprint[:12]})"
+        return f"HostReads(steps={self.steps}, plan={self._plan.fingerprint[:12]})"
 
 
 def batches(
@@ -51,10 +58,17 @@ def batches(
             f"a batch of {rows_per_step} rows cannot be shared by {hosts} hosts; "
             f"make train.batch_tokens a multiple of {hosts} x {plan.settings.seq_len} tokens"
         )
-    source = HostBatches(plan, rows_per_step=rows_per_step, host=host, hosts=hosts)
-    if start_step >= len(source):
+    step_tokens = rows_per_step // hosts * plan.settings.seq_len
+    steps = max(READ_TOKENS // step_tokens, 1)
+    source = HostReads(plan, start=start_step, steps=steps, rows_per_step=rows_per_step, host=host, hosts=hosts)
+    if not len(source):
         return iter(())
-    batch_bytes = rows_per_step // hosts * plan.settings.seq_len * TOKEN_BYTES
-    ahead = max(min(AHEAD_STEPS, AHEAD_BYTES // batch_bytes), 2)
+    ahead = max(min(AHEAD_READS, AHEAD_BYTES // (steps * step_tokens * TOKEN_BYTES)), 2)
     options = grain.ReadOptions(num_threads=min(READ_THREADS, ahead), prefetch_buffer_size=ahead)
-    return iter(grain.MapDataset.source(source)[start_step:].to_iter_dataset(options))
+    return _steps(iter(grain.MapDataset.source(source).to_iter_dataset(options)))
+
+
+def _steps(reads: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    for read in reads:
+        for step in range(len(read["tokens"])):
+            yield {name: array[step] for name, array in read.items()}

@@ -1,91 +1,178 @@
-"""The order of training data as arithmetic: a keyed permutation of documents, and the merge of sources by tokens.
+"""The order of training data as arithmetic: a document's place follows from (seed, source, epoch) and sums of blocks.
 
-`shuffled` is a pure function of (position, number of documents, key) with no state and no table, so the document at any
-place can be computed alone. It has two levels: blocks of neighbouring documents are permuted over the corpus, and the
-documents of a window of blocks among themselves; reads therefore stay within a window's blocks. `interleave` merges
-sources so that each one's progress stays within one document of its share at every point.
+A source's records lie in blocks of about 131,072 tokens. An epoch permutes the blocks over the whole corpus, and the
+documents of each window of 32 blocks among themselves, so reads stay near. Sources are merged by tokens: a document
+stands at the fraction of its source's tokens that its middle has reached, so every source keeps within one document of
+its share at every point. The merged order is cut into chunks at fractions c / chunks, and any chunk is computed alone.
+
+Held in memory: 16 bytes a block and epoch in use, and the latest windows. No table of documents, no state.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ipt_jax.corpus.settings import draw
+from ipt_jax.data.blocks import DOCUMENT, SourceDocuments
+from ipt_jax.data.kept import Kept
 
-BLOCK = 256  # neighbouring documents that stay together across the corpus
-WINDOW = 256 * BLOCK  # documents that are shuffled among themselves
-SMALL = 256
-ROUNDS = 6
+WINDOW = 32  # blocks whose documents are shuffled among themselves
+EPOCHS_KEPT = 2
+WINDOWS_KEPT = 6  # of each source: the chunks at hand lie in one or two
 
 
 def order_key(seed: int, *names: str | int) -> int:
     return draw(seed, "order", *names).getrandbits(64)
 
 
-def permute(index: np.ndarray, count: int, key: int) -> np.ndarray:
-    """Where a bijection of [0, count) chosen by `key` sends each `index`.
-
-    A Feistel network over the next power of four; what falls outside [0, count) is sent on until it falls inside.
-    Small networks mix badly: up to SMALL places are sorted by hash.
-    """
-    if count <= SMALL:
-        return np.argsort(_mix(np.arange(count, dtype=np.uint64), key), kind="stable")[index]
-    index = np.asarray(index, np.uint64)
-    half = ((count - 1).bit_length() + 1) // 2  # bits of each half
-    result = _feistel(index, half, key)
-    outside = np.flatnonzero(result >= count)
-    while outside.size:
-        result[outside] = _feistel(result[outside], half, key)
-        outside = outside[result[outside] >= count]
-    return result.astype(np.int64)
-
-
-def _feistel(index: np.ndarray, half: int, key: int) -> np.ndarray:
-    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = index >> bits, index & mask
-    for number in range(ROUNDS):
-        left, right = right, left ^ (_mix(right, _round_key(key, number)) & mask)
-    return (left << bits) | right
-
-
-def _round_key(key: int, number: int) -> int:
-    return (key * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % (1 << 64)
+def shuffle(count: int, key: int) -> np.ndarray:
+    """A permutation of [0, count) chosen by `key`: places sorted by their hash, the same on every machine."""
+    return np.argsort(_mix(np.arange(count, dtype=np.uint64), key))
 
 
 def _mix(value: np.ndarray, key: int) -> np.ndarray:
-    """A 64-bit finalizer (splitmix64's shape): every bit of value and key reaches every bit of the result."""
-    value = (value ^ np.uint64(key)) * np.uint64(0xBF58476D1CE4E5B9)
+    """A bijection of 64-bit numbers (splitmix64's finalizer): every bit of value and key reaches every bit of it."""
+    value = value ^ np.uint64(key)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
-def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
-    """The document at each place of `positions` (ascending) in the shuffled order of `count` documents."""
-    blocks = count // BLOCK  # whole blocks; the turn below decides which documents make up the short one
-    turn = _round_key(key, 1 << 20) % count
-    result = np.empty(len(positions), np.int64)
-    windows = np.asarray(positions, np.int64) // WINDOW
-    for window in np.unique(windows):
-        start = int(window) * WINDOW
-        here = slice(*np.searchsorted(windows, [window, window + 1]))
-        inside = start + permute(positions[here] - start, min(WINDOW, count - start), _round_key(key, int(window) + 1))
-        block = inside // BLOCK
-        whole = block < blocks
-        block[whole] = permute(block[whole], blocks, key)
-        result[here] = (block * BLOCK + inside % BLOCK + turn) % count
-    return result
+def _window_key(key: int, window: int) -> int:
+    return (key * 0x9E3779B97F4A7C15 + (window + 1) * 0xD1B54A32D192ED03) % (1 << 64)
 
 
-def interleave(lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Merges the documents of several sources, each in its own order: (source, place within the source) of each.
+class Epoch(NamedTuple):
+    """One pass over a source: its blocks in order; tokens and documents up to the end of each window."""
 
-    A document stands at the fraction of its source's tokens that its middle has reached.
-    """
-    middles = []
-    for tokens in lengths:
-        ends = np.cumsum(tokens, dtype=np.int64)
-        middles.append((2 * ends - tokens) / (2 * ends[-1]))
-    merged = np.argsort(np.concatenate(middles), kind="stable")
-    source = np.repeat(np.arange(len(lengths), dtype=np.uint8), [len(tokens) for tokens in lengths])[merged]
-    starts = np.cumsum([0] + [len(tokens) for tokens in lengths])[:-1]
-    return source, merged - starts[source]
+    blocks: np.ndarray
+    ends: np.ndarray
+    documents: np.ndarray
+    key: int
+
+
+class Stretch(NamedTuple):
+    """Consecutive documents of a stream; `begins`: the token of the stream at which each begins."""
+
+    documents: np.ndarray
+    begins: np.ndarray
+
+
+class Stream:
+    """One source's documents in training order: epoch after epoch, cut after exactly `amount` tokens."""
+
+    def __init__(self, documents: SourceDocuments, amount: int, seed: int, name: str):
+        self.amount, self.source = amount, documents
+        self._seed, self._name = seed, name
+        self._epochs = Kept(self._epoch, EPOCHS_KEPT)
+        self._windows = Kept(self._window, WINDOWS_KEPT)
+
+    def before(self, part: int, parts: int) -> int:
+        """Tokens of the documents whose middle lies before the fraction part / parts of the stream."""
+        token = self.amount * part // parts
+        if token >= self.amount:
+            return self.amount
+        window = self._windows(self._place(token))
+        first = int(np.searchsorted(self.middles(window), part / parts, side="left"))
+        return int(window.begins[first]) if first < len(window.begins) else _end(window)
+
+    def middles(self, stretch: Stretch) -> np.ndarray:
+        """The fraction of the stream at which each document's middle lies."""
+        return (2 * stretch.begins + stretch.documents["length"]) / (2 * self.amount)
+
+    def between(self, first: int, stop: int) -> Stretch:
+        """The documents that begin at tokens [first, stop) of the stream."""
+        stretches = []
+        while first < stop:
+            window = self._windows(self._place(first))
+            here = slice(*np.searchsorted(window.begins, [first, stop]))
+            stretches.append(Stretch(window.documents[here], window.begins[here]))
+            first = _end(window)
+        documents = np.concatenate([one.documents for one in stretches] or [np.zeros(0, DOCUMENT)])
+        return Stretch(documents, np.concatenate([one.begins for one in stretches] or [np.zeros(0, np.int64)]))
+
+    def count(self) -> tuple[int, int]:
+        """Documents of the stream, and the tokens that its end cuts off the last one."""
+        place = epoch, window = self._place(self.amount - 1)
+        before = int(self._epochs(epoch).documents[window - 1]) if window else 0
+        taken = len(self._windows(place).documents)
+        last = self._shuffled(place)[taken - 1]
+        cut = int(last["length"]) - int(self._windows(place).documents["length"][-1])
+        return epoch * self.source.documents + before + taken, cut
+
+    def _place(self, token: int) -> tuple[int, int]:
+        """Epoch and window that hold a token of the stream."""
+        epoch, inside = divmod(token, self.source.tokens)
+        return epoch, int(np.searchsorted(self._epochs(epoch).ends, inside, side="right"))
+
+    def _epoch(self, epoch: int) -> Epoch:
+        key = order_key(self._seed, self._name, epoch)
+        table = self.source.table
+        blocks = shuffle(len(table.tokens), key)
+        lasts = np.minimum(np.arange(WINDOW, len(blocks) + WINDOW, WINDOW), len(blocks)) - 1
+        return Epoch(blocks, np.cumsum(table.tokens[blocks])[lasts], np.cumsum(table.documents[blocks])[lasts], key)
+
+    def _window(self, place: tuple[int, int]) -> Stretch:
+        number, window = place
+        documents = self._shuffled(place)
+        first = number * self.source.tokens + (int(self._epochs(number).ends[window - 1]) if window else 0)
+        lengths = documents["length"].astype(np.int64)
+        begins = first + np.cumsum(lengths) - lengths
+        taken = int(np.searchsorted(begins, self.amount, side="left"))
+        documents, begins = documents[:taken], begins[:taken]
+        documents["length"] = np.minimum(lengths[:taken], self.amount - begins)
+        return Stretch(documents, begins)
+
+    def _shuffled(self, place: tuple[int, int]) -> np.ndarray:
+        """The documents of a window, none of them cut."""
+        epoch, window = self._epochs(place[0]), place[1]
+        documents = self.source.of_blocks(epoch.blocks[window * WINDOW : (window + 1) * WINDOW])
+        return documents[shuffle(len(documents), _window_key(epoch.key, window))]
+
+
+def _end(stretch: Stretch) -> int:
+    return int(stretch.begins[-1]) + int(stretch.documents["length"][-1])
+
+
+class Chunk(NamedTuple):
+    """Consecutive documents of the merged order. `first`: the token of the order at which they begin."""
+
+    source: np.ndarray
+    documents: np.ndarray
+    first: int
+
+
+class MergedOrder:
+    """All streams merged by tokens, in chunks of about `chunk_tokens`."""
+
+    def __init__(self, streams: Sequence[Stream], chunk_tokens: int):
+        self.streams = streams
+        self.tokens = sum(stream.amount for stream in streams)
+        self.chunks = max(self.tokens // chunk_tokens, 1)
+        self._bounds = Kept(self._bound, 64)
+
+    def start(self, chunk: int) -> int:
+        """The token of the merged order at which a chunk begins."""
+        return sum(self._bounds(chunk))
+
+    def chunk(self, chunk: int) -> Chunk:
+        bounds = zip(self.streams, self._bounds(chunk), self._bounds(chunk + 1), strict=True)
+        stretches = [stream.between(first, stop) for stream, first, stop in bounds]
+        middles = [stream.middles(one) for stream, one in zip(self.streams, stretches, strict=True)]
+        merged = np.argsort(np.concatenate(middles), kind="stable")
+        counts = [len(one.begins) for one in stretches]
+        source = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)[merged]
+        return Chunk(source, np.concatenate([one.documents for one in stretches])[merged], self.start(chunk))
+
+    def chunk_at(self, token: int) -> int:
+        """The chunk that holds a token of the merged order. Chunks are of almost equal size, so a guess is near."""
+        chunk = min(token * self.chunks // self.tokens, self.chunks - 1)
+        while self.start(chunk) > token:
+            chunk -= 1
+        while chunk + 1 < self.chunks and self.start(chunk + 1) <= token:
+            chunk += 1
+        return chunk
+
+    def _bound(self, chunk: int) -> tuple[int, ...]:
+        return tuple(stream.before(chunk, self.chunks) for stream in self.streams)

@@ -1,117 +1,150 @@
 """Rows from documents: which pieces of which documents make up a row.
 
-`concat` joins the documents and cuts at the row length: row i is tokens [i T, (i + 1) T) of the joined stream, found by
-a binary search; only the last row is padded. `best_fit` keeps documents whole (longer ones are cut into rows of T and a
-rest) and puts each where it fits best, among the pieces of a bounded look-ahead, so that the mixed order holds.
+`concat` joins the documents and cuts at the row length: row i is tokens [i T, (i + 1) T) of the joined stream; only the
+last row is padded. `best_fit` keeps documents whole (longer ones are cut into rows of T and a rest) and puts each where
+it fits best, among the pieces of one chunk of the order, so that the mixed order holds and any chunk is packed alone.
 
     concat,   T = 8, documents of 5, 6, 3:   1 1 1 1 1 2 2 2 | 2 2 2 3 3 3 . .
     best_fit, the same:                      1 1 1 1 1 3 3 3 | 2 2 2 2 2 2 . .
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
-LOOK_AHEAD = 256  # rows' worth of pieces that best_fit sees at a time
+from ipt_jax.data.blocks import DOCUMENT
+from ipt_jax.data.kept import Kept
+from ipt_jax.data.order import Chunk, MergedOrder
 
+CHUNK_ROWS = 512  # rows' worth of tokens in a chunk: what best_fit sees at a time
+CHUNKS_KEPT = 6
 
-class Piece(NamedTuple):
-    """Tokens [offset, offset + length) of the document at place `document` of the mixed order."""
-
-    document: int
-    offset: int
-    length: int
+# A piece: tokens [offset, offset + length) of a document, from column `at` of a row.
+PIECE = np.dtype(
+    [
+        ("row", "<i8"),
+        ("at", "<i4"),
+        ("source", "u1"),
+        ("offset", "<i4"),
+        ("length", "<i4"),
+        ("document", DOCUMENT),
+    ]
+)
 
 
 class Packing(Protocol):
     rows: int
 
-    def pieces(self, row: int) -> Sequence[Piece]: ...
+    def pieces(self, first: int, stop: int) -> np.ndarray:
+        """The pieces of rows [first, stop), in the order of rows and columns."""
+        ...
 
 
 class Concat:
-    """Documents joined and cut at the row length. Holds eight bytes a document."""
+    """Documents joined and cut at the row length."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int):
-        self._ends = np.cumsum(lengths, dtype=np.int64)
-        self._seq_len = seq_len
-        self.rows = -(-int(self._ends[-1]) // seq_len)
+    def __init__(self, order: MergedOrder, seq_len: int):
+        self._order, self._seq_len = order, seq_len
+        self._layouts = Kept(self._layout, CHUNKS_KEPT)
+        self.rows = -(-order.tokens // seq_len)
 
-    def pieces(self, row: int) -> list[Piece]:
-        start = row * self._seq_len
-        stop = min(start + self._seq_len, int(self._ends[-1]))
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, stop, side="left"))
-        ends = self._ends[first : last + 1].tolist()
-        begin = int(self._ends[first - 1]) if first else 0
-        pieces = []
-        for document, end in enumerate(ends, start=first):
-            low = max(begin, start)
-            pieces.append(Piece(document, low - begin, min(end, stop) - low))
-            begin = end
+    def pieces(self, first: int, stop: int) -> np.ndarray:
+        chunk = self._order.chunk_at(first * self._seq_len)
+        found = [_of_rows(self._layouts(chunk), first, stop)]
+        while self._order.start(chunk + 1) < min(stop * self._seq_len, self._order.tokens):
+            chunk += 1
+            found.append(_of_rows(self._layouts(chunk), first, stop))
+        return np.concatenate(found)
+
+    def _layout(self, number: int) -> np.ndarray:
+        chunk, seq_len = self._order.chunk(number), self._seq_len
+        length = chunk.documents["length"].astype(np.int64)
+        end = chunk.first + np.cumsum(length)
+        begin = end - length
+        row = begin // seq_len
+        pieces, document, nth = _repeated(chunk, (end - 1) // seq_len - row + 1)
+        pieces["row"] = row[document] + nth
+        low = np.maximum(begin[document], pieces["row"] * seq_len)
+        pieces["at"] = low - pieces["row"] * seq_len
+        pieces["offset"] = low - begin[document]
+        pieces["length"] = np.minimum(end[document], (pieces["row"] + 1) * seq_len) - low
         return pieces
 
 
 class BestFit:
-    """Documents whole, each where it fits best. Holds a table of pieces in row order."""
+    """Documents whole, each where it fits best. Packs every chunk once to count its rows, eight bytes a chunk."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int):
-        counts = -(-np.asarray(lengths, np.int64) // seq_len)
-        document = np.repeat(np.arange(len(lengths)), counts)
-        offset = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_len
-        length = np.minimum(np.asarray(lengths, np.int64)[document] - offset, seq_len)
-        row = best_fit(length, seq_len)
-        in_rows = np.argsort(row, kind="stable")
-        self._document, self._offset, self._length = document[in_rows], offset[in_rows], length[in_rows]
-        self.rows = int(row.max()) + 1
-        self._starts = np.searchsorted(row[in_rows], np.arange(self.rows + 1))
+    def __init__(self, order: MergedOrder, seq_len: int):
+        self._order, self._seq_len = order, seq_len
+        self._layouts = Kept(self._layout, CHUNKS_KEPT)
+        counts = [self._packed(chunk)["row"][-1:] + 1 for chunk in range(order.chunks)]
+        self._ends = np.cumsum([int(count.sum()) for count in counts])
+        self.rows = int(self._ends[-1])
 
-    def pieces(self, row: int) -> list[Piece]:
-        here = slice(self._starts[row], self._starts[row + 1])
-        columns = (self._document[here].tolist(), self._offset[here].tolist(), self._length[here].tolist())
-        return [Piece(*values) for values in zip(*columns, strict=True)]
+    def pieces(self, first: int, stop: int) -> np.ndarray:
+        low, high = np.searchsorted(self._ends, [first, min(stop, self.rows) - 1], side="right")
+        return np.concatenate([_of_rows(self._layouts(chunk), first, stop) for chunk in range(low, high + 1)])
+
+    def _layout(self, number: int) -> np.ndarray:
+        pieces = self._packed(number)
+        pieces["row"] += self._ends[number - 1] if number else 0
+        return pieces
+
+    def _packed(self, number: int) -> np.ndarray:
+        """The pieces of a chunk, its rows counted from 0."""
+        chunk, seq_len = self._order.chunk(number), self._seq_len
+        length = chunk.documents["length"].astype(np.int64)
+        pieces, document, nth = _repeated(chunk, -(-length // seq_len))
+        pieces["offset"] = nth * seq_len
+        pieces["length"] = np.minimum(length[document] - nth * seq_len, seq_len)
+        pieces["row"] = best_fit(pieces["length"], seq_len)
+        pieces = pieces[np.argsort(pieces["row"], kind="stable")]
+        ends = np.cumsum(pieces["length"], dtype=np.int64)
+        begins = ends - pieces["length"]
+        firsts = np.flatnonzero(np.diff(pieces["row"], prepend=-1))
+        pieces["at"] = begins - np.repeat(begins[firsts], np.diff(firsts, append=len(pieces)))
+        return pieces
+
+
+def _repeated(chunk: Chunk, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Room for `counts` pieces of each document; the document of each, and which piece of it."""
+    document = np.repeat(np.arange(len(counts)), counts)
+    pieces = np.zeros(len(document), PIECE)
+    pieces["source"], pieces["document"] = chunk.source[document], chunk.documents[document]
+    return pieces, document, np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _of_rows(pieces: np.ndarray, first: int, stop: int) -> np.ndarray:
+    return pieces[slice(*np.searchsorted(pieces["row"], [first, stop]))]
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """The row of each piece. Within a look-ahead the longest go first, each into the fullest row with room for it.
+    """The row of each piece: the longest first, each into the fullest row with room for it.
 
-    Rows of a look-ahead that have room left stay open for one more. Rows that close come in the order of the pieces
-    that opened them: longest-first would sort them by length. About a microsecond a piece.
+    Rows come in the order of the pieces that opened them: longest-first would sort them by length. About a
+    microsecond a piece.
     """
-    views = (np.cumsum(lengths, dtype=np.int64) - 1) // (LOOK_AHEAD * seq_len)
-    row = np.empty(len(lengths), np.int64)  # numbered as they open, until all are closed
+    row = np.empty(len(lengths), np.int64)
     opener: list[int] = []
-    closed: list[list[int]] = []
-    still_open, rooms = set[int](), OpenRows(seq_len)
-    for view in range(int(views[-1]) + 1):
-        first, last = np.searchsorted(views, [view, view + 1])
-        longest = first + np.argsort(-lengths[first:last], kind="stable")
-        before = len(opener)
-        for piece, length in zip(longest.tolist(), lengths[longest].tolist(), strict=True):
-            taken, room = rooms.take(length) or (len(opener), seq_len)
-            if taken == len(opener):
-                opener.append(piece)
-            row[piece] = taken
-            rooms.put(taken, room - length)
-        young = [(one, room) for one, room in rooms.rows() if one >= before]
-        candidates = still_open | set(range(before, len(opener)))
-        still_open, rooms = {one for one, _ in young}, OpenRows(seq_len, young)
-        closed.append(sorted(candidates - still_open, key=opener.__getitem__))
-    closed.append(sorted(still_open, key=opener.__getitem__))
+    rooms = OpenRows(seq_len)
+    longest = np.argsort(-lengths.astype(np.int64), kind="stable")
+    for piece, length in zip(longest.tolist(), lengths[longest].tolist(), strict=True):
+        taken, room = rooms.take(length) or (len(opener), seq_len)
+        if taken == len(opener):
+            opener.append(piece)
+        row[piece] = taken
+        rooms.put(taken, room - length)
     number = np.empty(len(opener), np.int64)
-    number[np.concatenate(closed).astype(np.int64)] = np.arange(len(opener))
+    number[np.argsort(opener)] = np.arange(len(opener))
     return number[row]
 
 
 class OpenRows:
     """Rows with room left, by room. The smallest room that is large enough is the lowest high bit of one integer."""
 
-    def __init__(self, seq_len: int, rows: Iterable[tuple[int, int]] = ()):
+    def __init__(self, seq_len: int):
         self._rows: list[list[int]] = [[] for _ in range(seq_len + 1)]
         self._rooms = 0
-        for row, room in rows:
-            self.put(row, room)
 
     def take(self, length: int) -> tuple[int, int] | None:
         """The fullest row with room for `length`, and its room."""
@@ -128,6 +161,3 @@ class OpenRows:
         if room:
             self._rows[room].append(row)
             self._rooms |= 1 << room
-
-    def rows(self) -> list[tuple[int, int]]:
-        return [(row, room) for room, rows in enumerate(self._rows) for row in rows]

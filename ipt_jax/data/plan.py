@@ -1,96 +1,59 @@
 """The plan of a run's data: how many tokens of what, in which order, in which row. Decided before training starts.
 
 The row at (step, slot) is a pure function of the plan, so resuming needs the step alone and any number of hosts sees
-the same global batches. The fingerprint covers the sources' contents, the amounts, the order and the packing. Holds 13
-bytes a document occurrence in `concat`, about 40 in `best_fit`; documents themselves are read when a row is.
+the same global batches. The fingerprint covers the sources' contents, the amounts, the order and the packing. A plan
+holds bytes a block of documents, not bytes a document; lengths and tokens are read when a row is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 from ipt_jax.corpus.records import KINDS
 from ipt_jax.corpus.settings import UserError, digest
-from ipt_jax.corpus.shards import Shards
-from ipt_jax.data.converted import Excluded, unconverted
-from ipt_jax.data.lengths import read_index, read_parents
+from ipt_jax.corpus.shards import Manifest, Shards
+from ipt_jax.data.blocks import SourceDocuments, contents, open_documents, open_table
 from ipt_jax.data.mix import check_sources, solve_mix
-from ipt_jax.data.order import interleave, order_key, shuffled
-from ipt_jax.data.packing import BestFit, Concat, Packing, Piece
-from ipt_jax.data.rows import Documents, PlannedTokens, RowArrays, read_planned
+from ipt_jax.data.order import MergedOrder, Stream
+from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat, Packing
+from ipt_jax.data.records import RecordReader, Tokens
+from ipt_jax.data.rows import render
 from ipt_jax.data.settings import DataSettings, SourceMix
 from ipt_jax.data.table import plan_summary_table
 
-PLAN_VERSION = 1  # raised when the same settings would give other rows
+PLAN_VERSION = 2  # raised when the same settings would give other rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of the mix: its shards and the documents of it that take part. `converted`: the contents of the source
-    whose parents were excluded."""
+    """One source of the mix: its directory and the documents of it that take part. `converted`: the contents of the
+    source whose parents were excluded."""
 
     settings: SourceMix
-    shards: Shards
-    documents: Documents
-    excluded: Excluded = Excluded(0, 0, 0)
+    path: Path
+    manifest: Manifest
+    documents: SourceDocuments
     converted: str | None = None
-
-    @property
-    def tokens(self) -> int:
-        return int(self.documents.length.sum(dtype=np.int64))
 
     @property
     def kind(self) -> str:
         """The kinds of document that it holds, joined by `+`."""
-        return "+".join(kind for kind in KINDS if self.shards.manifest.counts.get(kind))
+        return "+".join(kind for kind in KINDS if self.manifest.counts.get(kind))
 
 
-def contents(shards: Shards) -> str:
-    return digest([shard.sha256 for shard in shards.manifest.shards])
+class Piece(NamedTuple):
+    """Tokens [start, start + length) of a record of a source, by its place in the recipe, from column `at` of a row."""
 
-
-class Order:
-    """The mixed order of all document occurrences: source, document of it, length (of a last one maybe cut)."""
-
-    def __init__(self, sources: Sequence[Source], amounts: Sequence[int], seed: int):
-        drawn = [draw_documents(source, amount, seed) for source, amount in zip(sources, amounts, strict=True)]
-        self.source, place = interleave([lengths for _, lengths in drawn])
-        self.document = np.empty(len(place), np.uint32)
-        self.length = np.empty(len(place), np.uint32)
-        self.counts = [len(documents) for documents, _ in drawn]
-        for number, (documents, lengths) in enumerate(drawn):
-            mine = self.source == number
-            self.document[mine], self.length[mine] = documents[place[mine]], lengths[place[mine]]
-        self.truncated = sum(
-            int(source.documents.length[documents[-1]]) - int(lengths[-1])
-            for source, (documents, lengths) in zip(sources, drawn, strict=True)
-        )
-
-
-def draw_documents(source: Source, amount: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents and lengths that make exactly `amount` tokens.
-
-    Whole epochs, each in its own order, then the start of one more, its last document cut to the token.
-    """
-    lengths, total = source.documents.length, source.tokens
-    epochs, rest = divmod(amount, total)
-    places = np.arange(len(lengths))
-    orders = [
-        shuffled(places, len(lengths), order_key(seed, source.settings.name, epoch))
-        for epoch in range(epochs + (rest > 0))
-    ]
-    if rest:
-        ends = np.cumsum(lengths[orders[-1]], dtype=np.int64)
-        orders[-1] = orders[-1][: int(np.searchsorted(ends, rest, side="left")) + 1]
-    documents = np.concatenate(orders).astype(np.uint32)
-    taken = lengths[documents].copy()
-    if rest:
-        taken[-1] -= int(ends[len(orders[-1]) - 1]) - rest
-    return documents, taken
+    source: int
+    record: int
+    start: int
+    length: int
+    at: int
 
 
 class Plan:
@@ -100,16 +63,25 @@ class Plan:
         self, settings: DataSettings, sources: Sequence[Source], amounts: Sequence[int], *, rows_per_step: int
     ):
         self.settings, self.sources, self.amounts, self.rows_per_step = settings, sources, amounts, rows_per_step
-        self._order = Order(sources, amounts, settings.seed)
+        self._streams = [
+            Stream(source.documents, amount, settings.seed, source.settings.name)
+            for source, amount in zip(sources, amounts, strict=True)
+        ]
         packing = Concat if settings.packing == "concat" else BestFit
-        self._packing: Packing = packing(self._order.length, settings.seq_len)
+        order = MergedOrder(self._streams, CHUNK_ROWS * settings.seq_len)
+        self._packing: Packing = packing(order, settings.seq_len)
         self.rows = self._packing.rows
         self.steps = -(-self.rows // rows_per_step)
         self.tokens = sum(amounts)
-        identity = sources[0].shards.manifest.identity
+        identity = sources[0].manifest.identity
         self.vocab_size: int = identity["vocab_size"]
         self.tokenizer_digest: str = identity["tokenizer"]
-        self.tokenizer_dir = sources[0].shards.path / "tokenizer"
+        self.tokenizer_dir = sources[0].path / "tokenizer"
+        self._dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        self._readers = [
+            RecordReader(source.path, source.manifest, block=source.documents.table.size, dtype=self._dtype)
+            for source in sources
+        ]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -117,7 +89,7 @@ class Plan:
         sources = [
             {
                 "name": source.settings.name,
-                "contents": contents(source.shards),
+                "contents": contents(source.manifest),
                 "converted": source.converted,
                 "tokens": amount,
             }
@@ -137,22 +109,10 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """What `ipt plan --json` prints."""
+        counted = [stream.count() for stream in self._streams]
         sources = [
-            {
-                "name": source.settings.name,
-                "kind": source.kind,
-                "documents": documents,
-                "tokens": amount,
-                "epochs": amount / source.tokens,
-                "share": amount / self.tokens,
-                "asked": source.settings.asked,
-                "available_documents": len(source.documents.length),
-                "available_tokens": source.tokens,
-                "converted_documents": source.excluded.documents,
-                "converted_tokens": source.excluded.tokens,
-                "converted_elsewhere": source.excluded.unmatched,
-            }
-            for source, amount, documents in zip(self.sources, self.amounts, self._order.counts, strict=True)
+            _source_summary(source, amount, documents, self.tokens)
+            for source, amount, (documents, _) in zip(self.sources, self.amounts, counted, strict=True)
         ]
         return {
             "sources": sources,
@@ -160,50 +120,86 @@ class Plan:
             "seq_len": self.settings.seq_len,
             "tokens": self.tokens,
             "padding_fraction": 1 - self.tokens / (self.rows * self.settings.seq_len),
-            "truncated_tokens": self._order.truncated,
+            "truncated_tokens": sum(cut for _, cut in counted),
             "steps": self.steps,
             "rows_per_step": self.rows_per_step,
             "packing": self.settings.packing,
             "fingerprint": self.fingerprint,
         }
 
-    def pieces(self, row: int) -> Sequence[Piece]:
+    def pieces(self, row: int) -> list[Piece]:
         """What row `row` is made of; nothing beyond the last row."""
-        return self._packing.pieces(row) if row < self.rows else ()
+        if row >= self.rows:
+            return []
+        found = self._packing.pieces(row, row + 1)
+        start = found["document"]["start"] + found["offset"]
+        columns = (found["source"], found["document"]["record"], start, found["length"], found["at"])
+        return [Piece(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
     def row(self, row: int) -> dict[str, np.ndarray]:
         """Row `row`: each field's array [T]."""
         return {name: array[0] for name, array in self.batch([row]).items()}
 
-    def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Several rows: each field's array [len(rows), T]. Reads each document once, each source in one batch."""
-        made = RowArrays(len(rows), self.settings.seq_len)
-        pieces = [self.pieces(row) for row in rows]
-        documents = self._read({piece.document for row in pieces for piece in row})
-        for slot, row in enumerate(pieces):
-            made.fill(slot, [(piece, documents[piece.document]) for piece in row])
-        return made.fields
+    def batch(self, rows: Sequence[int], *, whole_blocks: bool = False) -> dict[str, np.ndarray]:
+        """Several rows: each field's array [len(rows), T]. `whole_blocks` reads the neighbours of each document with
+        it and keeps them for a while, for a reader that goes through all rows."""
+        found = [np.zeros(0, PIECE)]
+        for slot, first, stop in _runs(rows, self.rows):
+            found.append(self._packing.pieces(first, stop))
+            found[-1]["row"] += slot - first
+        pieces = np.concatenate(found)
+        documents = self._read(pieces, whole_blocks)
+        return render(pieces, documents, len(rows), self.settings.seq_len, self._dtype)
 
-    def _read(self, occurrences: set[int]) -> dict[int, PlannedTokens]:
-        """The tokens of document occurrences, by place in the mixed order."""
-        found: dict[int, PlannedTokens] = {}
-        places = np.array(sorted(occurrences), np.int64)
-        for number, source in enumerate(self.sources):
-            mine = places[self._order.source[places] == number]
-            if mine.size:
-                order = self._order
-                tokens = read_planned(source.shards, source.documents, order.document[mine], order.length[mine])
-                found.update(zip(mine.tolist(), tokens, strict=True))
-        return found
+    def _read(self, pieces: np.ndarray, whole_blocks: bool) -> list[Tokens]:
+        """The record of each piece. Reads each once, each source's in ascending order."""
+        documents = np.empty(len(pieces), object)
+        for source, reader in enumerate(self._readers):
+            mine = np.flatnonzero(pieces["source"] == source)
+            if not len(mine):
+                continue
+            _, firsts, places = np.unique(pieces["document"]["record"][mine], return_index=True, return_inverse=True)
+            records = np.empty(len(firsts), object)
+            records[:] = reader.read(pieces["document"][mine[firsts]], whole_blocks=whole_blocks)
+            documents[mine] = records[places]
+        return documents.tolist()
+
+
+def _runs(rows: Sequence[int], end: int) -> Iterator[tuple[int, int, int]]:
+    """(slot, first row, stop row) of each run of neighbouring rows before `end`."""
+    numbers = np.asarray(rows, np.int64)
+    for run in np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) != 1) + 1):
+        if len(run) and numbers[run[0]] < end:
+            yield int(run[0]), int(numbers[run[0]]), min(int(numbers[run[-1]]) + 1, end)
+
+
+def _source_summary(source: Source, amount: int, documents: int, total: int) -> dict[str, Any]:
+    converted, converted_tokens, elsewhere = source.documents.table.remains.counts
+    return {
+        "name": source.settings.name,
+        "kind": source.kind,
+        "documents": documents,
+        "tokens": amount,
+        "epochs": amount / source.documents.tokens,
+        "share": amount / total,
+        "asked": source.settings.asked,
+        "max_epochs": source.settings.max_epochs,
+        "available_documents": source.documents.documents,
+        "available_tokens": source.documents.tokens,
+        "converted_documents": converted,
+        "converted_tokens": converted_tokens,
+        "converted_elsewhere": elsewhere,
+    }
 
 
 def build_plan(settings: DataSettings, *, rows_per_step: int) -> Plan:
-    """The plan of `settings`. Checks the shards' checksums. Raises UserError for what is damaged or cannot be met."""
+    """The plan of `settings`. Checks that shards are whole by size, and index files by checksum when their block table
+    is made; each record is checked when it is read. Raises UserError for what is damaged or cannot be met."""
     check_sources(settings.sources)
-    opened = {source.name: Shards(source.path, "tokenize") for source in settings.sources}
+    opened = {source.name: Shards(source.path, "tokenize", verify=False) for source in settings.sources}
     _check_tokenizers(settings, opened)
-    sources = [_open_source(source, settings, opened) for source in settings.sources]
-    amounts = solve_mix(settings, [source.tokens for source in sources])
+    sources = [_open_source(source, opened) for source in settings.sources]
+    amounts = solve_mix(settings, [source.documents.tokens for source in sources])
     return Plan(settings, sources, amounts, rows_per_step=rows_per_step)
 
 
@@ -217,15 +213,12 @@ def _check_tokenizers(settings: DataSettings, opened: dict[str, Shards]) -> None
             )
 
 
-def _open_source(source: SourceMix, settings: DataSettings, opened: dict[str, Shards]) -> Source:
-    shards = opened[source.name]
-    indexes = read_index(shards.path, shards.manifest)
-    if source.exclude_converted is None:
-        return Source(source, shards, Documents(np.concatenate([index["tokens"] for index in indexes])))
-    converted = opened[source.exclude_converted]
-    parents = read_parents(converted.path, converted.manifest)
-    documents, excluded = unconverted(source.name, shards.path, shards.manifest, indexes, parents)
-    return Source(source, shards, documents, excluded, contents(converted))
+def _open_source(source: SourceMix, opened: dict[str, Shards]) -> Source:
+    path, manifest = opened[source.name].path, opened[source.name].manifest
+    other = opened[source.exclude_converted] if source.exclude_converted else None
+    table = open_table(source.name, path, manifest, (other.path, other.manifest) if other else None)
+    documents = open_documents(source.name, path, manifest, table)
+    return Source(source, path, manifest, documents, contents(other.manifest) if other else None)
 
 
 def print_plan(plan: Plan) -> None:

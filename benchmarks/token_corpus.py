@@ -1,0 +1,46 @@
+"""Token shards for benchmarks: documents of lognormal lengths, ids drawn with a skew, written as `ipt tokenize` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ipt_jax.corpus.records import Kind, TokenDocument, encode
+from ipt_jax.corpus.shards import Output, write_shard
+from ipt_jax.data.lengths import SideFiles, name_side_files, side_digests
+
+VOCAB = 32_000
+SHARD_DOCUMENTS = 20_000
+
+
+def web_lengths(count: int, mean: float, seed: int) -> np.ndarray:
+    """Lognormal lengths of about the given mean, as web text has them: most short, a few of many thousands."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(mean) - 0.5, 1.0, count)
+    return np.clip(drawn, 8, 20_000).astype(np.int64)
+
+
+def write_corpus(path: Path, lengths: np.ndarray, kind: Kind, seed: int) -> None:
+    """A finished directory of token shards; kept where it is there already."""
+    if (path / "manifest.json").exists():
+        return
+    total = -(-len(lengths) // SHARD_DOCUMENTS)
+    identity = {"tokenizer": "benchmark", "vocab_size": VOCAB, "documents": len(lengths), "seed": seed, "kind": kind}
+    with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
+        for shard in range(total):
+            side, temporary = SideFiles(), output.temporary(shard)
+            mine = lengths[shard * SHARD_DOCUMENTS : (shard + 1) * SHARD_DOCUMENTS]
+            count = write_shard(temporary, _records(mine, f"{kind}-{shard}", kind, [seed, shard], side))
+            side.write(temporary)
+            name_side_files(temporary, f"tokens-{shard:05d}-of-{total:05d}.array_record")
+            output.seal_file(shard, total, count, tokens=int(mine.sum()), counts={kind: count})
+        output.finish({"side_files": side_digests(path, output.manifest), "duplicate_ids": 0})
+
+
+def _records(lengths: np.ndarray, name: str, kind: Kind, seed: list[int], side: SideFiles) -> Iterator[bytes]:
+    draw = np.random.default_rng(seed)
+    for number, length in enumerate(lengths.tolist()):
+        tokens = (VOCAB * draw.random(length) ** 3).astype("<u2").tobytes()
+        side.add(f"{name}-{number}", length, None, [])
+        yield encode(TokenDocument(f"{name}-{number}", kind, "uint16", tokens, [(1, length)], [], "web"))
