@@ -3,7 +3,7 @@
 Every contestant runs in a fresh process that shuffles one corpus of documents, joins them and gives batches of rows of
 2,048 tokens; the clock starts before the first file is opened and stops after the last batch, imports excluded. All run
 in turn, round after round; the table gives medians. This project gives six checked fields a row, Grain tokens, segment
-ids and positions, the others tokens alone. The last line runs this project with 10 ms added to every read (`cc` needed).
+ids and positions, the others tokens alone. The last line runs this project with 10 ms added to every read (wants `cc`).
 
     python benchmarks/loader.py [--tokens 40e6] [--rounds 3] [--directory DIR]
 """
