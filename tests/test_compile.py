@@ -49,11 +49,17 @@ TPU = """
 HloModule jit_step
 
 %fused.1 (p: bf16[8,128]) -> bf16[64,128] {
-  ROOT %g = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}
+  %g = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %s = (bf16[8,128], bf16[64,128]) custom-call(%p, %g), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (p: bf16[8,128]) -> bf16[64,128] {
+  ROOT %g = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}
 }
 
 %fused.2 (p: bf16[8,128]) -> bf16[64,128] {
-  ROOT %g = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}
+  %g = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %d = bf16[64,128] custom-call(%p, %g), custom_call_target="AsyncCollectiveDone"
 }
 
 %all-reduce-scatter.1 (p: bf16[64,128]) -> bf16[8,128] {
@@ -63,7 +69,8 @@ HloModule jit_step
 
 %body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
   %start = bf16[64,128]{1,0} fusion(%p), kind=kCustom, calls=%fused.1
-  %end = bf16[64,128]{1,0} fusion(%start), kind=kCustom, calls=%fused.2
+  %middle = bf16[64,128]{1,0} fusion(%start), kind=kOutput, calls=%async_collective_fusion.1
+  %end = bf16[64,128]{1,0} fusion(%middle), kind=kCustom, calls=%fused.2
   %cut = bf16[8,128]{1,0} fusion(%end), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %t = (s32[], bf16[8,128]) tuple(%i, %cut)
 }
@@ -102,7 +109,7 @@ def test_a_gpu_program_is_read() -> None:
 
 
 def test_a_tpu_program_is_read() -> None:
-    """19 turns from 1 to 20; the two pieces of one asynchronous gather are one; a fused reduce-scatter is one."""
+    """19 turns from 1 to 20; the three pieces of one asynchronous gather are one; a fused reduce-scatter is one."""
     assert told(TPU) == [
         ("all-gather", "bf16", 16384, 8, 19, 19 * 14336),
         ("reduce-scatter", "bf16", 16384, 8, 19, 19 * 14336),
@@ -170,7 +177,7 @@ def test_without_a_compiler_one_line_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for topology, extra in (("h100:8", "compile-gpu"), ("v5e:4x4", "compile-tpu")):
         with pytest.raises(UserError, match=f"launch/setup.sh {extra}"):
-            prepare_environment(parse_topology(topology))
+            prepare_environment(parse_topology(topology), "unused")
 
 
 # ---- the search

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,23 +13,28 @@ from rich.table import Table
 
 from ipt_jax.config import Recipe
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.model.config import resolve_model
-from ipt_jax.parallel.topology import parse_topology, prepare_environment
+from ipt_jax.model.config import ModelConfig, resolve_model
+from ipt_jax.parallel.topology import Topology, parse_topology, prepare_environment
 
 
 def run_compile(recipe: Recipe, topology_name: str, fit: bool) -> dict[str, Any]:
     """Compiles `recipe` for the topology, once or (`fit`) as often as the search needs."""
     topology = parse_topology(topology_name)
     model = resolve_model(recipe.model)
-    prepare_environment(topology)
+    with tempfile.TemporaryDirectory(prefix="ipt-compile-") as dumps:
+        prepare_environment(topology, dumps)
+        return _compile(recipe, model, topology, fit, Path(dumps))
+
+
+def _compile(recipe: Recipe, model: ModelConfig, topology: Topology, fit: bool, dumps: Path) -> dict[str, Any]:
     from ipt_jax.compile.fit import search  # imports JAX, which reads its variables then
     from ipt_jax.compile.measure import compile_recipe
     from ipt_jax.parallel.mesh import mesh_shape
 
     if not fit:
-        return compile_recipe(recipe, model, topology)
+        return compile_recipe(recipe, model, topology, dumps)
     data, fsdp, _ = mesh_shape(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, topology.devices)
-    found = search(recipe, model, topology, data * fsdp, compile_recipe, tell)
+    found = search(recipe, model, topology, data * fsdp, functools.partial(compile_recipe, dumps=dumps), tell)
     if found["chosen"] is None:
         raise UserError(
             f"--topology {topology.name}: not even one row of {recipe.data.seq_len} with everything recomputed fits; "

@@ -68,19 +68,14 @@ def parse(text: str) -> tuple[Computations, str]:
 def collectives(text: str) -> list[Collective]:
     """All collectives of a program."""
     computations, entry = parse(text)
-    found, seen = [], set()
-    for instruction, loops, fused in _walk(computations, entry, (), ""):
+    found = []
+    for instruction, loops in _walk(computations, entry, ()):
         kind = instruction.opcode.removesuffix("-start")
         if instruction.opcode == "fusion":  # a TPU's reduce-scatter in one piece
-            kind, inner = "reduce-scatter", _called(instruction, "calls", computations)
+            kind, inner = "reduce-scatter", computations[_name(instruction, "calls")]
             instruction = next(one for one in inner if one.opcode.startswith("all-reduce"))
         elif kind not in KINDS:
             continue
-        channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = (fused, kind, channel[1] if channel else instruction.name)
-        if fused and key in seen:  # start, middle and end of an asynchronous one are three fusions
-            continue
-        seen.add(key)
         times = 1
         for trips in loops:
             times *= trips
@@ -91,23 +86,29 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _walk(
-    computations: Computations, name: str, loops: tuple[int, ...], fused: str
-) -> Iterator[tuple[Instruction, tuple[int, ...], str]]:
-    """Each instruction that runs, the trips of the loops around it, and the computation that its fusion stands in."""
+    computations: Computations, name: str, loops: tuple[int, ...]
+) -> Iterator[tuple[Instruction, tuple[int, ...]]]:
+    """Each instruction that runs, and the trips of the loops around it."""
     for one in computations[name]:
+        callee = _name(one, "calls") or _name(one, "to_apply")
         if one.opcode == "while":
             trips = _trips(one, computations, computations[name])
-            yield from _walk(computations, _name(one, "body"), (*loops, trips), fused)
-        elif one.opcode == "fusion" and _name(one, "calls").startswith("all-reduce-scatter"):
-            yield one, loops, fused
-        elif one.opcode in ("fusion", "call", "async-start"):
-            callee = _name(one, "calls") or _name(one, "to_apply")
-            yield from _walk(computations, callee, loops, fused or (name if one.opcode == "fusion" else ""))
+            yield from _walk(computations, _name(one, "body"), (*loops, trips))
+        elif one.opcode == "fusion" and callee.startswith("all-reduce-scatter"):
+            yield one, loops
         elif one.opcode == "conditional":
             for branch in re.findall(r"%([\w.\-]+)", _attribute(one, "branch_computations")):
-                yield from _walk(computations, branch, loops, fused)
-        else:
-            yield one, loops, fused
+                yield from _walk(computations, branch, loops)
+        elif one.opcode in ("fusion", "call", "async-start") and not _goes_on(callee, computations):
+            yield from _walk(computations, callee, loops)
+        elif one.opcode not in ("fusion", "call", "async-start"):
+            yield one, loops
+
+
+def _goes_on(callee: str, computations: Computations) -> bool:
+    """Whether a fusion of a TPU's program only goes on with a collective that another one has started."""
+    done = any('"AsyncCollectiveDone"' in one.rest for one in computations[callee])
+    return done or callee.startswith("async_collective_fusion")
 
 
 def _name(instruction: Instruction, attribute: str) -> str:
@@ -120,15 +121,11 @@ def _attribute(instruction: Instruction, attribute: str) -> str:
     return found[1] if found else ""
 
 
-def _called(instruction: Instruction, attribute: str, computations: Computations) -> list[Instruction]:
-    return computations[_name(instruction, attribute)]
-
-
 def _trips(loop: Instruction, computations: Computations, around: list[Instruction]) -> int:
     """How often a loop runs: what the compiler noted, else the bound that its counter is compared with."""
     if noted := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
         return int(noted[1])
-    condition = {one.name: one for one in _called(loop, "condition", computations)}
+    condition = {one.name: one for one in computations[_name(loop, "condition")]}
     compare = next(one for one in condition.values() if one.root)
     counter, bound = re.findall(r"%([\w.\-]+)", compare.rest)[:2]
     assert compare.opcode == "compare" and "direction=LT" in compare.rest, f"loop {loop.name} ends by {compare}"

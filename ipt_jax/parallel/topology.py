@@ -79,8 +79,9 @@ def parse_topology(text: str) -> Topology:
     raise UserError(f"--topology {text!r} is unknown; give one of {known}")
 
 
-def prepare_environment(topology: Topology) -> None:
-    """Makes this process fit to compile for `topology`: the compiler is there, no variable of another use is."""
+def prepare_environment(topology: Topology, dumps: str) -> None:
+    """Makes this process fit to compile for `topology`: the compiler is there, no variable of another use is. Programs
+    are written to the folder `dumps` as text."""
     extra, package = {"gpu": ("compile-gpu", "jax_cuda12_plugin"), "tpu": ("compile-tpu", "libtpu")}[topology.platform]
     if importlib.util.find_spec(package) is None:
         raise UserError(
@@ -90,7 +91,7 @@ def prepare_environment(topology: Topology) -> None:
     assert "jax" not in sys.modules, "variables are read when JAX is imported"
     for name in [name for name in os.environ if name.startswith(OURS)]:
         del os.environ[name]
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT, XLA_FLAGS=f"--xla_dump_to={dumps} --xla_dump_hlo_as_text")
 
 
 def describe_devices(topology: Topology) -> list[Any]:

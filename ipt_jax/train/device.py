@@ -119,7 +119,10 @@ class OnDevice:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(dim: int, stages: Stages, w: Array) -> Array:
-    return jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True)
+    w = jnp.moveaxis(w, dim, 0)
+    for groups in reversed(stages):
+        w = jax.lax.all_gather(w, "fsdp", axis=0, axis_index_groups=groups, tiled=True)
+    return jnp.moveaxis(w, 0, dim)
 
 
 def _gathered_forward(dim: int, stages: Stages, w: Array) -> tuple[Array, None]:
