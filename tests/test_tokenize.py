@@ -159,6 +159,16 @@ def test_mistakes_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_duplicate_ids_are_counted_in_any_number_of_passes(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"id": f"{i % 7}", "text": f"words {i}"} for i in range(20)])
+    for passes in (1, 3, 20):
+        monkeypatch.setattr("ipt_jax.data.tokenize.IDS_A_PASS", -(-20 // passes))
+        result = run_tokenize(settings(rows, tokenizer, tmp_path / str(passes), unit_bytes=100))
+        assert result["duplicate_ids"] == 13
+
+
 def many_rows(path: Path, count: int) -> Path:
     draw = random.Random(0)
     words = ["a", "small", "world", "of", "words", "other", "things", "日本", "été"]
