@@ -47,7 +47,10 @@ def test_naive_step_and_ours_agree(loop: bool) -> None:
     def theirs(params: dict[str, Any]) -> jax.Array:
         return naive_step.loss_of(naive_params(params, loop), jnp.asarray(tokens))
 
-    (loss, grads), (wanted, wanted_grads) = (jax.jit(jax.value_and_grad(one))(params) for one in (ours, theirs))
+    quick = {"xla_backend_optimization_level": 0}
+    (loss, grads), (wanted, wanted_grads) = (
+        jax.jit(jax.value_and_grad(one), compiler_options=quick)(params) for one in (ours, theirs)
+    )
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
     assert worst(grads, wanted_grads) < 1e-5
 
