@@ -26,12 +26,13 @@ from ipt_jax.parallel.rules import mesh_axes
 from ipt_jax.parallel.topology import Topology, describe_devices
 from ipt_jax.train.program import Program, build_program, lower
 
+STEP_DUMPS = "*jit_train_step*"
 STEPS = 1000  # of the schedule; the program is the same for any number
 
 
 def compile_recipe(recipe: Recipe, model: ModelConfig, topology: Topology, dumps: Path) -> dict[str, Any]:
     """Compiles the step of `recipe` for `topology`; the object that `--json` prints. The compiler writes to `dumps`."""
-    for old in dumps.iterdir():
+    for old in dumps.glob(STEP_DUMPS):
         old.unlink()
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, describe_devices(topology))
     program = build_program(recipe, model, mesh, STEPS)
@@ -99,7 +100,7 @@ def program_text(dumps: Path) -> str:
 
     Not `as_text()`: that goes through JAX's own copy of XLA, which cannot read all that a newer libtpu makes.
     """
-    found = [one for one in dumps.glob("*jit_train_step*after_optimizations.txt")]
+    found = list(dumps.glob(f"{STEP_DUMPS}after_optimizations.txt"))
     assert len(found) == 1, f"{len(found)} programs among {sorted(one.name for one in dumps.iterdir())}"
     return found[0].read_text(encoding="utf-8")
 
