@@ -9,7 +9,7 @@ import numpy as np
 
 from ipt_jax.corpus.records import Kind, TokenDocument, encode
 from ipt_jax.corpus.shards import Output, write_shard
-from ipt_jax.data.lengths import SideFiles, name_side_files, side_digests
+from ipt_jax.data.sides import SideWriter, name_side_files, side_digests, side_names
 
 VOCAB = 32_000
 SHARD_DOCUMENTS = 20_000
@@ -29,16 +29,17 @@ def write_corpus(path: Path, lengths: np.ndarray, kind: Kind, seed: int) -> None
     identity = {"tokenizer": "benchmark", "vocab_size": VOCAB, "documents": len(lengths), "seed": seed, "kind": kind}
     with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
         for shard in range(total):
-            side, temporary = SideFiles(), output.temporary(shard)
+            temporary, file = output.temporary(shard), f"tokens-{shard:05d}-of-{total:05d}.array_record"
+            side = SideWriter(temporary)
             mine = lengths[shard * SHARD_DOCUMENTS : (shard + 1) * SHARD_DOCUMENTS]
             count = write_shard(temporary, _records(mine, f"{kind}-{shard}", kind, [seed, shard], side))
-            side.write(temporary)
-            name_side_files(temporary, f"tokens-{shard:05d}-of-{total:05d}.array_record")
-            output.seal_file(shard, total, count, tokens=int(mine.sum()), counts={kind: count})
-        output.finish({"side_files": side_digests(path, output.manifest), "duplicate_ids": 0})
+            sides = side_names(file, side.close())
+            name_side_files(temporary, file)
+            output.seal_file(shard, total, count, tokens=int(mine.sum()), counts={kind: count}, sides=sides)
+        output.finish({"side_files": side_digests(output.manifest), "duplicate_ids": 0})
 
 
-def _records(lengths: np.ndarray, name: str, kind: Kind, seed: list[int], side: SideFiles) -> Iterator[bytes]:
+def _records(lengths: np.ndarray, name: str, kind: Kind, seed: list[int], side: SideWriter) -> Iterator[bytes]:
     draw = np.random.default_rng(seed)
     for number, length in enumerate(lengths.tolist()):
         tokens = (VOCAB * draw.random(length) ** 3).astype("<u2").tobytes()

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ipt_jax.corpus.records import Kind, Parent, TokenDocument, encode
 from ipt_jax.corpus.shards import Output, write_shard
-from ipt_jax.data.lengths import SideFiles, name_side_files, side_digests
+from ipt_jax.data.sides import SideWriter, name_side_files, side_digests, side_names
 
 
 def write_tokens(
@@ -27,21 +27,22 @@ def write_tokens(
     names = ids or [f"{kind}-{i}" for i in range(len(documents))]
     with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
         for shard, numbers in enumerate(np.array_split(np.arange(len(documents)), shards)):
-            side, records = SideFiles(), []
+            temporary, name = output.temporary(shard), f"tokens-{shard:05d}-of-{shards:05d}.array_record"
+            side, records = SideWriter(temporary), []
             for i in numbers.tolist():
                 tokens, mine = documents[i], (parents[i] if parents else [])
                 runs = loss_runs[i] if loss_runs else [(1, len(tokens))]
                 data = np.array(tokens, "<u2").tobytes()
                 records.append(encode(TokenDocument(names[i], kind, "uint16", data, runs, mine, "test")))
-                ends = np.minimum(2 * np.arange(len(tokens)), 2 * max(len(tokens) - 2, 0))
-                side.add(names[i], len(tokens), ends if kind == "raw" else None, mine)
-            temporary = output.temporary(shard)
+                characters = np.full(len(tokens), 2, np.uint32)
+                characters[:1] = characters[1:][-1:] = 0
+                side.add(names[i], len(tokens), characters if kind == "raw" else None, mine)
             write_shard(temporary, records)
-            side.write(temporary)
-            name_side_files(temporary, f"tokens-{shard:05d}-of-{shards:05d}.array_record")
+            sides = side_names(name, side.close())
+            name_side_files(temporary, name)
             count = sum(len(documents[i]) for i in numbers)
-            output.seal_file(shard, shards, len(numbers), tokens=count, counts={kind: len(numbers)})
-        output.finish({"side_files": side_digests(path, output.manifest), "duplicate_ids": 0})
+            output.seal_file(shard, shards, len(numbers), tokens=count, counts={kind: len(numbers)}, sides=sides)
+        output.finish({"side_files": side_digests(output.manifest), "duplicate_ids": 0})
     return path
 
 

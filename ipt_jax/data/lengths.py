@@ -16,15 +16,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ipt_jax.corpus.records import Parent
 from ipt_jax.corpus.settings import UserError, file_digest
-from ipt_jax.corpus.shards import TEMPORARY, Manifest, ShardEntry
+from ipt_jax.corpus.shards import Manifest, ShardEntry
 from ipt_jax.data.kept import Kept
 from ipt_jax.data.threads import in_threads
 
 INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("id", "<u8")])
 PARENTS = np.dtype([("id", "<u8"), ("start", "<u4"), ("end", "<u4")])
-CHECKED = ("index", "parents")
 OPEN_FILES = 128
 
 
@@ -34,70 +32,6 @@ def id_key(document_id: str) -> int:
 
 def side_path(directory: Path, shard: str, what: str) -> Path:
     return directory / f"{shard.removesuffix('.array_record')}.{what}.npy"
-
-
-class SideFiles:
-    """Collects the rows of one shard's documents, in record order."""
-
-    def __init__(self) -> None:
-        self._index: list[tuple[int, int, int]] = []
-        self._parents: list[tuple[int, int, int]] = []
-        self._chars: list[np.ndarray] = []
-        self._any_chars = False
-
-    def add(self, document_id: str, tokens: int, ends: np.ndarray | None, parents: list[Parent]) -> None:
-        """`ends`: the character position where each token ends, for a raw document."""
-        chars = np.zeros(tokens, np.uint32)
-        if ends is not None:
-            chars = np.diff(np.maximum.accumulate(ends), prepend=0).astype(np.uint32)
-            self._any_chars = True
-        self._chars.append(chars)
-        self._index.append((tokens, int(chars.sum()), id_key(document_id)))
-        self._parents += [(id_key(parent.id), parent.start, parent.end) for parent in parents]
-
-    def write(self, temporary: Path) -> None:
-        """Writes the files beside the shard's temporary one; `name_side_files` gives them their final names."""
-        _save(_temporary(temporary, "index"), np.array(self._index, INDEX))
-        _save(_temporary(temporary, "parents"), np.array(self._parents, PARENTS))
-        if self._any_chars:
-            chars = np.concatenate(self._chars)
-            smallest = np.min_scalar_type(int(chars.max()))  # one byte a token but for very long pieces
-            _save(_temporary(temporary, "chars"), chars.astype(smallest))
-
-
-def _temporary(shard: Path, what: str) -> Path:
-    return shard.with_name(f"{shard.name.removesuffix(TEMPORARY)}.{what}{TEMPORARY}")
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def name_side_files(temporary: Path, shard: str) -> None:
-    """Renames what `SideFiles.write(temporary)` wrote, before the shard gets its name: a named shard has all."""
-    for what in (*CHECKED, "chars"):
-        if (written := _temporary(temporary, what)).exists():
-            os.replace(written, side_path(temporary.parent, shard, what))
-
-
-def side_digests(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """SHA-256 of each small side file by name, for the manifest's summary."""
-    paths = [side_path(directory, entry.name, what) for entry in manifest.shards for what in CHECKED]
-    return {path.name: file_digest(path) for path in paths}
-
-
-def whole(directory: Path, entry: ShardEntry) -> bool:
-    """Whether the side files of a sealed shard are there and fit it."""
-    try:
-        index = np.load(side_path(directory, entry.name, "index"), allow_pickle=False)
-        np.load(side_path(directory, entry.name, "parents"), allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return False
-    fits = len(index) == entry.records and int(index["tokens"].sum(dtype=np.int64)) == entry.tokens
-    return fits and (not index["characters"].any() or side_path(directory, entry.name, "chars").is_file())
 
 
 def read_index(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
