@@ -1,4 +1,4 @@
-"""Token shards for benchmarks: documents of lognormal lengths, ids drawn with a skew, written as `ipt tokenize` does."""
+"""Token shards for benchmarks: documents of lognormal lengths, ids with a skew, as `ipt tokenize` writes them."""
 
 from __future__ import annotations
 
