@@ -1,4 +1,4 @@
-"""Token shards for benchmarks: documents of lognormal lengths, skewed ids, written as `ipt tokenize` writes them."""
+"""Token shards for benchmarks: documents of lognormal lengths, ids with a skew, as `ipt tokenize` writes them."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def _source_summary(source: Source, amount: int, documents: int, total: int) -> 
         "epochs": amount / source.documents.tokens,
         "share": amount / total,
         "asked": source.settings.asked,
-        "max_epochs": source.settings.max_epochs,
+        "max_epochs": 1 if source.settings.asked == "the rest" else source.settings.max_epochs,
         "available_documents": source.documents.documents,
         "available_tokens": source.documents.tokens,
         "converted_documents": converted,

@@ -1,9 +1,8 @@
 """The tokens of planned documents, read from a source's shards and checked.
 
 Every record read is checked: ArrayRecord keeps a hash of each record's bytes, its length must be that of the index
-which the plan was made from, and so must the id of the first record that each read takes from a shard. A shard that was
-cut, damaged or exchanged after planning is found when it is read, before anything of it is trained on, and named with
-the record.
+which the plan was made from, and so must the id of the first record that each read takes from a shard. A shard that
+was cut, damaged or exchanged is found when it is read, before any of it is trained on, and named with the record.
 
 On one host a block of neighbouring records is read at once and kept until its window is through; on several, each
 host reads only the records of its own rows.

@@ -16,7 +16,7 @@ def plan_summary_table(summary: dict[str, Any]) -> Table:
     )
     for heading in ("source", "kind", "asked"):
         table.add_column(heading)
-    for heading in ("documents", "tokens", "share", "epochs", "at most"):
+    for heading in ("documents", "tokens", "share", "epochs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for source in summary["sources"]:
         table.add_row(
@@ -26,8 +26,7 @@ def plan_summary_table(summary: dict[str, Any]) -> Table:
             f"{source['documents']:,}",
             f"{source['tokens']:,}",
             f"{source['share']:.2%}",
-            f"{source['epochs']:.4g}",
-            "any" if source["max_epochs"] is None else f"{source['max_epochs']:g}",
+            f"{source['epochs']:.4g}" + (f" of {source['max_epochs']:g}" if source["max_epochs"] else ""),
         )
     return table
 
