@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,21 +72,6 @@ def test_bfloat16_sums_in_float32() -> None:
     assert loss.dtype == sums["loss"].dtype == jnp.float32
     assert (grads[0].dtype, grads[1].dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(loss, plain(hidden, head, batch, 0.0), rtol=2e-2)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_more_than_two_chunks_of_logits_exist(dtype: str) -> None:
-    """4,096 tokens under a vocabulary of 32,000: the head's gradient and two chunks, by the compiler's own count."""
-    tokens, width, vocab, chunk = 4096, 256, 32_000, 256
-    of = functools.partial(jax.ShapeDtypeStruct, (2, tokens // 2))
-    labels = {"targets": of(jnp.int32), "loss_mask": of(jnp.bool_), "kinds": of(jnp.int32)}
-    hidden, head = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, tokens // 2, width), (width, vocab)))
-    run = jax.jit(jax.value_and_grad(functools.partial(ours, chunk=chunk), argnums=(0, 1), has_aux=True))
-    memory = run.lower(hidden, head, labels).compile().memory_analysis()
-    allowed = width * vocab * 4 + 2 * chunk * vocab * 4
-    if dtype == "bfloat16":  # a CPU multiplies bfloat16 by way of a float32 copy of the head
-        allowed += width * vocab * 4
-    assert memory.temp_size_in_bytes <= allowed
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 5000))
