@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
+from trainkit import run_python
 
 import ipt_jax
 from ipt_jax.corpus.settings import UserError
@@ -22,6 +23,7 @@ from ipt_jax.corpus.shards import lock_directory
 from ipt_jax.hf import export, tensors
 from ipt_jax.hf.export import run_export
 from ipt_jax.hf.import_ import run_import
+from ipt_jax.hf.mapping import leaves
 from ipt_jax.model.config import ModelConfig, ModelSettings, RopeScaling, resolve_model
 from ipt_jax.model.mistral import init_params
 from ipt_jax.model.source import config_from_hf, config_to_hf, read_model_config, resolve_checkpoint
@@ -202,6 +204,62 @@ def test_config_translates_both_ways_and_dialects(config: ModelConfig) -> None:
     five = {key: value for key, value in raw.items() if not key.startswith("rope_")}  # as transformers 5 spells it
     five["rope_parameters"] = {"rope_type": "default", **(raw["rope_scaling"] or {}), "rope_theta": raw["rope_theta"]}
     assert ModelConfig(**config_from_hf(five, "here")) == config
+
+
+@pytest.mark.parametrize("config", [MISTRAL, LLAMA], ids=["mistral", "llama"])
+def test_config_has_what_older_readers_ask_for(config: ModelConfig) -> None:
+    """transformers 4.57 knows neither rope_parameters nor, before 4.56, dtype; all of this is read from the JSON."""
+    raw = config_to_hf(config, "bfloat16")
+    assert (raw["dtype"], raw["torch_dtype"]) == ("bfloat16", "bfloat16")
+    assert raw["rope_theta"] == config.rope_theta and "rope_parameters" not in raw
+    assert raw["tie_word_embeddings"] is config.tie_embeddings and raw["head_dim"] == config.head_dim
+    if config.rope_scaling is None:
+        assert raw["rope_scaling"] is None and raw["sliding_window"] == 8
+    else:
+        assert raw["rope_scaling"] == {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }  # fmt: skip
+        assert "sliding_window" not in raw
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from ipt_jax.hf.export import run_export
+from ipt_jax.hf.import_ import peak_rss_bytes, run_import
+import jax, orbax.checkpoint, test_hf_roundtrip  # what is imported is not what is measured
+folder = Path(sys.argv[1])
+run_import(folder / "small", folder / "warm")
+run_export(folder / "warm", folder / "warm_again")
+before = peak_rss_bytes()
+size = run_import(folder / "hf", folder / "imported")["bytes"]
+middle = peak_rss_bytes()
+run_export(folder / "imported", folder / "again")
+print(size, middle - before, peak_rss_bytes() - before)
+"""
+
+
+def test_memory_is_that_of_some_tensors_not_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """224 MiB in ten tensors of ours: both ways add less than half of them to a process (at 1.3B: benchmarks/)."""
+    config = MISTRAL.model_copy(
+        update={
+            "hidden_size": 512, "q_heads": 8, "kv_heads": 8, "head_dim": 64, "intermediate_size": 512, "layers": 24,
+            "vocab_size": 12_288,
+        }
+    )  # fmt: skip
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 40 * 2**20)
+    for name, model in (("small", MISTRAL), ("hf", config)):
+        draw = np.random.default_rng(0)
+        planned = [tensors.Planned(one, leaf.hf_shape, "float32") for leaf in leaves(model) for one in leaf.names]
+        (tmp_path / name).mkdir()
+        tensors.write_tensors(tmp_path / name, planned, (draw.random(one.shape, np.float32) for one in planned))
+        (tmp_path / name / "config.json").write_text(json.dumps(config_to_hf(model, "float32")))
+    child = run_python(MEMORY, str(tmp_path))
+    output, errors = child.communicate(timeout=280)
+    assert child.returncode == 0, errors[-3000:]
+    size, imported, exported = map(int, output.split())
+    assert size > 220 * 2**20 and imported < size / 2 and exported < size / 2, output
 
 
 @pytest.mark.parametrize(

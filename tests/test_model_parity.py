@@ -154,6 +154,8 @@ def test_presets_have_the_sizes_of_the_paper() -> None:
 def test_model_block_is_checked() -> None:
     tiny = resolve_model(ModelSettings(preset="tiny", sliding_window=64), 777, bos_id=5, eos_id=6)
     assert (tiny.vocab_size, tiny.sliding_window, tiny.bos_id, tiny.eos_id) == (777, 64, 5, 6)
+    wider = resolve_model(ModelSettings(preset="mistral-1.3b", vocab_size=50_000), 50_000)
+    assert wider == resolve_model(ModelSettings(preset="mistral-1.3b")).model_copy(update={"vocab_size": 50_000})
     with pytest.raises(UserError, match="set model.vocab_size to 50000"):
         resolve_model(ModelSettings(preset="mistral-1.3b"), 50_000)
     with pytest.raises(UserError, match="hidden_size is missing"):
