@@ -22,6 +22,6 @@ def test_temporaries(dtype: str) -> None:
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     memory = run.lower(hidden, head, *labels).compile().memory_analysis()
     allowed = D * VOCAB * 4 + 2 * CHUNK * VOCAB * 4
-    if dtype == "bfloat16":  # a CPU multiplies bfloat16 by way of a float32 copy of the head
-        allowed += D * VOCAB * 4
+    if dtype == "bfloat16":  # a CPU multiplies bfloat16 by way of float32 copies of both; accelerators make none
+        allowed += D * (VOCAB + CHUNK) * 4 + 4096
     assert memory.temp_size_in_bytes <= allowed
