@@ -33,12 +33,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 def summary_lines(plan: Plan) -> list[str]:
     summary = plan.summary()
-    lines = [
-        "{name:<10} {documents:>2} documents {tokens:>3} of {available_tokens:>3} tokens {share:>6.1%} {epochs:>6.3f}".format(
-            **source
-        )
-        for source in summary["sources"]
-    ]
+    form = "{name:<10} {documents:>2} documents {tokens:>3} of {available_tokens:>3} tokens {share:>6.1%} {epochs:>6.3f}"
+    lines = [form.format(**source) for source in summary["sources"]]
     totals = (
         "{rows} rows, {steps} steps, {tokens} tokens, padding {padding_fraction:.2%}, {truncated_tokens} tokens cut"
     )
