@@ -241,7 +241,7 @@ print(size, middle - before, peak_rss_bytes() - before)
 
 
 def test_memory_is_that_of_some_tensors_not_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """224 MiB in ten tensors of ours: both ways add less than half of them to a process (at 1.3B: benchmarks/)."""
+    """216 MiB in twelve tensors of ours: both ways add less than half of them to a process (at 1.3B: benchmarks/)."""
     config = MISTRAL.model_copy(
         update={
             "hidden_size": 512, "q_heads": 8, "kv_heads": 8, "head_dim": 64, "intermediate_size": 512, "layers": 24,
@@ -255,11 +255,12 @@ def test_memory_is_that_of_some_tensors_not_of_the_model(tmp_path: Path, monkeyp
         (tmp_path / name).mkdir()
         tensors.write_tensors(tmp_path / name, planned, (draw.random(one.shape, np.float32) for one in planned))
         (tmp_path / name / "config.json").write_text(json.dumps(config_to_hf(model, "float32")))
-    child = run_python(MEMORY, str(tmp_path))
+    # glibc keeps freed blocks of this size; those of a real model's size go back at once
+    child = run_python(MEMORY, str(tmp_path), MALLOC_MMAP_THRESHOLD_=str(2**20))
     output, errors = child.communicate(timeout=280)
     assert child.returncode == 0, errors[-3000:]
     size, imported, exported = map(int, output.split())
-    assert size > 220 * 2**20 and imported < size / 2 and exported < size / 2, output
+    assert size > 200 * 2**20 and imported < size / 2 and exported < size / 2, output
 
 
 @pytest.mark.parametrize(
