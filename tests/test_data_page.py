@@ -34,9 +34,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 def summary_lines(plan: Plan) -> list[str]:
     summary = plan.summary()
     lines = [
-        "{name:<10} {documents:>2} documents {tokens:>3} of {available_tokens:>3} tokens {share:>6.1%} {epochs:>6.3f}".format(
-            **source
-        )
+        "{name:<10} {documents:>2} documents {tokens:>3} of {available_tokens:>3} tokens".format(**source)
+        + "  share {share:>5.1%}  epochs {epochs:.3f}".format(**source)
         for source in summary["sources"]
     ]
     totals = (
