@@ -29,7 +29,7 @@ READER_OPTIONS = (
 )
 BUFFER_BYTES = 1 << 14  # what a single record costs; the default of 1 MiB reads that much for each
 OPEN_SHARDS = 128  # an open reader holds eight bytes a record of its shard
-BLOCKS_KEPT = 3 * WINDOW
+BLOCKS_KEPT = 4 * WINDOW
 
 
 class Tokens(msgspec.Struct):
