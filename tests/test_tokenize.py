@@ -73,7 +73,7 @@ def test_side_files_tell_lengths_and_characters(tokenizer: Tokenizer, tmp_path: 
     rows = [{"id": str(i), "text": "small words " * (i + 1)} for i in range(5)]
     run_tokenize(settings(write_jsonl(tmp_path / "in.jsonl", rows), tokenizer, tmp_path / "out", unit_bytes=90))
     shards = Shards(tmp_path / "out")
-    indexes = read_index(shards.path, shards.manifest)
+    indexes = list(read_index(shards.path, shards.manifest))
     assert len(indexes) == len(shards.manifest.shards) > 1
     index = np.concatenate(indexes)
     assert index["tokens"].tolist() == [len(ids(document)) for document in read(tmp_path / "out")]
