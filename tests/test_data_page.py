@@ -33,9 +33,11 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 def summary_lines(plan: Plan) -> list[str]:
     summary = plan.summary()
-    amounts = "{documents:>2} documents {tokens:>3} of {available_tokens:>3} tokens {share:>6.1%} {epochs:>6.3f}"
-    form = "{name:<10} " + amounts
-    lines = [form.format(**source) for source in summary["sources"]]
+    lines = [
+        "{name:<10} {documents:>2} documents {tokens:>3} of {available_tokens:>3} tokens".format(**source)
+        + "  share {share:>5.1%}  epochs {epochs:.3f}".format(**source)
+        for source in summary["sources"]
+    ]
     totals = (
         "{rows} rows, {steps} steps, {tokens} tokens, padding {padding_fraction:.2%}, {truncated_tokens} tokens cut"
     )

@@ -6,6 +6,7 @@ beside the shards as `blocks-<digest>.npz`, so that later starts read megabytes.
 from the index files when a block is used, and must make the block's sum.
 """
 
+import io
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -178,7 +179,7 @@ def _keep(path: Path, table: Table) -> None:
 
 def _load(path: Path, size: int) -> Table:
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:  # one read of a network disk
             remains = Remains(kept["touched"], kept["parts"], tuple(kept["counts"].tolist()))
             return Table(size, kept["tokens"], kept["documents"], remains)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -7,6 +7,7 @@ first call, uses jax's tree functions where jax is installed.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ipt_jax.data.plan import Plan
 
 READ_THREADS = 2
 READ_TOKENS = 1 << 18  # of one host, in one element of the data set: larger ones outgrow the processor's caches
+READS_TO_LOAD = 36  # so far ahead the blocks of the next window are read: on a network disk they take a while
 AHEAD_BYTES = 256 << 20  # most memory that elements read ahead may take, beyond the two that overlap with a step
 AHEAD_READS = 32  # a window of blocks and more
 TOKEN_BYTES = 5 * 4 + 1  # of a row's fields
@@ -27,18 +29,26 @@ class HostReads:
         self._plan, self._start, self.steps = plan, start, steps
         self._rows_per_step, self._host, self._hosts = rows_per_step, host, hosts
         self.stop = -(-plan.rows // rows_per_step)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="ahead")
 
     def __len__(self) -> int:
         return max(-(-(self.stop - self._start) // self.steps), 0)
 
     def __getitem__(self, read: int) -> dict[str, np.ndarray]:
         """Each field's array [steps, rows_per_step / hosts, T]."""
-        first = self._start + int(read) * self.steps
-        steps = np.arange(first, min(first + self.steps, self.stop))
-        mine = self._rows_per_step // self._hosts
-        rows = steps[:, None] * self._rows_per_step + self._host * mine + np.arange(mine)
+        rows = self._rows(int(read))
+        if self._hosts == 1:
+            # What fails here fails again, and is told, when its own turn comes.
+            self._ahead.submit(self._plan.load_blocks, self._rows(int(read) + READS_TO_LOAD).ravel().tolist())
         made = self._plan.batch(rows.ravel().tolist(), whole_blocks=self._hosts == 1)
         return {name: array.reshape(*rows.shape, -1) for name, array in made.items()}
+
+    def _rows(self, read: int) -> np.ndarray:
+        """The rows of this host at the steps of a read; none beyond the last."""
+        first = self._start + read * self.steps
+        steps = np.arange(first, min(first + self.steps, self.stop))
+        mine = self._rows_per_step // self._hosts
+        return steps[:, None] * self._rows_per_step + self._host * mine + np.arange(mine)
 
     def __repr__(self) -> str:
         return f"HostReads(steps={self.steps}, plan={self._plan.fingerprint[:12]})"

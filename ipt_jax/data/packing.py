@@ -17,7 +17,7 @@ from ipt_jax.data.kept import Kept
 from ipt_jax.data.order import Chunk, MergedOrder
 
 CHUNK_ROWS = 512  # rows' worth of tokens in a chunk: what best_fit sees at a time
-CHUNKS_KEPT = 6
+CHUNKS_KEPT = 16
 
 # A piece: tokens [offset, offset + length) of a document, from column `at` of a row.
 PIECE = np.dtype(

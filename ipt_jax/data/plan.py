@@ -143,13 +143,23 @@ class Plan:
     def batch(self, rows: Sequence[int], *, whole_blocks: bool = False) -> dict[str, np.ndarray]:
         """Several rows: each field's array [len(rows), T]. `whole_blocks` reads the neighbours of each document with
         it and keeps them for a while, for a reader that goes through all rows."""
+        pieces = self._pieces(rows)
+        documents = self._read(pieces, whole_blocks)
+        return render(pieces, documents, len(rows), self.settings.seq_len, self._dtype)
+
+    def load_blocks(self, rows: Sequence[int]) -> None:
+        """Reads the blocks that `batch(rows, whole_blocks=True)` will ask for."""
+        pieces = self._pieces(rows)
+        for source, reader in enumerate(self._readers):
+            reader.load_blocks(pieces["document"]["record"][pieces["source"] == source])
+
+    def _pieces(self, rows: Sequence[int]) -> np.ndarray:
+        """The pieces of some rows; `row` counts from 0."""
         found = [np.zeros(0, PIECE)]
         for slot, first, stop in _runs(rows, self.rows):
             found.append(self._packing.pieces(first, stop))
             found[-1]["row"] += slot - first
-        pieces = np.concatenate(found)
-        documents = self._read(pieces, whole_blocks)
-        return render(pieces, documents, len(rows), self.settings.seq_len, self._dtype)
+        return np.concatenate(found)
 
     def _read(self, pieces: np.ndarray, whole_blocks: bool) -> list[Tokens]:
         """The record of each piece. Reads each once, each source's in ascending order."""

@@ -10,7 +10,6 @@ host reads only the records of its own rows.
 
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import Literal
 
 import msgspec
@@ -25,10 +24,12 @@ from ipt_jax.data.lengths import id_key, shards_of
 from ipt_jax.data.order import WINDOW
 from ipt_jax.data.threads import in_threads
 
-READER_OPTIONS = "readahead_buffer_size:1M,max_parallelism:0"  # a range of records is one read of the disk
+READER_OPTIONS = (
+    "readahead_buffer_size:1M,max_parallelism:0,footer_prefetch_bytes:256K"  # a range is one read of the disk
+)
 BUFFER_BYTES = 1 << 14  # what a single record costs; the default of 1 MiB reads that much for each
 OPEN_SHARDS = 128  # an open reader holds eight bytes a record of its shard
-BLOCKS_KEPT = 2 * WINDOW + 2
+BLOCKS_KEPT = 4 * WINDOW
 
 
 class Tokens(msgspec.Struct):
@@ -72,23 +73,24 @@ class RecordReader:
         self._check(found, documents, np.union1d(bounds, np.flatnonzero(np.diff(shards, prepend=-1))))
         return found
 
+    def load_blocks(self, records: np.ndarray) -> None:
+        in_threads(self._blocks, np.unique(records // self._block).tolist())
+
     def _read_block(self, block: int) -> list[bytes]:
         return self._read_span((block * self._block, min((block + 1) * self._block, int(self._ends[-1]))))
 
     def _read_span(self, span: tuple[int, int]) -> list[bytes]:
         records: list[bytes] = []
         for shard, first, stop in shards_of(self._ends, *span):
-            reader, lock = self._readers(shard)
+            reader = self._readers(shard)
             try:
-                with lock:
-                    records += reader.read(first, stop)
+                records += reader.read(first, stop)  # of a range: const in C++, so threads may share the reader
             except (RuntimeError, IndexError) as error:
-                with lock:
-                    number = _first_damaged(reader, first, stop)
+                number = _first_damaged(reader, first, stop)
                 raise UserError(_damaged(self._paths[shard], number, error)) from error
         return records
 
-    def _open(self, shard: int) -> tuple[ArrayRecordReader, Lock]:
+    def _open(self, shard: int) -> ArrayRecordReader:
         path = self._paths[shard]
         if not path.is_file():
             raise UserError(f"{path}: listed in the manifest but absent; run ipt tokenize again")
@@ -105,7 +107,7 @@ class RecordReader:
                 f"{path}: damaged (holds {reader.num_records()} records, the manifest says {expected}); "
                 "delete it and run ipt tokenize again"
             )
-        return reader, Lock()
+        return reader
 
     def _decode(self, data: list[bytes], documents: np.ndarray) -> list[Tokens]:
         try:

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TypeVar
 
-THREADS = 16
-QUICK_SECONDS = 5e-4  # a read from memory; handing it to a thread costs as much
+THREADS = 32
+QUICK_SECONDS = 1e-4  # a read from memory; handing it to a thread costs as much
 A = TypeVar("A")
 B = TypeVar("B")
 
