@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,8 +120,8 @@ def test_real_weights(tmp_path: Path) -> None:
     make = [sys.executable, str(ROOT / "launch/smollm2.py"), "-o", str(tmp_path / "theirs")]
     subprocess.run(make, check=True, capture_output=True)
     ours, model = ipt_jax.load(tmp_path / "theirs"), read_by_transformers(tmp_path / "theirs")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tokens = np.array([ours.encode(text)[:256]])
+    texts = (ROOT / "configs" / "real" / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    tokens = np.array([ours.encode(" ".join(json.loads(line)["text"] for line in texts))[:256]])
     wanted = their_logits(model, tokens)
     assert np.abs(ours.logits(tokens) - wanted).max() <= 1e-4
     prompts = [tokens[0, :64].tolist(), ours.encode("The capital of France is")]
