@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import SynthGroup, encode
 from ipt_jax.corpus.settings import UserError
 from synth.chain import Chain
@@ -18,6 +17,7 @@ from synth.config import RunSettings
 from synth.drive import drive
 from synth.engine import Engine, open_engine
 from synth.grouping import Group, form_groups
+from synth.live import Live
 from synth.spool import Spool
 from synth.store import Store
 
@@ -50,7 +50,7 @@ class Worker:
 
         missing = (group for group in self._groups_of(first) if group.number - first not in spool)
         try:
-            await drive(self.engine, self.chain, missing, put, self.settings.synthesizer.max_num_seqs)
+            await drive(self.engine, self.chain, missing, put)
         finally:
             spool.close()
         return shard
@@ -75,13 +75,12 @@ def fill_with_ray(settings: RunSettings, chain: Chain, store: Store) -> None:
     shards = iter(store.open_shards)
     workers = start_workers(ray, settings, chain, len(store.open_shards))
     running = {worker.fill.remote(first := next(shards), store.spool_path(first)): worker for worker in workers}
-    with Progress(store.survey.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
+    with Live(store, engines=len(workers)) as live:
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             worker = running.pop(done)
-            before = store.counts["texts"]
             store.resume(finished(ray, done))
-            progress.advance(store.counts["texts"] - before, pairs=store.counts["pairs"], engines=len(workers))
+            live.refresh()
             if (shard := next(shards, None)) is not None:
                 running[worker.fill.remote(shard, store.spool_path(shard))] = worker
     ray.get([worker.close.remote() for worker in workers])

@@ -27,12 +27,25 @@ class RequestFailed(RuntimeError):
 
 
 class Engine(Protocol):
+    """`places`: the requests that it works on at once. It takes more, and they wait."""
+
     tokenizer: Tokenizer
+    places: int
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
-        """One completion. Equal arguments mean the same request; `request_id` is '<group id>/<round>' or the like."""
+        """One completion. Equal arguments mean the same request; `request_id` is '<group id>/<round>' or the like.
+
+        Of the requests that wait, those of the lowest `priority` go first, and among them the earliest.
+        """
         ...
 
     async def close(self) -> None: ...

@@ -20,6 +20,7 @@ class Request(NamedTuple):
     seed: int
     max_new_tokens: int
     temperature: float
+    priority: int
     answer: "asyncio.Future[Completion]"
 
 
@@ -39,16 +40,24 @@ class JaxEngine:
                 "positions; lower it"
             )
         self.tokenizer = tokenizer
+        self.places = settings.max_num_seqs
         self._generator = BatchGenerator(model, settings.max_num_seqs, settings.max_model_len, settings.max_new_tokens)
         self._waiting: list[Request] = []
         self._running: dict[int, Request] = {}
         self._stepper: asyncio.Task[None] | None = None
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, answer))
+        self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, priority, answer))
         if self._stepper is None:
             self._stepper = asyncio.create_task(self._step_on())
         return await answer
@@ -74,7 +83,10 @@ class JaxEngine:
         return bool(self._waiting or self._running)
 
     def _admit(self) -> None:
-        for request in self._waiting:
+        """Fills the free places; the generator itself knows no priorities."""
+        self._waiting.sort(key=lambda request: request.priority)
+        free = self.places - len(self._running)
+        for request in self._waiting[:free]:
             number = self._generator.add(
                 request.prompt_ids,
                 request.seed,
@@ -82,7 +94,7 @@ class JaxEngine:
                 temperature=request.temperature,
             )
             self._running[number] = request
-        self._waiting = []
+        del self._waiting[:free]
 
     def _settle(self, request: Request, ids: list[int], finish_reason: str) -> None:
         kept = without_eos(ids, self.tokenizer.eos_id)

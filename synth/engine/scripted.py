@@ -1,12 +1,15 @@
 """An engine without a model: its answer follows from the prompt's ids, and its faults can be switched on.
 
 It quotes: each pair asks what stands behind a few words of the last context of the prompt. It stands in for a real
-engine in tests and rehearsals, so a request takes `faults.latency_seconds`, give or take half, and cached prompt tokens
-are what an endless prefix cache would have reused of the same group's former request.
+engine in tests and rehearsals, so it has as many places as one, a request holds one for `faults.latency_seconds`, give
+or take half, and cached prompt tokens are what an endless prefix cache would have reused of the same group's former
+request.
 """
 
 import asyncio
+import heapq
 from collections import OrderedDict
+from itertools import count
 from random import Random
 
 from ipt_jax.corpus.records import Pair
@@ -21,18 +24,55 @@ from synth.prompt import PAIR_SEPARATOR, pair_text, wire_pair
 REMEMBERED = 8
 
 
+class Places:
+    """What an engine works on at once: of those who wait, the lowest priority goes first, then the earliest."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._arrivals = count()
+
+    async def take(self, priority: int) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, next(self._arrivals), turn))
+        await turn
+
+    def give_back(self) -> None:
+        while self._waiting:
+            *_, turn = heapq.heappop(self._waiting)
+            if not turn.done():  # else it was given up meanwhile
+                return turn.set_result(None)
+        self._free += 1
+
+
 class ScriptedEngine:
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.faults = settings.faults or FaultSettings()
+        self.places = settings.max_num_seqs
+        self._places = Places(self.places)
         self._remembered = REMEMBERED * settings.max_num_seqs
         self._last: OrderedDict[str, list[int]] = OrderedDict()
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
         luck = draw(seed if temperature > 0 else 0, digest(prompt_ids))
-        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
+        await self._places.take(priority)
+        try:
+            await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
+        finally:
+            self._places.give_back()
         if luck.random() < self.faults.error:
             raise RequestFailed("scripted error")
         pairs = [pair_text(pair) for pair in quote_pairs(last_context(self.tokenizer, prompt_ids), luck)]

@@ -37,11 +37,22 @@ class VllmEngine:
         except BaseException:
             self._watchdog.close()
             raise
+        cache = self.engine.vllm_config.cache_config
+        self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size
+        self.places = min(settings.max_num_seqs, cache.num_gpu_blocks)
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -55,7 +66,8 @@ class VllmEngine:
         )
         final = None
         try:
-            async for output in self.engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), sampling, request_id):
+            answers = self.engine.generate(tokens_input(prompt_ids), sampling, request_id, priority=priority)
+            async for output in answers:
                 final = output  # the only one; leaving the loop early would abort the request
         except EngineDeadError:
             raise
@@ -102,6 +114,7 @@ def start_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Any:
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enable_prefix_caching=True,
+            scheduling_policy="priority",
             enforce_eager=cpu,
             disable_log_stats=True,
         ).create_engine_config()
