@@ -323,6 +323,8 @@ async def compare(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"{engine.places} places, {groups} groups, texts of {arguments.tokens} tokens, blocks of {block}, ", end="")
     print(f"a cache of {engine.cache_tokens:,} tokens", flush=True)
     least, most = map(int, arguments.tokens.split("-"))
+    warm = [[engine.tokenizer.bos_id, *range(10 + n, 210 + n)] for n in range(4 * engine.places)]
+    await asyncio.gather(*(write(engine, first, ids, f"warm {n}", new_tokens=32) for n, ids in enumerate(warm)))
     for rounds, one in settings.items():
         texts = write_corpus(folder / f"{rounds}.jsonl", groups * rounds, least, most, tokenizer)
         chain = make_chain(one, tokenizer, run_identity(one, tokenizer))

@@ -11,6 +11,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ipt_jax.corpus.records import SynthGroup
 from synth.chain import Chain
@@ -25,8 +26,9 @@ async def drive(engine: Engine, chain: Chain, groups: Iterator[Group], put: Put)
     stop = stop_on_signals()
     tasks = [asyncio.create_task(answer(engine, chain, groups, put)) for _ in range(in_flight(engine.places))]
     done = asyncio.gather(*tasks)
+    either: set[asyncio.Future[Any]] = {done, stop}
     try:
-        await asyncio.wait({done, stop}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if stop.done():  # whatever else is wrong by now: Ctrl-C in a terminal reaches an engine's processes too
             return stop.result()
         done.result()
