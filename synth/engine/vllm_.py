@@ -6,6 +6,7 @@ On CPUs the cache takes VLLM_CPU_KVCACHE_SPACE GiB (1 unless it is set); blocks 
 """
 
 import os
+import sys
 from typing import Any
 
 from ipt_jax.corpus.settings import UserError
@@ -40,6 +41,9 @@ class VllmEngine:
         cache = self.engine.vllm_config.cache_config
         self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size
         self.places = min(settings.max_num_seqs, cache.num_gpu_blocks)
+        whole = self.cache_tokens // settings.max_model_len
+        room = f"a cache of {self.cache_tokens:,} tokens ({whole:,} requests of the greatest length)"
+        print(f"vllm: {self.places} requests at once, {room}", file=sys.stderr)
 
     async def generate(
         self,
