@@ -1,10 +1,11 @@
 """A random Mistral of 19M parameters that writes pairs in the synthesizer's format by itself, and stops by itself.
 
 Real: the shape, every matrix product, attention, the tokenizer (Mistral's SentencePiece model out of mistral-common),
-greedy decoding, EOS, lengths that differ from text to text. Made up: the tokenizer has the format's three tags as
+sampling, EOS, lengths that differ from text to text. Made up: the tokenizer has the format's three tags as
 tokens of their own, and embeddings and output head are drawn so that a question's words follow `<QUE>`, an answer's
 follow `<ANS>`, and `</END>` closes or goes on. Which word, and how many, falls out of the random layers. What it writes
-means nothing.
+means nothing. It has as many key-value heads as query heads, so that a cache of 1 GiB holds 131,072 tokens: less than
+a round of a few hundred groups, as a real cache holds far less than a round of a real corpus.
 """
 
 import shutil
@@ -14,7 +15,7 @@ TAGS = ("<QUE>", "<ANS>", "</END>")
 WORDS = 1500  # of questions, and as many of answers
 STRONG, WEAK = 60.0, 1.0  # logits of what may follow, and the spread among it
 LAYERS = 0.1  # scale of what the layers add to the embedding, so that the states stay readable
-LEAVING = {"<ANS>": 10.0, "</END>": 11.0, "</s>": -1.5}  # how readily a question, an answer, a list of pairs ends
+LEAVING = {"<ANS>": 10.1, "</END>": 11.1, "</s>": -1.2}  # how readily a question, an answer, a list of pairs ends
 
 
 def write_walking_model(folder: Path) -> Path:
@@ -26,7 +27,7 @@ def write_walking_model(folder: Path) -> Path:
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=32_064, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=8, head_dim=32, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
         sliding_window=None, tie_word_embeddings=False, initializer_range=0.06,
     )  # fmt: skip
     model = MistralForCausalLM(config)
