@@ -17,6 +17,7 @@ from synth.engine import Completion, Engine, RequestFailed
 from synth.grouping import Group
 from synth.parse import parse_completion
 from synth.prompt import Prompt, context_tokens, fit_text
+from synth.verify.verifier import Verifier
 
 ATTEMPTS = 3  # a request that fails so often yields a text without pairs
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Chain:
     name: str
     weights: str
     fingerprint: str
+    verifier: Verifier | None = None
 
     async def run(self, engine: Engine, group: Group) -> SynthGroup:
         """The group's record. A text of which nothing fits the budget is left out and counted."""
@@ -47,7 +49,8 @@ class Chain:
                 continue
             meta["texts_cut"] += span != (0, len(text.text))
             texts.append(await self.ask(engine, prompt, group.id, text, span, number, meta))
-        return SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
+        answer = SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
+        return await self.verifier.run(engine, answer) if self.verifier else answer
 
     def fit(self, text: str) -> tuple[int, int] | None:
         """The span that a prompt of its own can hold; None where not even one character can."""

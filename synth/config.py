@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from ipt_jax.corpus.settings import Settings
 from ipt_jax.corpus.sources import SourceSettings
+from synth.verify.names import ScoreName
 
 
 class FaultSettings(Settings):
@@ -76,13 +77,14 @@ class SeedExamples(Settings):
 
 
 class RunSettings(Settings):
-    """The recipe of `synth run`."""
+    """The recipe of `synth run`. `verify`: the scores that pairs get at once, as `synth verify` would give them."""
 
     synthesizer: SynthesizerSettings
     corpus: CorpusSettings
     rounds: int = Field(default=2, ge=1)
     grouping: Literal["position", "source"] = "position"
     seed_examples: SeedExamples | None = None
+    verify: list[ScoreName] = []
     seed: int = 0
     executor: Literal["local", "ray"] = "local"
     groups_per_shard: int = Field(default=10_000, ge=1)

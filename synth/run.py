@@ -24,11 +24,12 @@ from synth.chain import Chain
 from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
 from synth.drive import Put, drive
-from synth.engine import Engine, model_digest, open_engine, synthesizer_tokenizer
+from synth.engine import Engine, open_engine, synthesizer_identity, synthesizer_tokenizer
 from synth.grouping import Group, form_groups, survey_corpus
 from synth.prompt import context_tokens
 from synth.seeds import load_seed_examples
 from synth.store import Store
+from synth.verify.verifier import VERSION, make_verifier, score_figures
 
 LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistake
 
@@ -46,15 +47,11 @@ def run_synth(settings: RunSettings) -> dict[str, Any]:
 
 def run_identity(settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the groups depend on, by contents: neither paths nor what only changes the speed."""
-    controls = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     seeds = settings.seed_examples
     return {
-        "synthesizer": {
-            **settings.synthesizer.meaning,
-            "weights": model_digest(settings.synthesizer, tokenizer),
-            "tokenizer": {"digest": tokenizer.digest, **controls},
-        },
+        "synthesizer": synthesizer_identity(settings.synthesizer, tokenizer),
         "corpus": source_identity(settings.corpus),
+        "verify": settings.verify and {"scores": sorted(set(settings.verify)), "version": VERSION},
         "seed_examples": seeds and {"contents": seed_digest(seeds.path), "count": seeds.count},
         **settings.model_dump(include={"rounds", "grouping", "seed", "groups_per_shard"}),
     }
@@ -117,6 +114,7 @@ def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, 
         name=Path(settings.synthesizer.model).resolve().name,
         weights=identity["synthesizer"]["weights"],
         fingerprint=digest(identity),
+        verifier=make_verifier(settings.verify, settings.synthesizer, settings.seed) if settings.verify else None,
     )
 
 
@@ -137,6 +135,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
         **{name: counts.get(name, 0) for name in names + details},
         "finished": part(counts, "finished."),
+        **score_figures(counts),
         "engine": engine,
     }
 

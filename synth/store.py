@@ -11,6 +11,7 @@ from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import Output
 from synth.grouping import Survey
 from synth.spool import Spool
+from synth.verify.verifier import tally_scores
 
 DROPPED = "dropped."
 
@@ -110,5 +111,6 @@ def tally(group: SynthGroup) -> Counter[str]:
         for pair in text.pairs:
             counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
     counts.update({name: group.meta[name] for name in ("texts_cut", "examples_dropped", "cache_lost_tokens")})
+    counts.update(tally_scores(group))
     counts[f"{DROPPED}no_room"] = group.meta["no_room"]
     return counts

@@ -1,13 +1,22 @@
 """Engines behind one interface: vLLM, this project's own model in JAX, and a scripted one for tests and rehearsals."""
 
 from pathlib import Path
+from typing import Any
 
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import Completion, Engine, RequestFailed, weights_digest
 
-__all__ = ["Completion", "Engine", "RequestFailed", "model_digest", "open_engine", "synthesizer_tokenizer"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "RequestFailed",
+    "model_digest",
+    "open_engine",
+    "synthesizer_identity",
+    "synthesizer_tokenizer",
+]
 
 
 def synthesizer_tokenizer(settings: SynthesizerSettings) -> Tokenizer:
@@ -26,6 +35,15 @@ def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer) -> str:
     if settings.engine == "scripted":
         return digest({"engine": "scripted", "tokenizer": tokenizer.digest})
     return weights_digest(settings.model)
+
+
+def synthesizer_identity(settings: SynthesizerSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the answers, by contents: neither paths nor what only changes the speed."""
+    return {
+        **settings.meaning,
+        "weights": model_digest(settings, tokenizer),
+        "tokenizer": {"digest": tokenizer.digest, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+    }
 
 
 def open_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Engine:
