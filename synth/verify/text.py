@@ -23,6 +23,11 @@ class Unscored(Exception):
     """The score cannot be given; the message is the reason, counted as such."""
 
 
+def told(pair: Pair) -> str:
+    """The answer without the words that only the format puts in."""
+    return f"{pair.rationale or ''} {final_answer(pair)}"
+
+
 def share(hits: int, all_: int) -> float:
     return hits / all_ if all_ else 1.0
 
@@ -41,7 +46,7 @@ def grounded(text: Reading, pair: Pair) -> float:
 
 def quoted(text: Reading, pair: Pair) -> float:
     """The share of the answer's neighbouring words that are neighbours in the text; of a single word, its presence."""
-    stems = [stem(word) for word in words(pair.rationale or "") + words(final_answer(pair))]
+    stems = [stem(word) for word in words(told(pair))]
     if not stems:
         raise Unscored("no_words")
     if len(stems) == 1:
@@ -51,10 +56,12 @@ def quoted(text: Reading, pair: Pair) -> float:
 
 def located(text: Reading, pair: Pair) -> float:
     """Two sentences in a row that hold much of question and answer: the best product of the two shares."""
-    asked, told = content_stems(question_stem(pair)), content_stems(pair.answer)
-    if not asked and not told:
+    asked, answered = content_stems(question_stem(pair)), content_stems(told(pair))
+    if not asked and not answered:
         raise Unscored("no_words")
-    found = ((share(len(asked & near), len(asked)), share(len(told & near), len(told))) for near in text.windows)
+    found = (
+        (share(len(asked & near), len(asked)), share(len(answered & near), len(answered))) for near in text.windows
+    )
     return max((one * other for one, other in found), default=0.0)
 
 
@@ -69,7 +76,7 @@ def question_grounded(text: Reading, pair: Pair) -> float:
 def entities(text: Reading, pair: Pair) -> float:
     """The share of the answer's names and numbers that stand in text or question."""
     asked = {stem(word) for word in words(pair.question)}
-    named = [stem(word) for word in names(pair.answer, text)]
+    named = [stem(word) for word in names(told(pair), text)]
     return share(sum(name in text.stems or name in asked for name in named), len(named))
 
 
@@ -92,14 +99,14 @@ def polarity(text: Reading, pair: Pair) -> float:
 
     A negated word must stand negated in the text; another one, where it stands there, must stand plain somewhere.
     """
-    told = words(final_answer(pair))
-    turned = turned_stems(told)
+    answered = words(final_answer(pair))
+    turned = turned_stems(answered)
     agree = [
         negated in text.turned.get(word, ()) or not (negated or word in text.turned)
         for word, ways in turned.items()
         for negated in [True in ways]
     ]
-    negates_nothing = any(map(is_negation, told)) and not any(True in ways for ways in turned.values())
+    negates_nothing = any(map(is_negation, answered)) and not any(True in ways for ways in turned.values())
     return share(sum(agree), len(agree) + negates_nothing)
 
 
@@ -110,7 +117,7 @@ def answer_type(text: Reading, pair: Pair) -> float:
 
 def unrepeated(text: Reading, pair: Pair) -> float:
     """The share of three-word runs, of question and of answer, that come once there; the lower of the two."""
-    return min(map(share_unrepeated, (pair.question, pair.answer)))
+    return min(map(share_unrepeated, (pair.question, told(pair))))
 
 
 def share_unrepeated(written: str) -> float:
@@ -121,7 +128,7 @@ def share_unrepeated(written: str) -> float:
 
 def language(text: Reading, pair: Pair) -> float:
     """What the pair's likely languages share with the text's, times the share of its letters in the text's scripts."""
-    written = f"{question_stem(pair)} {pair.answer}"
+    written = f"{question_stem(pair)} {told(pair)}"
     letters = [letter for letter in written if letter.isalpha()]
     if not letters or not text.scripts:
         raise Unscored("no_letters")
