@@ -72,6 +72,7 @@ class Corrupter:
             self.beside.setdefault(case.context, []).append(case)
             self.names.setdefault(case.story, set()).update(names(case.context))
         self.stories = sorted(self.names)
+        assert len(self.stories) > 1, "wrong answers are taken from other stories"
 
     def elsewhere(self, case: Case) -> Case:
         """A case of another story."""
@@ -91,9 +92,8 @@ class Corrupter:
 
     def entity_swapped(self, case: Case) -> Case | None:
         """A name or number of the answer becomes one of another story."""
-        while (story := self.luck.choice(self.stories)) == case.story or not self.names[story] - self.names[case.story]:
-            if len(self.stories) == 1:
-                return None
+        while (story := self.luck.choice(self.stories)) == case.story:
+            continue
         return self.rename(case, self.names[case.story], sorted(self.names[story] - self.names[case.story]))
 
     def entity_same_text(self, case: Case) -> Case | None:

@@ -5,7 +5,7 @@ the right pairs that allow the fault against the wrong ones made of them. A scor
 with the number of pairs that have it in parentheses where it is not all.
 
     python benchmarks/verify.py                                              scores that need no engine, and their speed
-    python benchmarks/verify.py --engine vllm --model DIR --sample 100       those that need one, on a part
+    python benchmarks/verify.py --engine vllm --model DIR --seconds 300      those that need one, on a part
     python benchmarks/verify.py --fit                                        the weights in synth/verify/combined.py
 """
 
@@ -22,11 +22,12 @@ from random import Random
 import numpy as np
 from corruptions import Case, corrupt, read_cases
 
+from ipt_jax.corpus.settings import digest
 from synth.config import SynthesizerSettings
 from synth.engine import Engine, open_engine, synthesizer_tokenizer
 from synth.prompt import Prompt
+from synth.verify.ask import ORDERS, Judge, ask_score, in_order
 from synth.verify.ask import Case as Asked
-from synth.verify.ask import Judge, ask_score
 from synth.verify.combined import brevity
 from synth.verify.reading import Reading
 from synth.verify.text import TEXT_SCORES
@@ -35,8 +36,17 @@ from synth.verify.verifier import Found, read_pair
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 NAMES = (*TEXT_SCORES, "combined")
 ASKED_NAMES = ("open_closed", "agreement", "options")
-ASKED_FAULTS = ("swapped", "swapped, same text", "entity swapped", "negation added")
-OPTION_FAULTS = ("wrong option", "wrong option, same text")
+ASKED_FAULTS = (
+    "swapped",
+    "swapped, same text",
+    "question swapped",
+    "entity swapped",
+    "negation added",
+    "wrong option",
+    "wrong option, same text",
+)
+PRODUCT = "combined · open_closed"
+AT_ONCE = 8  # right pairs that an engine is asked about with all that was made of them
 Table = dict[str, list[tuple[Found, Found]]]  # fault -> what right and wrong pairs got
 
 
@@ -102,45 +112,85 @@ def seconds(cases: list[Case], names: tuple[str, ...]) -> float:
 # ---- with an engine
 
 
-async def ask_table(engine: Engine, judge: Judge, cases: list[Case], sample: int, seed: int) -> Table:
-    """A part of each fault's cases, the same ones for each where they allow it."""
-    faults, read = corrupt(cases, seed), Reader()
-    chosen = set(Random(seed).sample(cases, min(sample, len(cases))))
-    table: Table = {}
-    for fault in (*ASKED_FAULTS, *OPTION_FAULTS):
-        both = [(right, wrong) for right, wrong in faults[fault] if right._replace(choices=()) in chosen]
-        names = ("options",) if fault in OPTION_FAULTS else ("open_closed", "agreement")
-        asked = await asyncio.gather(
-            *(
-                ask(engine, judge, case, names, f"{fault}/{number}/{side}")
-                for number, pair in enumerate(both)
-                for side, case in enumerate(pair)
-            )
+class Asker:
+    """The scores that need an engine, of any case; a right pair is asked once, whatever is compared with it."""
+
+    def __init__(self, engine: Engine, judge: Judge) -> None:
+        self.engine, self.judge = engine, judge
+        self.read = Reader()
+        self.known: dict[Case, asyncio.Task[Found]] = {}
+
+    async def both(self, right: Case, wrong: Case) -> tuple[Found, Found]:
+        if right.choices:
+            return await self.chosen(right, wrong)
+        first, second = await asyncio.gather(*(self.told(case) for case in (right, wrong)))
+        return first, second
+
+    async def told(self, case: Case) -> Found:
+        if case not in self.known:
+            self.known[case] = asyncio.create_task(self.ask(case))
+        return await self.known[case]
+
+    async def ask(self, case: Case) -> Found:
+        asked = self.case(case)
+        names = ("open_closed", "agreement")
+        found = dict(zip(names, await asyncio.gather(*(ask_score(name, asked) for name in names)), strict=True))
+        given = self.read(case) | found
+        parts = given["combined"], found["open_closed"]
+        known = all(isinstance(part, float) for part in parts)
+        return given | ({PRODUCT: parts[0] * parts[1]} if known else {})  # type: ignore[operator]
+
+    async def chosen(self, right: Case, wrong: Case) -> tuple[Found, Found]:
+        """Both are choices among the same options, so one set of requests tells of both."""
+        asked = self.case(right)
+        orders = [Random(f"{asked.id}/{number}").sample(right.choices, len(right.choices)) for number in range(ORDERS)]
+        shares = await asyncio.gather(*(in_order(asked, order, number) for number, order in enumerate(orders)))
+        first, second = (
+            self.read(case) | {"options": sum(share[case.answer] for share in shares) / ORDERS}
+            for case in (right, wrong)
         )
-        told = [read(case) | found for case, found in zip((case for pair in both for case in pair), asked, strict=True)]
-        table[fault] = list(zip(told[::2], told[1::2], strict=True))
+        return first, second
+
+    def case(self, case: Case) -> Asked:
+        opened = Prompt(self.judge.tokenizer).start_example(case.context)
+        return Asked(self.judge, self.engine, opened, case.pair, digest(list(case)))
+
+
+async def ask_table(asker: Asker, cases: list[Case], seconds: float, seed: int) -> Table:
+    """Some cases with all their faults at a time, in a drawn order, until the time is over."""
+    faults = {
+        fault: {right._replace(choices=()): (right, wrong) for right, wrong in both}
+        for fault, both in corrupt(cases, seed).items()
+        if fault in ASKED_FAULTS
+    }
+    cases, started = Random(seed).sample(cases, len(cases)), time.monotonic()
+    table: Table = {fault: [] for fault in faults}
+    while cases and time.monotonic() - started < seconds:
+        some, cases = cases[:AT_ONCE], cases[AT_ONCE:]
+        both = [(fault, found[case]) for fault, found in faults.items() for case in some if case in found]
+        for (fault, _), told in zip(both, await asyncio.gather(*(asker.both(*two) for _, two in both)), strict=True):
+            table[fault].append(told)
     return table
 
 
-async def ask(engine: Engine, judge: Judge, case: Case, names: tuple[str, ...], id: str) -> Found:
-    opened = Prompt(judge.tokenizer).start_example(case.context)
-    asked = Asked(judge, engine, opened, case.pair, id)
-    return dict(zip(names, await asyncio.gather(*(ask_score(name, asked) for name in names)), strict=True))
-
-
-async def run_engine(arguments: argparse.Namespace, cases: list[Case]) -> None:
+def run_engine(arguments: argparse.Namespace, cases: list[Case]) -> None:
     settings = SynthesizerSettings(
         model=arguments.model, engine=arguments.engine, max_model_len=2048, max_new_tokens=128, max_num_seqs=32
     )
     judge = Judge(settings, synthesizer_tokenizer(settings), arguments.seed)
     engine = open_engine(settings, judge.tokenizer)
+
+    async def run() -> Table:
+        try:
+            return await ask_table(Asker(engine, judge), cases, arguments.seconds, arguments.seed)
+        finally:
+            await engine.close()
+
     started = time.monotonic()
-    table = await ask_table(engine, judge, cases, arguments.sample, arguments.seed)
+    table = asyncio.run(run())
     taken = time.monotonic() - started
-    await engine.close()
-    scored = sum(2 * len(found) for found in table.values())
-    show(f"{arguments.engine}, {Path(arguments.model).name}", (*ASKED_NAMES, "combined"), table)
-    print(f"\n{scored} pairs in {taken:.0f} s")
+    show(f"{arguments.engine}, {Path(arguments.model).name}", (*ASKED_NAMES, "combined", PRODUCT), table)
+    print(f"\n{sum(map(len, table.values()))} comparisons in {taken:.0f} s")
 
 
 # ---- the weights of the combined score
@@ -176,14 +226,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("vllm", "jax"))
     parser.add_argument("--model", help="an HF directory, such as launch/smollm2.py writes")
-    parser.add_argument("--sample", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=300.0, help="after which an engine gets no new pairs")
     parser.add_argument("--fit", action="store_true")
     arguments = parser.parse_args()
     data: Callable[[str], list[Case]] = lambda name: read_cases(SHARED / name)  # noqa: E731
     if arguments.fit:
         fit(data("fairytaleqa/train.jsonl"), arguments.seed)
     elif arguments.engine:
-        asyncio.run(run_engine(arguments, data("fairytaleqa/val.jsonl")))
+        run_engine(arguments, data("fairytaleqa/val.jsonl"))
     else:
         for name in ("fairytaleqa/val.jsonl", "pubmedqa/part1.jsonl"):
             show(name, NAMES, read_table(data(name), arguments.seed))

@@ -5,7 +5,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 Languages = dict[str, float]  # the probability of each language that is not out of the question
-ENOUGH_LETTERS = 2_000  # of a text; more change nothing
+ENOUGH_LETTERS = 1_000  # of a text; more change nothing
 LEAST_SHARE = 1e-3
 
 

@@ -24,6 +24,7 @@ STOP_WORDS = frozenset(
 NEGATIONS = frozenset("not no never none nothing nobody nowhere neither nor cannot without hardly".split())
 SUFFIXES = ("ingly", "edly", "ing", "ies", "ied", "ed", "es", "ly", "s", "e", "y")
 LEAST_STEM = 3
+remembered = lru_cache(maxsize=1 << 18)  # most words have been seen before
 
 
 def words(text: str) -> list[str]:
@@ -31,7 +32,7 @@ def words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
-@lru_cache(maxsize=1 << 18)
+@remembered
 def stem(word: str) -> str:
     """'walked', 'walks' and 'Walking' -> 'walk'; one ending goes, three letters stay."""
     word = plain_word(word).removesuffix("'s")
@@ -47,10 +48,12 @@ def plain_word(word: str) -> str:
     return word.casefold().replace("’", "'")
 
 
+@remembered
 def is_content(word: str) -> bool:
     return plain_word(word) not in STOP_WORDS and "'" not in plain_word(word)[1:-2]
 
 
+@remembered
 def is_negation(word: str) -> bool:
     word = plain_word(word)
     return word in NEGATIONS or word.endswith("n't")
