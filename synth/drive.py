@@ -9,23 +9,29 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ipt_jax.corpus.records import SynthGroup
-from synth.chain import Chain
 from synth.engine import Engine
-from synth.grouping import Group
 
-Put = Callable[[Group, SynthGroup], None]
-Running = dict[asyncio.Task[SynthGroup], Group]
+Item = TypeVar("Item")  # what becomes a group: texts, or a group without scores
+Held = TypeVar("Held", contravariant=True)
+Put = Callable[[Item, SynthGroup], None]
+Running = dict[asyncio.Task[SynthGroup], Item]
+
+
+class Answers(Protocol[Held]):
+    """What makes a group of an item: a chain asks for pairs, a verifier for scores."""
+
+    async def run(self, engine: Engine, item: Held, /) -> SynthGroup: ...
 
 
 async def drive(
-    engine: Engine, chain: Chain, groups: Iterator[Group], put: Put, in_flight: int
+    engine: Engine, chain: Answers[Item], groups: Iterator[Item], put: Put[Item], in_flight: int
 ) -> signal.Signals | None:
     """Answers all groups; the signal that ended it before that, if one did."""
     stop = stop_on_signals()
-    running: Running = {}
+    running: Running[Item] = {}
     try:
         for group in groups:
             running[asyncio.create_task(chain.run(engine, group))] = group
@@ -42,7 +48,7 @@ async def drive(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def settle(running: Running, stop: asyncio.Future[signal.Signals], put: Put) -> None:
+async def settle(running: Running[Item], stop: asyncio.Future[signal.Signals], put: Put[Item]) -> None:
     """Waits until a group is whole, or a signal has come, and hands on what is whole."""
     waiting: set[asyncio.Future[Any]] = {*running, stop}
     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

@@ -164,7 +164,7 @@ def fill_here(settings: RunSettings, chain: Chain, store: Store) -> None:
 
 
 async def run_engine(
-    engine: Engine, chain: Chain, groups: Iterator[Group], put: Put, in_flight: int
+    engine: Engine, chain: Chain, groups: Iterator[Group], put: Put[Group], in_flight: int
 ) -> signal.Signals | None:
     try:
         return await drive(engine, chain, groups, put, in_flight)
