@@ -14,10 +14,10 @@ from token_shards import random_documents, write_tokens
 
 from ipt_jax.corpus.records import Parent
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.data.blocks import block_size, documents_in_memory
+from ipt_jax.data.blocks import documents_in_memory
 from ipt_jax.data.converted import stay
 from ipt_jax.data.mix import check_sources, solve_mix
-from ipt_jax.data.order import WINDOW, MergedOrder, Stream, shuffle
+from ipt_jax.data.order import MergedOrder, Stream
 from ipt_jax.data.packing import CHUNK_ROWS, BestFit, Concat, Packing
 from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings, SourceMix
@@ -156,43 +156,6 @@ def test_names_are_checked() -> None:
 
 
 # ---- order
-
-
-@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-def test_a_shuffle_reaches_each_place_once(count: int, key: int) -> None:
-    assert sorted(shuffle(count, key)) == list(range(count))
-
-
-def test_shuffles_mix_well() -> None:
-    count = 4096
-    for key in (0, 1, 2**63 + 12345):
-        order = shuffle(count, key)
-        assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < 0.06
-        assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.06
-        assert (order == shuffle(count, key ^ 1)).sum() < 12 and (np.diff(order) == 1).sum() < 12
-
-
-def test_any_part_of_a_stream_alone() -> None:
-    """Several windows of blocks, several epochs: any stretch is what the whole has there."""
-    lengths = np.random.default_rng(3).integers(200, 6000, 9000)
-    documents = documents_in_memory(lengths.tolist())
-    assert len(documents.table.tokens) > 3 * WINDOW
-    stream = Stream(documents, int(2.5 * lengths.sum()), 0, "a")
-    whole = stream.between(0, stream.amount)
-    assert whole.begins.tolist() == [0, *np.cumsum(whole.documents["length"], dtype=np.int64)[:-1].tolist()]
-    first, second = whole.documents["record"][:9000], whole.documents["record"][9000:18000]
-    assert sorted(first) == sorted(second) == list(range(9000)) and (first == second).sum() < 20
-    assert (first == np.arange(9000)).sum() < 20
-    alone = Stream(documents, stream.amount, 0, "a")
-    for place in (17_000, 4, 9001, 22_000):
-        low, high = whole.begins[place], whole.begins[place + 9]
-        assert alone.between(int(low), int(high)).documents.tolist() == whole.documents[place : place + 9].tolist()
-
-
-@given(st.integers(1, 10**9), st.integers(1, 10**6))
-def test_blocks_hold_about_as_many_tokens(records: int, mean: int) -> None:
-    size = block_size(records, records * mean)
-    assert size == 1 or (size * mean <= 1 << 17 and (2 * size * mean > 1 << 17 or size == 1 << 16))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -399,7 +362,8 @@ def test_no_token_or_target_is_lost_on_the_way_to_the_rows(
     sources = [{"name": "raw", "path": str(root / "raw"), "epochs": epochs}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ipt_jax.data.blocks.BLOCK_TOKENS", block_tokens)
-        patch.setattr("ipt_jax.data.order.WINDOW", 2)
+        patch.setattr("ipt_jax.data.blocks.LEAST_BLOCKS", 1)
+        patch.setattr("ipt_jax.data.order.WINDOW_DOCUMENTS", 3)
         patch.setattr("ipt_jax.data.plan.CHUNK_ROWS", 3)
         plan = plan_of(root, seq_len, packing=packing, sources=sources)
         rows = plan.batch(range(plan.rows + 2))
