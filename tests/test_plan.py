@@ -10,6 +10,7 @@ import pydantic
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from token_shards import random_documents, write_tokens
 
 from ipt_jax.corpus.records import Parent
@@ -286,10 +287,17 @@ def test_ids_that_cannot_be_matched(corpora: Path, tmp_path: Path) -> None:
         excluding(write_tokens(tmp_path / "other", random_documents([5])), corpora / "augmented")
 
 
+def table_lines(plan: Plan) -> list[str]:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(plan_summary_table(plan.summary()))
+    return [" ".join(line.split()) for line in capture.get().splitlines()]
+
+
 def test_summary_fingerprint_and_table(corpora: Path) -> None:
     sources = [
         {"name": "raw", "path": str(corpora / "raw")},
-        {"name": "tasks", "path": str(corpora / "tasks"), "epochs": 0.5},
+        {"name": "[/tasks]", "path": str(corpora / "tasks"), "epochs": 0.5},
     ]
     plan = plan_of(corpora, tokens=60, sources=sources)
     summary = plan.summary()
@@ -303,7 +311,12 @@ def test_summary_fingerprint_and_table(corpora: Path) -> None:
     others: list[dict] = [{"seed": 1}, {"packing": "best_fit"}, {"rows_per_step": 4}, {"tokens": 59}]
     prints = {plan_of(corpora, **({"tokens": 60, "sources": sources} | change)).fingerprint for change in others}
     assert len(prints | {plan.fingerprint}) == 5
-    assert plan_summary_table(summary).row_count == 2
+    lines = table_lines(plan)
+    assert lines[0] == "60 tokens in 8 rows of 8 (concat)"
+    assert lines[4:6] == ["raw raw the rest 3 36 60.00% 0.8372 of 1", "[/tasks] task epochs 0.5 2 24 40.00% 0.4898"]
+    assert lines[7].startswith("4 steps of 2 rows, padding 6.250%, 17 tokens cut from last documents")
+    repeated = {"name": "raw", "path": str(corpora / "raw"), "tokens": 86}
+    assert table_lines(plan_of(corpora, sources=[repeated]))[4] == "raw raw tokens 86 8 86 100.00% 2 (no cap)"
     assert (plan.vocab_size, plan.tokenizer_dir) == (100, corpora / "raw" / "tokenizer")
 
 
