@@ -19,7 +19,7 @@ from string import Template
 HERE = Path(__file__).parent
 # control characters and lone surrogates are legal in records and illegal in HTML
 ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-VOID = {"br", "hr", "meta", "line", "rect", "circle", "path", "polyline"}
+VOID = {"br", "hr", "meta", "input", "line", "rect", "circle", "path", "polyline"}
 
 
 class Markup(str):
