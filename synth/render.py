@@ -1,83 +1,29 @@
 """`synth render`: groups of texts and pairs become augmented Documents, through templates, without the synthesizer.
 
-Guaranteed: one Document a group, or one a text where `one_shot` draws so; a pure function of (group, settings),
-whatever stands beside it; inputs are not changed; no Document is empty. A group whose pairs are all gone leaves one raw
-Document a text. `meta.spans` says where texts, questions, options, reasoning and answers stand (synth/pieces.py). One
-output shard for each input shard, written whole; a second run goes on. Documents carry no BOS or EOS: `ipt tokenize`
-adds them.
+Guaranteed: one Document a group, or one a text where `one_shot` draws so; a group whose pairs are all gone leaves one
+raw Document a text. One output shard for each input shard, written whole; a second run goes on. Documents carry no BOS
+or EOS: `ipt tokenize` adds them. With `hub` the same documents also become a data set for the hub (synth/hub.py).
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from pydantic import Field, field_validator
-
 from ipt_jax.corpus.executor import run_units
 from ipt_jax.corpus.progress import Progress
-from ipt_jax.corpus.records import Document, Pair, Parent, Segment, SynthGroup, encode
-from ipt_jax.corpus.settings import Settings, UserError, digest
+from ipt_jax.corpus.records import Document, encode
+from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from synth.documents import LAYOUT_COUNT, RenderSettings, render_group
 from synth.groups import decode_group
-from synth.keep import check_scores, keeps, read_keep
-from synth.layout import Shot, has_example, lay_out
-from synth.look import LAYOUTS, Draws, Layout, draw_look, load_templates
-from synth.parse import read_format, reject
+from synth.hub import export_hub
+from synth.keep import check_scores
+from synth.look import LAYOUTS, load_templates
 
-LAYOUT_COUNT = "layout."
 FEW_GROUPS = 10_000  # fewer are rendered sooner than worker processes start
-
-
-class LayoutShares(Settings):
-    """How often each layout is drawn; the shares need not sum to one. Those left out are never drawn."""
-
-    text_first: float = Field(0.0, ge=0)
-    questions_first: float = Field(0.0, ge=0)
-    dialogue: float = Field(0.0, ge=0)
-    numbered: float = Field(0.0, ge=0)
-    few_shot: float = Field(0.0, ge=0)
-
-    @property
-    def weights(self) -> dict[Layout, float]:
-        return {
-            "text_first": self.text_first,
-            "questions_first": self.questions_first,
-            "dialogue": self.dialogue,
-            "numbered": self.numbered,
-            "few_shot": self.few_shot,
-        }
-
-
-class RenderSettings(Settings):
-    """The recipe of `synth render`. `one_shot` is the share of groups whose texts become a document each, instead of
-    one few-shot document of all. `tokenizer` is for counting tokens only."""
-
-    groups: str
-    layouts: LayoutShares = LayoutShares(text_first=0.6, questions_first=0.1, dialogue=0.1, numbered=0.1, few_shot=0.1)
-    one_shot: float = Field(0.0, ge=0, le=1)
-    keep: str | None = None
-    epoch: int = Field(0, ge=0)
-    seed: int = 0
-    tokenizer: str | None = None
-    output: str
-
-    @field_validator("layouts")
-    @classmethod
-    def _draws_something(cls, shares: LayoutShares) -> LayoutShares:
-        if not sum(shares.weights.values()):
-            raise ValueError("every share is 0; give at least one layout a share")
-        return shares
-
-    @field_validator("keep")
-    @classmethod
-    def _can_be_read(cls, expression: str | None) -> str | None:
-        if expression is not None:
-            read_keep(expression)
-        return expression
 
 
 @dataclass(frozen=True)
@@ -121,6 +67,8 @@ def run_render(settings: RenderSettings) -> dict[str, Any]:
                 )
                 progress.advance(shards.manifest.shards[shard].records)
         manifest = out.manifest if out.complete else out.finish()
+        if settings.hub is not None:
+            export_hub(settings, shards, manifest)
     return summary(manifest, settings)
 
 
@@ -150,6 +98,7 @@ def summary(manifest: Manifest, settings: RenderSettings) -> dict[str, Any]:
         "pairs": counts.get("pairs", 0),
         "no_pair_left": counts.get("no_pair_left", 0),
         "dropped": manifest.dropped,
+        "hub": settings.hub.output if settings.hub else None,
     }
 
 
@@ -195,88 +144,3 @@ def count_tokens(document: Document, tokenizer: Tokenizer | None) -> int:
     if tokenizer is None:
         return 0
     return len(tokenizer.encode(document.text)) + (tokenizer.bos_id is not None) + (tokenizer.eos_id is not None)
-
-
-def render_group(
-    group: SynthGroup, settings: RenderSettings, counts: Counter[str], dropped: Counter[str]
-) -> list[Document]:
-    """The group's documents; what happened is counted."""
-    kept = [kept_pairs(text.pairs, settings.keep, dropped) for text in group.texts]
-    shots = [Shot(place, text, pairs) for place, (text, pairs) in enumerate(zip(group.texts, kept, strict=True))]
-    counts["pairs"] += sum(len(shot.pairs) for shot in shots)
-    if not any(shot.pairs for shot in shots):
-        counts["no_pair_left"] += 1
-        return raw_documents(group, shots, dropped)
-    counts["with_pairs"] += 1
-    draws = Draws(settings.seed, group.id, settings.epoch)
-    if not draws.chance("one shot", settings.one_shot):
-        return [augmented_document(group, group.id, shots, settings, counts)]
-    counts["one_shot"] += 1
-    alone = [shot for shot in shots if shot.pairs]
-    augmented = [augmented_document(group, f"{group.id}.shot{shot.place}", [shot], settings, counts) for shot in alone]
-    return augmented + raw_documents(group, [shot for shot in shots if not shot.pairs], dropped)
-
-
-def augmented_document(
-    group: SynthGroup, name: str, shots: Sequence[Shot], settings: RenderSettings, counts: Counter[str]
-) -> Document:
-    """`shots` as one document, in a look drawn for `name`."""
-    draws = Draws(settings.seed, name, settings.epoch)
-    look = draw_look(draws, settings.layouts.weights, has_example=has_example(shots))
-    counts[LAYOUT_COUNT + look.layout] += 1
-    words, spans = lay_out(shots, look, draws)
-    texts = [shot.text for shot in shots]
-    return Document(
-        id=name if settings.epoch == 0 else f"{name}.{settings.epoch}",
-        source="+".join(dict.fromkeys(text.source for text in texts)),
-        kind="augmented",
-        segments=[Segment(text=words)],
-        parents=[Parent(text.raw_id, text.start, text.end) for text in texts],
-        meta={"layout": look.layout, "spans": spans, **provenance(group)},
-    )
-
-
-def raw_documents(group: SynthGroup, shots: Sequence[Shot], dropped: Counter[str]) -> list[Document]:
-    """The texts as they were; a blank one makes no document."""
-    documents = []
-    for place, text in ((shot.place, shot.text) for shot in shots):
-        if not text.text.strip():
-            dropped["blank_text"] += 1
-            continue
-        documents.append(
-            Document(
-                id=f"{group.id}.raw{place}",
-                source=text.source,
-                kind="raw",
-                segments=[Segment(text=text.text)],
-                parents=[Parent(text.raw_id, text.start, text.end)],
-                meta=provenance(group),
-            )
-        )
-    return documents
-
-
-def provenance(group: SynthGroup) -> dict[str, str]:
-    return {"synthesizer": group.synthesizer, "fingerprint": group.fingerprint}
-
-
-def kept_pairs(pairs: Sequence[Pair], keep: str | None, dropped: Counter[str]) -> list[tuple[int, Pair]]:
-    """Accepted pairs that pass the filter, with their index; each other one is counted by its reason."""
-    kept = []
-    for index, pair in enumerate(map(whole_pair, pairs)):
-        if pair.verdict == "rejected":
-            dropped[pair.reason or "rejected"] += 1
-        elif not keeps(keep, pair):
-            dropped["keep"] += 1
-        else:
-            kept.append((index, pair))
-    return kept
-
-
-def whole_pair(pair: Pair) -> Pair:
-    """The pair read again from its wire strings: other programs may leave its parts out, or write none that fit."""
-    if pair.verdict == "rejected":
-        return pair
-    if not pair.answer.strip():
-        return reject(pair, "empty_answer")
-    return msgspec.structs.replace(read_format(pair.question, pair.answer), scores=pair.scores)
