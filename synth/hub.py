@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import msgspec
 from ipt_jax.corpus.executor import run_units
 from ipt_jax.corpus.records import Document
 from ipt_jax.corpus.settings import UserError, digest
-from ipt_jax.corpus.shards import TEMPORARY, Manifest, Shards, sync_directory, write_whole, writing
+from ipt_jax.corpus.shards import TEMPORARY, Shards, sync_directory, write_whole, writing
 from synth.card import data_card
-from synth.documents import RenderSettings, render_group
+from synth.documents import HubSettings, RenderSettings, render_group
 from synth.groups import decode_group
 from synth.rows import row, write_jsonl, write_parquet
 
+SEARCHED = 1000  # groups for examples
 SOURCES = 50  # named of one file; more are counted together
 FEW_GROUPS = 10_000  # fewer are written sooner than worker processes start
 
@@ -50,44 +52,42 @@ class FileJob:
     path: Path
 
 
-def export_hub(settings: RenderSettings, shards: Shards, manifest: Manifest) -> None:
-    """Writes the files that are missing, then the card."""
-    hub = settings.hub
-    assert hub is not None
-    folder = Path(hub.output)
+def open_export(hub: HubSettings, documents: str) -> Export:
+    """What is whole already of the data set of `documents`, a fingerprint; files that are not are removed."""
+    folder, fingerprint = Path(hub.output), digest([documents, hub.format])
+    note, data = folder / "export.json", folder / "data"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        export = open_export(folder, digest([manifest.fingerprint, hub.format]))
-        total = len(shards.paths)
-        paths = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.{hub.format}" for shard in range(total)]
-        whole = {file.name for file in export.files}
-        jobs = [FileJob(settings, shard, path) for shard, path in enumerate(paths) if path.name not in whole]
+        if note.is_file():
+            export = msgspec.json.decode(note.read_bytes(), type=Export)
+        elif foreign := sorted(path.name for path in folder.iterdir() if path.suffix != TEMPORARY):
+            raise UserError(f"hub output {folder}: holds {foreign[0]!r} but no export.json; give an empty directory")
+        else:
+            export = Export(fingerprint)
+        if export.fingerprint != fingerprint:
+            raise UserError(f"hub output {folder}: made of other documents; give another output, or delete this one")
+        export.files = [file for file in export.files if is_whole(data / file.name, file)]
+        save(folder, export)
+        data.mkdir(exist_ok=True)
+        known = {file.name for file in export.files}
+        for path in data.glob("train-*"):
+            if path.name not in known:
+                path.unlink()
+    return export
+
+
+def export_hub(settings: RenderSettings, hub: HubSettings, export: Export, shards: Shards, documents: str) -> None:
+    """Writes the files that are missing, then the card."""
+    folder, total = Path(hub.output), len(shards.paths)
+    paths = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.{hub.format}" for shard in range(total)]
+    whole = {file.name for file in export.files}
+    jobs = [FileJob(settings, shard, path) for shard, path in enumerate(paths) if path.name not in whole]
+    with writing(folder):
         for _, made in run_units(write_file, jobs, workers=1 if len(shards) < FEW_GROUPS else None):
             export.files = sorted([*export.files, made], key=lambda file: file.name)
             save(folder, export)
-        card = data_card(settings, hub, total_counts(export.files), examples(settings, shards), manifest.fingerprint)
+        card = data_card(settings, hub, total_counts(export.files), examples(settings, shards), documents)
         write_whole(folder / "README.md", card.encode())
-
-
-def open_export(folder: Path, fingerprint: str) -> Export:
-    """What is whole already; of what `export.json` speaks of, the rest is removed."""
-    note, data = folder / "export.json", folder / "data"
-    if note.is_file():
-        export = msgspec.json.decode(note.read_bytes(), type=Export)
-    elif foreign := sorted(path.name for path in folder.iterdir() if path.suffix != TEMPORARY):
-        raise UserError(f"hub output {folder}: holds {foreign[0]!r} but no export.json; give an empty directory")
-    else:
-        export = Export(fingerprint)
-    if export.fingerprint != fingerprint:
-        raise UserError(f"hub output {folder}: made of other documents; give another output, or delete this one")
-    export.files = [file for file in export.files if is_whole(data / file.name, file)]
-    save(folder, export)
-    data.mkdir(exist_ok=True)
-    known = {file.name for file in export.files}
-    for path in data.glob("train-*"):
-        if path.name not in known:
-            path.unlink()
-    return export
 
 
 def save(folder: Path, export: Export) -> None:
@@ -106,9 +106,9 @@ def total_counts(files: Iterable[ExportFile]) -> Counter[str]:
 
 
 def examples(settings: RenderSettings, shards: Shards) -> list[Document]:
-    """The first two augmented documents."""
+    """The first two augmented documents, if they are near the front."""
     found: list[Document] = []
-    for record in shards:
+    for record in islice(shards, SEARCHED):
         documents = render_group(decode_group(record, shards), settings, Counter(), Counter())
         found += [document for document in documents if document.kind == "augmented"]
         if len(found) >= 2:

@@ -19,7 +19,7 @@ from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.documents import LAYOUT_COUNT, RenderSettings, render_group
 from synth.groups import decode_group
-from synth.hub import export_hub
+from synth.hub import export_hub, open_export
 from synth.keep import check_scores
 from synth.look import LAYOUTS, load_templates
 
@@ -52,6 +52,7 @@ def run_render(settings: RenderSettings) -> dict[str, Any]:
     total = len(shards.paths)
     meaning = identity(settings, shards, tokenizer)
     with Output(settings.output, stage="render", identity=meaning, shard_name="documents") as out:
+        export = open_export(settings.hub, out.manifest.fingerprint) if settings.hub else None
         jobs = [ShardJob(settings, shard, out.temporary(shard)) for shard in range(total) if not out.has(shard)]
         done = sum(shards.manifest.shards[shard].records for shard in range(total) if out.has(shard))
         with Progress(len(shards), "groups", "synth render", done=done) as progress:
@@ -67,8 +68,8 @@ def run_render(settings: RenderSettings) -> dict[str, Any]:
                 )
                 progress.advance(shards.manifest.shards[shard].records)
         manifest = out.manifest if out.complete else out.finish()
-        if settings.hub is not None:
-            export_hub(settings, shards, manifest)
+        if settings.hub and export:
+            export_hub(settings, settings.hub, export, shards, manifest.fingerprint)
     return summary(manifest, settings)
 
 

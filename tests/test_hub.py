@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from extras import need
+from extras import ROOT, need
 from renderkit import EVEN, PAIRS, group, odd_group, recipe
 from test_render import write_groups
 
@@ -90,8 +94,6 @@ def test_rows_are_the_documents_with_their_pairs_beside_them(folder: Path, kind:
 
 
 def test_spans_of_odd_rows_name_their_pairs(tmp_path: Path) -> None:
-    import random
-
     stream = random.Random(5)
     write_groups(tmp_path / "groups", [[odd_group(stream, f"g{i}") for i in range(300)]])
     run_render(hub_recipe(tmp_path))
@@ -175,12 +177,40 @@ def test_a_second_run_makes_what_is_missing_and_the_same_bytes(folder: Path) -> 
     assert card(folder)[0]["license"] == "mit", "another licence needs no other rows"
 
 
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    stream = random.Random(2)
+    write_groups(tmp_path / "groups", [[odd_group(stream, f"{s}-{i}") for i in range(400)] for s in range(4)])
+    settings = tmp_path / "recipe.yaml"
+    fields = {"groups": str(tmp_path / "groups"), "output": str(tmp_path / "documents"), "tokenizer": None}
+    hub = {"output": str(tmp_path / "hub"), "name": "x", "license": "mit", "language": ["en"]}
+    settings.write_text(json.dumps({**fields, "hub": hub}))
+    command = [sys.executable, "-c", "from synth.cli import app; app()", "render", str(settings)]
+    killed = 0
+    for sight in ("documents/*.tmp", "documents/*-00002-of-*", "hub/data/*.tmp", "hub/data/*-00001-of-*.parquet"):
+        running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while running.poll() is None and not any(tmp_path.glob(sight)):
+            time.sleep(0.001)
+        running.kill()
+        killed += running.wait() != 0
+    assert killed >= 3
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    found = files_of(tmp_path / "hub"), files_of(tmp_path / "documents")
+    given = {"groups": str(tmp_path / "groups"), "output": str(tmp_path / "whole")}
+    run_render(recipe(**given, hub={**hub, "output": str(tmp_path / "hub2")}))
+    assert found == (files_of(tmp_path / "hub2"), files_of(tmp_path / "whole"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*")) if path.is_file()}
+
+
 def test_other_directories_are_left_alone(folder: Path) -> None:
     (folder / "hub" / "data").mkdir(parents=True)
     (folder / "hub" / "data" / "train-mine.parquet").write_text("mine")
     with pytest.raises(UserError, match="holds 'data' but no export.json"):
         run_render(hub_recipe(folder))
     assert (folder / "hub" / "data" / "train-mine.parquet").read_text() == "mine"
+    assert not (folder / "documents").exists(), "said before the work begins"
     (folder / "hub" / "data" / "train-mine.parquet").unlink()
     (folder / "hub" / "data").rmdir()
     run_render(hub_recipe(folder))

@@ -185,6 +185,13 @@ def test_more_than_26_options_are_counted_and_not_cut() -> None:
     assert "option" not in documents[0].text
 
 
+def test_more_than_26_questions_are_all_numbered() -> None:
+    many = [wire_pair(f"Why is room {i} cold?", f"reason {i}") for i in range(40)]
+    [document] = render(group("g", [many]), layouts={"numbered": 1})
+    assert all(f"Why is room {i} cold?" in document.text and f"reason {i}" in document.text for i in range(40))
+    assert document.text.count("40") == 2
+
+
 def test_an_answer_with_a_closing_period_still_names_its_option() -> None:
     pair = wire_pair("Where?", "Rome.", ["Oslo", "Rome"], "Ann went there.")
     for i in range(30):
