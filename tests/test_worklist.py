@@ -174,7 +174,7 @@ def test_restart_reads_neither_corpus_nor_its_digest(tmp_path: Path, monkeypatch
 
 
 def settle(path: Path) -> None:
-    """Changed long enough ago for its digest to be kept: only bytes and times of the file count, and a second passes."""
+    """Sets the file's time back and waits until its inode's is old enough for the digest to be kept."""
     past = time.time() - 10
     os.utime(path, (past, past))
     time.sleep(max(0.0, path.stat().st_ctime + 2.1 - time.time()))
