@@ -29,7 +29,7 @@ from synth.engine import Engine, model_digest, open_engine, synthesizer_tokenize
 from synth.grouping import Group
 from synth.prompt import FORMAT, context_tokens
 from synth.seeds import load_seed_examples
-from synth.store import Store
+from synth.store import DETAILS, Store
 from synth.worklist import form_groups, list_work, load_work, save_work
 
 WORK = "worklist"  # folder in the output: the work list, and digests of the corpus' files
@@ -141,8 +141,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
     rejected = part(counts, "rejected.")
     pairs = counts.get("pairs", 0)
     written = pairs + sum(rejected.values())
-    names = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens")
-    details = ("texts_cut", "texts_split", "texts_without_pairs", "examples_dropped", "cache_lost_tokens")
+    names = ("texts_without_pairs", "prompt_tokens", "cached_prompt_tokens", "completion_tokens")
     return {
         "texts": counts.get("texts", 0),
         "groups": counts.get("groups", 0),
@@ -150,7 +149,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         "rejected": rejected,
         "well_formed": round(pairs / written, 4) if written else 0.0,
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
-        **{name: counts.get(name, 0) for name in names + details},
+        **{name: counts.get(name, 0) for name in names + DETAILS},
         "finished": part(counts, "finished."),
         "engine": engine,
     }

@@ -13,7 +13,7 @@ from synth.spool import Spool
 from synth.worklist import WorkList
 
 DROPPED = "dropped."
-META_COUNTS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens")
+DETAILS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens")  # of a group's metadata
 
 
 class Store:
@@ -111,6 +111,6 @@ def tally(group: SynthGroup) -> Counter[str]:
         counts["texts_without_pairs"] += not any(pair.verdict == "accepted" for pair in text.pairs)
         for pair in text.pairs:
             counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
-    counts.update({name: group.meta[name] for name in META_COUNTS})
+    counts.update({name: group.meta[name] for name in DETAILS})
     counts[f"{DROPPED}no_room"] = group.meta["no_room"]
     return counts
