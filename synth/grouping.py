@@ -17,7 +17,7 @@ from ipt_jax.corpus.settings import digest, uniform
 from ipt_jax.corpus.sources import Dropped, Unit, read_unit
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
-from synth.prompt import Span, split_text
+from synth.prompt import Span, split_text, surely_fits
 
 ID_LETTERS = 24  # 96 bits: enough for billions of groups
 
@@ -75,9 +75,10 @@ def read_texts(
 
 def parts(settings: RunSettings, tokenizer: Tokenizer, text: Document) -> list[Span]:
     """The spans of a text that get a place in a group each."""
-    if settings.long_texts == "split":
-        return split_text(text.text, tokenizer, settings.synthesizer.max_prompt_tokens)
-    return [whole(text)]
+    limit = settings.synthesizer.max_prompt_tokens
+    if settings.long_texts == "cut" or surely_fits(text.text, tokenizer, limit):
+        return [whole(text)]
+    return split_text(text.text, tokenizer, limit)
 
 
 class Shard(NamedTuple):

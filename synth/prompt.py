@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -210,17 +210,23 @@ def tokens_to_end(tokenizer: Tokenizer, ids: Sequence[int], ends: int) -> tuple[
     return list(ids[:size]), tail, True
 
 
-def split_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[Span]:
-    """The text in spans that an example start of `max_tokens` tokens each holds, cut like `fit_text`; one if it fits.
+def context_tokens(text: str, tokenizer: Tokenizer) -> int:
+    """Tokens of an example's start: BOS and the context block."""
+    return 1 + len(tokenizer.encode(context_block(text)))
+
+
+Count = Callable[[str, "Tokenizer"], int]
+
+
+def split_text(text: str, tokenizer: Tokenizer, max_tokens: int, count: Count = context_tokens) -> list[Span]:
+    """The text in spans of at most `max_tokens` tokens each, cut like `fit_text`; one where it fits.
 
     The spans cover the whole text: blank characters between two sentences end the first one's span.
     """
-    if surely_fits(text, tokenizer, max_tokens):
-        return [(0, len(text))]
     spans: list[Span] = []
     start, first = 0, len(text) - len(text.lstrip())
     while start < len(text):
-        _, size = fit_text(text[first:], tokenizer, max_tokens)
+        _, size = fit_text(text[first:], tokenizer, max_tokens, count)
         rest = text[first + size :].lstrip()
         spans.append((start, len(text) - len(rest)))
         start = first = len(text) - len(rest)
@@ -228,32 +234,28 @@ def split_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[Span]:
 
 
 def surely_fits(text: str, tokenizer: Tokenizer, max_tokens: int) -> bool:
-    """Whether the text fits even if every byte were a token; false tells nothing. Many times cheaper than tokens."""
+    """Whether an example's start fits even if every byte were a token; false tells nothing. It spares most encoding."""
     spare = 2  # BOS, and the space that a tokenizer may put first
     return tokenizer.literal and len(context_block(text).encode()) + spare <= max_tokens
 
 
-def fit_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> Span:
-    """The span of `text` whose example start (BOS and context block) has at most `max_tokens` tokens.
+def fit_text(text: str, tokenizer: Tokenizer, max_tokens: int, count: Count = context_tokens) -> Span:
+    """The span of `text` that has at most `max_tokens` tokens, by default as the start of an example.
 
     Cut behind the last sentence that fits, else behind the last word, else behind the last character; at least one
     character stays whatever the budget, so the caller sets a budget that holds the empty block and a few tokens.
     """
     probe = text[: max(1, max_tokens) * CHARACTERS_PER_TOKEN]
-    if len(probe) == len(text) and context_tokens(text, tokenizer) <= max_tokens:
+    if len(probe) == len(text) and count(text, tokenizer) <= max_tokens:
         return 0, len(text)
-    room = max_tokens - context_tokens("", tokenizer)
+    room = max_tokens - count("", tokenizer)
     ends = tokenizer.char_ends(probe)[1]
     limit = ends[min(room, len(ends)) - 1] if room > 0 and ends else 1
     end = cut_point(probe, limit)
     # Tokens of the text alone and inside the block differ by a merge or two at the edges, and by one a broken tag.
-    while end > 1 and (over := context_tokens(probe[:end], tokenizer) - max_tokens) > 0:
+    while end > 1 and (over := count(probe[:end], tokenizer) - max_tokens) > 0:
         end = cut_point(probe, end - max(1, over // MOST_CHARACTER_TOKENS))
     return 0, end
-
-
-def context_tokens(text: str, tokenizer: Tokenizer) -> int:
-    return 1 + len(tokenizer.encode(context_block(text)))
 
 
 def cut_point(text: str, limit: int) -> int:

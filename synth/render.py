@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from ipt_jax.corpus.executor import run_units
 from ipt_jax.corpus.progress import Progress
@@ -22,6 +22,7 @@ from ipt_jax.corpus.records import Document, Pair, Parent, Segment, SynthGroup, 
 from ipt_jax.corpus.settings import Settings, UserError, digest
 from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from synth.budget import count_tokens, fit_rows, pairs_of, raw_parts
 from synth.groups import decode_group
 from synth.keep import check_scores, keeps, read_keep
 from synth.layout import Shot, has_example, lay_out
@@ -54,7 +55,8 @@ class LayoutShares(Settings):
 
 class RenderSettings(Settings):
     """The recipe of `synth render`. `one_shot` is the share of groups whose texts become a document each, instead of
-    one few-shot document of all. `tokenizer` is for counting tokens only."""
+    one few-shot document of all. `tokenizer` counts tokens: where `max_document_tokens` is the row of a model that is to
+    be trained, it is that model's."""
 
     groups: str
     layouts: LayoutShares = LayoutShares(text_first=0.6, questions_first=0.1, dialogue=0.1, numbered=0.1, few_shot=0.1)
@@ -63,6 +65,7 @@ class RenderSettings(Settings):
     epoch: int = Field(0, ge=0)
     seed: int = 0
     tokenizer: str | None = None
+    max_document_tokens: int | None = Field(None, ge=32)
     output: str
 
     @field_validator("layouts")
@@ -71,6 +74,13 @@ class RenderSettings(Settings):
         if not sum(shares.weights.values()):
             raise ValueError("every share is 0; give at least one layout a share")
         return shares
+
+    @field_validator("max_document_tokens")
+    @classmethod
+    def _can_be_counted(cls, limit: int | None, info: ValidationInfo) -> int | None:
+        if limit is not None and info.data.get("tokenizer") is None:
+            raise ValueError("tokens need a tokenizer; set tokenizer to the pre-training model's")
+        return limit
 
     @field_validator("keep")
     @classmethod
@@ -135,6 +145,7 @@ def identity(settings: RenderSettings, shards: Shards, tokenizer: Tokenizer | No
         "epoch": settings.epoch,
         "seed": settings.seed,
         "tokenizer": tokenizer.digest if tokenizer else None,
+        "max_document_tokens": settings.max_document_tokens,
     }
 
 
@@ -149,6 +160,7 @@ def summary(manifest: Manifest, settings: RenderSettings) -> dict[str, Any]:
         "one_shot": {"asked": settings.one_shot, "got": share(counts.get("one_shot", 0), counts.get("with_pairs", 0))},
         "pairs": counts.get("pairs", 0),
         "no_pair_left": counts.get("no_pair_left", 0),
+        "split_for_row": counts.get("split_for_row", 0),
         "dropped": manifest.dropped,
     }
 
@@ -181,7 +193,7 @@ def render_shard(job: ShardJob) -> ShardResult:
         nonlocal tokens
         shards = Shards(settings.groups, verify=False)
         for record in shards.stream(job.shard):
-            for document in render_group(decode_group(record, shards), settings, counts, dropped):
+            for document in render_group(decode_group(record, shards), settings, counts, dropped, tokenizer):
                 tokens += count_tokens(document, tokenizer)
                 yield encode(document)
 
@@ -190,31 +202,63 @@ def render_shard(job: ShardJob) -> ShardResult:
     return ShardResult(written, tokens, dict(counts), dict(dropped))
 
 
-def count_tokens(document: Document, tokenizer: Tokenizer | None) -> int:
-    """Tokens of the document with the BOS and EOS that `ipt tokenize` will put around it."""
-    if tokenizer is None:
-        return 0
-    return len(tokenizer.encode(document.text)) + (tokenizer.bos_id is not None) + (tokenizer.eos_id is not None)
-
-
 def render_group(
-    group: SynthGroup, settings: RenderSettings, counts: Counter[str], dropped: Counter[str]
+    group: SynthGroup,
+    settings: RenderSettings,
+    counts: Counter[str],
+    dropped: Counter[str],
+    tokenizer: Tokenizer | None = None,
 ) -> list[Document]:
-    """The group's documents; what happened is counted."""
+    """The group's documents, none longer than `max_document_tokens`; what happened is counted."""
     kept = [kept_pairs(text.pairs, settings.keep, dropped) for text in group.texts]
     shots = [Shot(place, text, pairs) for place, (text, pairs) in enumerate(zip(group.texts, kept, strict=True))]
     counts["pairs"] += sum(len(shot.pairs) for shot in shots)
     if not any(shot.pairs for shot in shots):
         counts["no_pair_left"] += 1
-        return raw_documents(group, shots, dropped)
+        return raw_documents(group, shots, settings, dropped, tokenizer)
     counts["with_pairs"] += 1
     draws = Draws(settings.seed, group.id, settings.epoch)
     if not draws.chance("one shot", settings.one_shot):
-        return [augmented_document(group, group.id, shots, settings, counts)]
+        return row_documents(group, group.id, shots, settings, counts, dropped, tokenizer)
     counts["one_shot"] += 1
-    alone = [shot for shot in shots if shot.pairs]
-    augmented = [augmented_document(group, f"{group.id}.shot{shot.place}", [shot], settings, counts) for shot in alone]
-    return augmented + raw_documents(group, [shot for shot in shots if not shot.pairs], dropped)
+    documents = []
+    for shot in (shot for shot in shots if shot.pairs):
+        name = f"{group.id}.shot{shot.place}"
+        documents += row_documents(group, name, [shot], settings, counts, dropped, tokenizer)
+    return documents + raw_documents(group, [shot for shot in shots if not shot.pairs], settings, dropped, tokenizer)
+
+
+def row_documents(
+    group: SynthGroup,
+    name: str,
+    shots: Sequence[Shot],
+    settings: RenderSettings,
+    counts: Counter[str],
+    dropped: Counter[str],
+    tokenizer: Tokenizer | None,
+) -> list[Document]:
+    """`shots` as one augmented document, or as several where the row is too short for it."""
+
+    def render(number: int, row: Sequence[Shot], counted: Counter[str]) -> Document:
+        return augmented_document(group, f"{name}.part{number}" if number else name, row, settings, counted)
+
+    def fits(number: int, row: Sequence[Shot]) -> bool:
+        limit = settings.max_document_tokens
+        return limit is None or not pairs_of(row) or count_tokens(render(number, row, Counter()), tokenizer) <= limit
+
+    rows = fit_rows(shots, fits)
+    if lost := pairs_of(shots) - sum(map(pairs_of, rows)):
+        counts["pairs"] -= lost
+        dropped["row_full"] += lost
+    if len(rows) > 1:
+        counts["split_for_row"] += 1
+    documents = []
+    for number, row in enumerate(rows):
+        if pairs_of(row):
+            documents.append(render(number, row, counts))
+        else:
+            documents += raw_documents(group, row, settings, dropped, tokenizer)
+    return documents
 
 
 def augmented_document(
@@ -236,23 +280,30 @@ def augmented_document(
     )
 
 
-def raw_documents(group: SynthGroup, shots: Sequence[Shot], dropped: Counter[str]) -> list[Document]:
-    """The texts as they were; a blank one makes no document."""
+def raw_documents(
+    group: SynthGroup,
+    shots: Sequence[Shot],
+    settings: RenderSettings,
+    dropped: Counter[str],
+    tokenizer: Tokenizer | None,
+) -> list[Document]:
+    """The texts as they were, cut at sentence ends where the row is too short; a blank one makes no document."""
     documents = []
     for place, text in ((shot.place, shot.text) for shot in shots):
         if not text.text.strip():
             dropped["blank_text"] += 1
             continue
-        documents.append(
-            Document(
-                id=f"{group.id}.raw{place}",
-                source=text.source,
-                kind="raw",
-                segments=[Segment(text=text.text)],
-                parents=[Parent(text.raw_id, text.start, text.end)],
-                meta=provenance(group),
+        for number, ((start, end), words) in enumerate(raw_parts(text.text, tokenizer, settings.max_document_tokens)):
+            documents.append(
+                Document(
+                    id=f"{group.id}.raw{place}" + f".part{number}" * bool(number),
+                    source=text.source,
+                    kind="raw",
+                    segments=[Segment(text=words)],
+                    parents=[Parent(text.raw_id, text.start + start, text.start + end)],
+                    meta=provenance(group),
+                )
             )
-        )
     return documents
 
 

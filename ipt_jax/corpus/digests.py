@@ -33,9 +33,12 @@ class KnownDigests:
     def __call__(self, file: str | Path) -> str:
         state = os.stat(file)
         key = f"{Path(file).name} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
-        found = self._known.get(key) or file_digest(file)
-        if max(state.st_mtime_ns, state.st_ctime_ns) + SETTLED_NS < time.time_ns():
-            self._asked[key] = found
+        found = self._known.get(key)
+        if found is None:
+            found = file_digest(file)
+            if max(state.st_mtime_ns, state.st_ctime_ns) + SETTLED_NS > time.time_ns():
+                return found
+        self._asked[key] = found
         return found
 
     def save(self) -> None:
