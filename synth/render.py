@@ -55,8 +55,8 @@ class LayoutShares(Settings):
 
 class RenderSettings(Settings):
     """The recipe of `synth render`. `one_shot` is the share of groups whose texts become a document each, instead of
-    one few-shot document of all. `tokenizer` counts tokens: where `max_document_tokens` is the row of a model that is to
-    be trained, it is that model's."""
+    one few-shot document of all. `tokenizer` counts tokens: where `max_document_tokens` is the row of a model that is
+    to be trained, it is that model's."""
 
     groups: str
     layouts: LayoutShares = LayoutShares(text_first=0.6, questions_first=0.1, dialogue=0.1, numbered=0.1, few_shot=0.1)
