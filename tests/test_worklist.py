@@ -21,7 +21,7 @@ from synthkit import groups_of, settings, shard_bytes, write_tokenizer
 from ipt_jax.corpus.digests import KnownDigests
 from ipt_jax.corpus.settings import UserError, file_digest
 from ipt_jax.corpus.tokenizer import load_tokenizer
-from synth import worklist
+from synth import read_groups, worklist
 from synth.config import RunSettings
 from synth.doubles import Marks, mark
 from synth.grouping import Group
@@ -267,3 +267,45 @@ def test_digests_are_kept_while_a_file_stays(tmp_path: Path, monkeypatch: pytest
     assert ask() == ["b", "fresh"]
     (tmp_path / "digests.json").write_text((tmp_path / "digests.json").read_text().replace("a ", "a  "))
     assert ask() == ["a", "b", "fresh"]
+
+
+def test_split_texts_are_asked_about_whole(tmp_path: Path) -> None:
+    """`cut` asks about the beginnings; `split` about all, each part a text of its own; the figures tell both."""
+    rows = [{"id": f"t{n}", "text": "Anna walks by the old mill. " * (1 + 9 * (n % 3 == 0))} for n in range(12)]
+    write_rows(tmp_path / "corpus.jsonl", rows)
+    window = {"synthesizer__max_model_len": 400, "synthesizer__max_new_tokens": 250}
+    cut = run_synth(settings(tmp_path, **window, output=str(tmp_path / "cut")))
+    run = settings(tmp_path, **window, long_texts="split", groups_per_shard=2)
+    split = run_synth(run)
+    assert (cut["texts"], cut["texts_cut"], cut["texts_split"]) == (12, 4, 0)
+    assert (split["texts"], split["texts_cut"], split["texts_split"]) == (20, 0, 12)
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for group in read_groups(run.output):
+        for text in group.texts:
+            assert text.text == rows[int(text.raw_id[1:])]["text"][text.start : text.end]
+            spans.setdefault(text.raw_id, []).append((text.start, text.end))
+    assert {name: found[-1][1] for name, found in spans.items()} == {row["id"]: len(row["text"]) for row in rows}
+    assert all(end == start for found in spans.values() for (_, end), (start, _) in zip(found, found[1:], strict=False))
+    before = shard_bytes(run.output)
+    interrupt(run, shard=1)
+    assert {**run_synth(run), "seconds": 0} == {**split, "seconds": 0}
+    assert shard_bytes(run.output) == before
+
+
+def test_every_text_is_accounted_for(tmp_path: Path) -> None:
+    """Each text stands in a record with how its answer ended, or is dropped for a reason; ends of chains are counted."""
+    rows: list[dict[str, Any]] = [{"id": f"t{n}", "text": "Anna sees the mill. " * (1 + n % 7)} for n in range(60)]
+    rows += [{"id": "blank", "text": " "}, {"id": "null", "text": None}, {"id": "wide", "text": "\U0001f642" * 90}]
+    write_rows(tmp_path / "corpus.jsonl", rows)
+    faults = {"malformed": 0.4, "truncated": 0.3, "error": 0.2}
+    run = settings(
+        tmp_path, synthesizer__faults=faults, synthesizer__max_model_len=500, synthesizer__max_new_tokens=300
+    )
+    result = run_synth(run)
+    texts = [text for group in read_groups(run.output) for text in group.texts]
+    assert result["texts"] == len(texts) == sum(result["finished"].values()) == 61
+    assert result["dropped"] == {"empty_text": 1, "null_text": 1}
+    assert set(result["finished"]) == {"stop", "length", "error"}
+    without = sum(all(pair.verdict == "rejected" for pair in text.pairs) for text in texts)
+    assert result["texts_without_pairs"] == without > result["finished"]["error"]
+    assert result["examples_dropped"] > 0 and result["texts_cut"] == 1
