@@ -293,7 +293,7 @@ def test_split_texts_are_asked_about_whole(tmp_path: Path) -> None:
 
 
 def test_every_text_is_accounted_for(tmp_path: Path) -> None:
-    """Each text stands in a record with how its answer ended, or is dropped for a reason; ends of chains are counted."""
+    """Each text stands in a record with how its answer ended, or is dropped for a reason; ends of chains count too."""
     rows: list[dict[str, Any]] = [{"id": f"t{n}", "text": "Anna sees the mill. " * (1 + n % 7)} for n in range(60)]
     rows += [{"id": "blank", "text": " "}, {"id": "null", "text": None}, {"id": "wide", "text": "\U0001f642" * 90}]
     write_rows(tmp_path / "corpus.jsonl", rows)
