@@ -87,7 +87,7 @@ def render_odd(wanted: int) -> None:
     from renderkit import EVEN, odd_group, recipe
     from test_spans import check_document
 
-    from synth.render import render_group
+    from synth.documents import render_group
 
     stream, found, seen = random.Random(0), Counter[str](), 0
     recipes = [recipe(layouts=EVEN, one_shot=0.3, seed=seed, epoch=seed) for seed in range(5)]

@@ -21,11 +21,10 @@ from ipt_jax.corpus.records import Document
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import TEMPORARY, Shards, sync_directory, write_whole, writing
 from synth.card import data_card
-from synth.documents import HubSettings, RenderSettings, render_group
-from synth.groups import decode_group
+from synth.documents import HubSettings, RenderSettings, shard_documents
 from synth.rows import row, write_jsonl, write_parquet
 
-SEARCHED = 1000  # groups for examples
+SEARCHED = 1000  # documents for examples
 SOURCES = 50  # named of one file; more are counted together
 FEW_GROUPS = 10_000  # fewer are written sooner than worker processes start
 
@@ -86,7 +85,7 @@ def export_hub(settings: RenderSettings, hub: HubSettings, export: Export, shard
         for _, made in run_units(write_file, jobs, workers=1 if len(shards) < FEW_GROUPS else None):
             export.files = sorted([*export.files, made], key=lambda file: file.name)
             save(folder, export)
-        card = data_card(settings, hub, total_counts(export.files), examples(settings, shards), documents)
+        card = data_card(settings, hub, total_counts(export.files), examples(settings), documents)
         write_whole(folder / "README.md", card.encode())
 
 
@@ -105,15 +104,10 @@ def total_counts(files: Iterable[ExportFile]) -> Counter[str]:
     return total
 
 
-def examples(settings: RenderSettings, shards: Shards) -> list[Document]:
+def examples(settings: RenderSettings) -> list[Document]:
     """The first two augmented documents, if they are near the front."""
-    found: list[Document] = []
-    for record in islice(shards, SEARCHED):
-        documents = render_group(decode_group(record, shards), settings, Counter(), Counter())
-        found += [document for document in documents if document.kind == "augmented"]
-        if len(found) >= 2:
-            break
-    return found[:2]
+    near = (document for _, document, _ in islice(shard_documents(settings, 0, Counter(), Counter()), SEARCHED))
+    return list(islice((document for document in near if document.kind == "augmented"), 2))
 
 
 # ---- one file; runs in a worker process
@@ -142,14 +136,11 @@ def few_sources(counts: Counter[str]) -> dict[str, int]:
 
 
 def rows(job: FileJob, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    shards = Shards(job.settings.groups, verify=False)
-    for record in shards.stream(job.shard):
-        group = decode_group(record, shards)
+    for group, document, _ in shard_documents(job.settings, job.shard, Counter(), Counter()):
+        found = row(group, document)
         counts[f"synthesizer {group.synthesizer}\t{group.weights}"] += 1
-        for document in render_group(group, job.settings, Counter(), Counter()):
-            found = row(group, document)
-            count_row(found, counts)
-            yield found
+        count_row(found, counts)
+        yield found
 
 
 def count_row(found: dict[str, Any], counts: Counter[str]) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 from ipt_jax.corpus.executor import run_units
 from ipt_jax.corpus.progress import Progress
-from ipt_jax.corpus.records import Document, encode
+from ipt_jax.corpus.records import encode
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from synth.documents import LAYOUT_COUNT, RenderSettings, render_group
+from synth.documents import LAYOUT_COUNT, RenderSettings, shard_documents
 from synth.groups import decode_group
 from synth.hub import export_hub, open_export
 from synth.keep import check_scores
@@ -84,6 +84,7 @@ def identity(settings: RenderSettings, shards: Shards, tokenizer: Tokenizer | No
         "epoch": settings.epoch,
         "seed": settings.seed,
         "tokenizer": tokenizer.digest if tokenizer else None,
+        "max_document_tokens": settings.max_document_tokens,
     }
 
 
@@ -98,6 +99,7 @@ def summary(manifest: Manifest, settings: RenderSettings) -> dict[str, Any]:
         "one_shot": {"asked": settings.one_shot, "got": share(counts.get("one_shot", 0), counts.get("with_pairs", 0))},
         "pairs": counts.get("pairs", 0),
         "no_pair_left": counts.get("no_pair_left", 0),
+        "split_for_row": counts.get("split_for_row", 0),
         "dropped": manifest.dropped,
         "hub": settings.hub.output if settings.hub else None,
     }
@@ -121,27 +123,16 @@ def share(part: int, whole: int) -> float:
 
 def render_shard(job: ShardJob) -> ShardResult:
     """Renders one input shard into the job's temporary file; runs in a worker process."""
-    settings = job.settings
-    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     tokens = 0
 
     def records() -> Iterator[bytes]:
         nonlocal tokens
-        shards = Shards(settings.groups, verify=False)
-        for record in shards.stream(job.shard):
-            for document in render_group(decode_group(record, shards), settings, counts, dropped):
-                tokens += count_tokens(document, tokenizer)
-                yield encode(document)
+        for _, document, length in shard_documents(job.settings, job.shard, counts, dropped):
+            tokens += length
+            yield encode(document)
 
     with writing(job.temporary.parent):
         written = write_shard(job.temporary, records())
     return ShardResult(written, tokens, dict(counts), dict(dropped))
-
-
-def count_tokens(document: Document, tokenizer: Tokenizer | None) -> int:
-    """Tokens of the document with the BOS and EOS that `ipt tokenize` will put around it."""
-    if tokenizer is None:
-        return 0
-    return len(tokenizer.encode(document.text)) + (tokenizer.bos_id is not None) + (tokenizer.eos_id is not None)

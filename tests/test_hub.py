@@ -15,6 +15,7 @@ import pytest
 import yaml
 from extras import ROOT, need
 from renderkit import EVEN, PAIRS, group, odd_group, recipe
+from synthkit import write_tokenizer
 from test_render import write_groups
 
 from ipt_jax.corpus.records import SynthGroup
@@ -93,12 +94,17 @@ def test_rows_are_the_documents_with_their_pairs_beside_them(folder: Path, kind:
     assert (raw["layout"], raw["pairs"], raw["spans"]) == (None, [], [])
 
 
-def test_spans_of_odd_rows_name_their_pairs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [None, 150])
+def test_spans_of_odd_rows_name_their_pairs(tmp_path: Path, limit: int | None) -> None:
     stream = random.Random(5)
     write_groups(tmp_path / "groups", [[odd_group(stream, f"g{i}") for i in range(300)]])
-    run_render(hub_recipe(tmp_path))
+    fields = {"tokenizer": str(write_tokenizer(tmp_path / "tokenizer")), "max_document_tokens": limit}
+    result = run_render(hub_recipe(tmp_path).model_copy(update=fields))
+    assert bool(result["split_for_row"]) == bool(limit)
     checked = 0
-    for row in read_rows(tmp_path):
+    rows = read_rows(tmp_path)
+    assert [row["text"] for row in rows] == [document.text for document in read_documents(tmp_path / "documents")]
+    for row in rows:
         for span in row["spans"]:
             if span["part"] in ("question", "rationale"):
                 assert row["text"][span["start"] : span["end"]] == row["pairs"][span["pair"]][span["part"]]

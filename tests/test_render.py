@@ -13,10 +13,11 @@ from renderkit import EVEN, PAIRS, group, recipe, render
 from ipt_jax.corpus.records import Pair, Parent, SynthGroup, encode
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Output, read_documents, read_manifest
+from synth.documents import render_group
 from synth.look import load_templates
 from synth.parse import reject
 from synth.prompt import wire_pair
-from synth.render import render_group, run_render
+from synth.render import run_render
 
 SHOTS = load_templates().layouts.few_shot.shots
 TEST_ITEM = re.compile("^(?:" + "|".join(re.escape(test) for _, test in SHOTS) + ")$", re.MULTILINE)

@@ -12,10 +12,10 @@ from renderkit import EVEN, PAIRS, group, odd_group, recipe, render
 from scipy.stats import chisquare
 
 from ipt_jax.corpus.records import Document, SynthGroup, decode, encode
+from synth.documents import render_group
 from synth.parse import gold_option, read_format
 from synth.pieces import Mark, Piece, finish, join
 from synth.prompt import final_answer, question_stem, wire_pair
-from synth.render import render_group
 
 
 def test_finish_literal() -> None:
