@@ -20,7 +20,7 @@ from ipt_jax.corpus.records import Document, Pair, Parent, Segment, SynthGroup, 
 from ipt_jax.corpus.settings import Settings, UserError, digest
 from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from synth.groups import decode_group
+from synth.groups import decode_group, without_contaminated
 from synth.keep import check_scores, keeps, read_keep
 from synth.layout import Draws, Layout, draw_look, lay_out, load_templates
 from synth.parse import gold_option, read_format
@@ -156,7 +156,8 @@ def render_shard(job: ShardJob) -> ShardResult:
         nonlocal tokens
         shards = Shards(settings.groups, verify=False)
         for record in shards.stream(job.shard):
-            for document in render_group(decode_group(record, shards), settings, counts, dropped):
+            group = without_contaminated(decode_group(record, shards), dropped)
+            for document in render_group(group, settings, counts, dropped):
                 tokens += count_tokens(document, tokenizer)
                 yield encode(document)
 
