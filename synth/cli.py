@@ -61,6 +61,30 @@ def render(config: Config, overrides: Overrides = None, as_json: AsJson = False)
 
 
 @app.command()
+def decontaminate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Pairs and texts that share words with benchmarks are listed, marked and kept out."""
+    from synth.decontaminate.run import DecontaminateSettings, run_decontaminate, show_report
+
+    settings = load_settings(DecontaminateSettings, config, overrides)
+    with quiet_stdout():
+        result = run_decontaminate(settings)
+    show(result, as_json, hide=("benchmarks",))
+    if not as_json:
+        show_report(result)
+
+
+@app.command()
+def mine(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Pairs by rules instead of a synthesizer, the paper's baseline; output as of `synth run`."""
+    from synth.mine.run import MineSettings, run_mine
+
+    settings = load_settings(MineSettings, config, overrides)
+    with quiet_stdout():
+        result = run_mine(settings)
+    show(result, as_json)
+
+
+@app.command()
 def miniworld(
     output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.", show_default=False)],
     articles: Annotated[int, typer.Option(help="Raw articles to write.", min=1)] = 4000,
