@@ -124,7 +124,7 @@ def make_runs(words: Words, places: np.ndarray, hashes: np.ndarray, size: int) -
 
 
 class Finder:
-    """Finds needles in texts. Tables of bits by leading hash bits turn nearly all places away before any search."""
+    """Finds needles in texts. Filters turn nearly all places away before any search among the hashes."""
 
     def __init__(self, needles: Needles) -> None:
         self.needles = needles
@@ -134,8 +134,8 @@ class Finder:
         self.sizes = np.frombuffer(needles.sizes, np.uint16)
         self._long = Filter(self.hashes[self.sizes == needles.ngram])
         short = np.flatnonzero(self.sizes < needles.ngram)
-        self._short_sizes = np.unique(self.sizes[short]).tolist()
-        self._short = Filter(np.array([self._opening(run) for run in short.tolist()], np.uint64))
+        self._short = {size: Filter(self.hashes[self.sizes == size]) for size in np.unique(self.sizes[short]).tolist()}
+        self._openings = Filter(np.array([self._opening(run) for run in short.tolist()], np.uint64))
         self._known: dict[int, dict[tuple[str, ...], list[int]]] = {}
 
     def _opening(self, run: int) -> int:
@@ -162,15 +162,12 @@ class Finder:
 
     def _candidates(self, words: Words) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(size, places, hashes) of what may be a needle."""
-        if self._long:
-            places, hashes = words.ngrams(self.needles.ngram)
-            likely = self._long.may_hold(hashes)
-            yield self.needles.ngram, places[likely], hashes[likely]
+        places, hashes = self._long.likely(*words.ngrams(self.needles.ngram))
+        yield self.needles.ngram, places, hashes
         if self._short:
-            places, hashes = words.ngrams(self.needles.shortest)
-            likely_places = places[self._short.may_hold(hashes)]
-            for size in self._short_sizes:
-                yield size, *words.ngrams_at(likely_places, size)
+            openings, _ = self._openings.likely(*words.ngrams(self.needles.shortest))
+            for size, known in self._short.items():
+                yield size, *known.likely(*words.ngrams_at(openings, size))
 
     def _owners(self, run: int) -> dict[tuple[str, ...], list[int]]:
         """The items of all runs with this one's hash, by their words; kept, as one hit is seldom the last."""
@@ -187,17 +184,18 @@ class Finder:
 
 
 class Filter:
-    """Tells most hashes that are not in a set from those that are, with one look at a table of eight slots a member."""
+    """Turns away most hashes that are not in a set, by two tables of eight slots a member: one of leading bits, and for
+    what passes it one of trailing bits."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         bits = max(10, (8 * len(hashes)).bit_length())
-        self._shift = np.uint64(64 - bits)
-        self._slots = np.zeros(1 << bits, bool)
-        self._slots[hashes >> self._shift] = True
-        self._any = len(hashes) > 0
+        self._shift, self._mask = np.uint64(64 - bits), np.uint64((1 << bits) - 1)
+        self._leading, self._trailing = np.zeros(1 << bits, bool), np.zeros(1 << bits, bool)
+        self._leading[hashes >> self._shift] = True
+        self._trailing[hashes & self._mask] = True
 
-    def __bool__(self) -> bool:
-        return self._any
-
-    def may_hold(self, hashes: np.ndarray) -> np.ndarray:
-        return self._slots[hashes >> self._shift]
+    def likely(self, places: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those that may be in the set, and their places."""
+        passed = np.flatnonzero(self._leading[hashes >> self._shift])
+        passed = passed[self._trailing[hashes[passed] & self._mask]]
+        return places[passed], hashes[passed]
