@@ -240,14 +240,17 @@ def test_short_items_are_counted_and_not_looked_for(tmp_path: Path) -> None:
 
 def test_every_field_block_and_list_is_looked_for(tmp_path: Path) -> None:
     rows = [
-        {"qa": [{"q": "Who sees the old boat?", "a": "Anna"}, {"q": "Who sees the new boat?", "a": None}]},
+        {
+            "qa": [{"q": "Who sees the old boat?", "a": "Anna"}, {"q": "Who sees the new boat?", "a": None}],
+            "id": "\ud800",
+        },
         {"qa": [{"q": "Where do the nine geese of the miller sleep at night?", "a": ["in the barn", "nowhere"]}]},
     ]
     texts = ["Who sees the new boat?", "Where do the nine geese of the miller sleep at night", "Who sees the old boat?"]
     raw = write_rows(tmp_path / "raw.jsonl", *({"id": text, "text": text} for text in texts))
     benchmark = {"path": write_rows(tmp_path / "deep.jsonl", *rows), "fields": ["qa.q", "qa.a"]}
     result = decontaminate(tmp_path, [{"path": raw}], ROWS, benchmarks=[benchmark])
-    assert [line["item"] for line in matches(tmp_path)] == ["deep.jsonl:1/1", "deep.jsonl:2/0"]
+    assert [line["item"] for line in matches(tmp_path)] == ["?/1", "deep.jsonl:2/0"]
     assert result["benchmarks"]["deep"]["items"] == 3
 
 
@@ -264,6 +267,7 @@ def test_a_second_run_goes_on_and_equals_an_undisturbed_one(tmp_path: Path) -> N
     assert len(shards) == len(Shards(tmp_path / "groups").paths) > 2
     sorted(output.glob("*.array_record"))[1].unlink()
     (output / "groups-00001.99.tmp").write_bytes(b"half")
+    sorted(output.glob("*.removed.jsonl"))[0].write_text("edited")
     assert decontaminate(tmp_path, inputs, rows, workers=2) == whole
     assert shard_bytes(output) == shards and (tmp_path / "clean" / "removed.jsonl").read_bytes() == listing
     assert not list((tmp_path / "clean").rglob("*.tmp"))
@@ -331,12 +335,14 @@ def mistakes() -> Iterator[tuple[Callable[[Path], Any], str]]:
     def run(**fields: Any) -> Callable[[Path], Any]:
         def call(folder: Path) -> Any:
             source = write_rows(folder / "raw.jsonl", {"id": "r", "text": "abc"})
-            return decontaminate(folder, [{"path": source}] * fields.pop("times", 1), ROWS, **fields)
+            inputs = fields.pop("inputs", [{"path": source}] * fields.pop("times", 1))
+            return decontaminate(folder, inputs, ROWS, **fields)
 
         return call
 
     yield run(times=2), "inputs: two are called 'raw'"
     yield run(benchmarks=[{"fields": ["q"]}]), "a path or a task"
+    yield run(inputs=[{"path": "raw/*.jsonl"}]), r"inputs: '\*' is no name"
     yield run(benchmarks=[{"path": "nowhere.jsonl", "fields": ["q"]}]), "no such file"
 
 
@@ -344,6 +350,7 @@ def mistakes() -> Iterator[tuple[Callable[[Path], Any], str]]:
 def test_mistakes_are_told(tmp_path: Path, call: Callable[[Path], Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         call(tmp_path)
+    assert not (tmp_path / "clean").exists()
 
 
 def test_an_absent_field_is_named(tmp_path: Path) -> None:

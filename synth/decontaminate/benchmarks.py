@@ -58,7 +58,7 @@ def benchmark_rows(settings: BenchmarkSettings) -> Iterator[tuple[str, str, dict
     for path in find_files(settings.path or ""):
         for line, row in read_jsonl(path):
             named = row.get("id")
-            yield f"benchmark {path}: line {line}", f"{path.name}:{line}" if named is None else str(named), row
+            yield f"benchmark {path}: line {line}", f"{path.name}:{line}" if named is None else plain(named), row
 
 
 def blocks(row_id: str, row: dict[str, Any], fields: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -90,4 +90,9 @@ def leaves(value: Any) -> Iterator[str]:
         for one in value:
             yield from leaves(one)
     elif value is not None:
-        yield str(value)
+        yield plain(value)
+
+
+def plain(value: Any) -> str:
+    """A value as text; JSON may spell lone surrogates, which no UTF-8 can hold."""
+    return str(value).encode("utf-8", "replace").decode()

@@ -8,6 +8,8 @@ Documents.
 
 import json
 import os
+import re
+import sys
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +30,7 @@ from synth.decontaminate.needles import Bounds, Item, Needles
 from synth.decontaminate.unit import REMOVED, Job, Made, clean_unit, removed_path
 from synth.groups import decode_group
 
+NAME = re.compile(r"\w[\w.-]*")
 KINDS = ("pairs", "texts", "documents")
 NEEDLES = f"needles.msgpack{TEMPORARY}"
 
@@ -47,7 +50,7 @@ class DecontaminateSettings(Settings):
 
     inputs: list[InputSettings] = Field(min_length=1)
     benchmarks: list[BenchmarkSettings] = Field(min_length=1)
-    ngram: int = Field(13, ge=2)
+    ngram: int = Field(13, ge=2, le=1000)
     shortest: int = Field(4, ge=1)
     workers: int | None = Field(default=None, ge=1)
     output: str
@@ -55,8 +58,8 @@ class DecontaminateSettings(Settings):
 
 def run_decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:
     names = [one.label for one in settings.benchmarks]
-    refuse_doubles("inputs", [one.label for one in settings.inputs])
-    refuse_doubles("benchmarks", names)
+    check_names("inputs", [one.label for one in settings.inputs])
+    check_names("benchmarks", names)
     items = [item for number, one in enumerate(settings.benchmarks) for item in read_items(number, one)]
     needles = Needles.build(items, names, Bounds(settings.ngram, min(settings.shortest, settings.ngram)))
     root = Path(settings.output)
@@ -75,7 +78,10 @@ def run_decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:
     return figures(settings, outputs, needles, hit)
 
 
-def refuse_doubles(what: str, names: list[str]) -> None:
+def check_names(what: str, names: list[str]) -> None:
+    """Names tell inputs and benchmarks apart, and those of inputs are folders."""
+    if odd := [name for name in names if not NAME.fullmatch(name)]:
+        raise UserError(f"{what}: {odd[0]!r} is no name of letters, digits, dots and dashes; give one with `name`")
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{what}: two are called {doubled[0]!r}; tell them apart with `name`")
 
@@ -117,7 +123,7 @@ def fill(settings: DecontaminateSettings, outputs: list[Output], needles: Path) 
     for source, output in zip(settings.inputs, outputs, strict=True):
         units = plan_units(source)
         for index, unit in enumerate(units):
-            if output.has(index):
+            if is_whole(output, index):
                 done += unit.size
                 continue
             groups, temporary = output.shard_name == "groups", output.temporary(index).absolute()
@@ -129,6 +135,19 @@ def fill(settings: DecontaminateSettings, outputs: list[Output], needles: Path) 
             seal(*places[place], made)
             before, done = done, done + jobs[place].unit.size
             progress.advance((done >> 20) - (before >> 20))
+
+
+def is_whole(output: Output, index: int) -> bool:
+    """Whether a shard is there with its list of matches as it was written; what lost it is made again."""
+    if not output.has(index):
+        return False
+    for name, digest_then in output.entry(index).sides.items():
+        path = output.path / name
+        if not path.is_file() or file_digest(path) != digest_then:
+            print(f"{path}: absent or changed; its shard is made again", file=sys.stderr)
+            output.drop(index)
+            return False
+    return True
 
 
 def seal(output: Output, index: int, total: int, made: Made) -> None:

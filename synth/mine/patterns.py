@@ -56,15 +56,12 @@ STOP = frozenset(
 
 
 class Reading(NamedTuple):
-    """A text as the rules see it."""
+    """A text as the rules see it; `good` are the numbers of the sentences that are worth a question."""
 
     text: str
     title: str | None
     sentences: list[str]
-
-    @property
-    def good(self) -> list[int]:
-        return [number for number, one in enumerate(self.sentences) if is_good(one)]
+    good: list[int]
 
 
 class Find(NamedTuple):
@@ -85,7 +82,8 @@ def read(text: str) -> Reading:
     first, line_break, rest = text.strip().partition("\n")
     short = 1 <= len(first.split()) <= 15 and not first.rstrip().endswith((".", "!", ":", ",", ";"))
     title = first.strip() if line_break and short and len(rest.split()) >= 30 else None
-    return Reading(text, title, [one for one in sentences if one != title])
+    sentences = [one for one in sentences if one != title]
+    return Reading(text, title, sentences, [number for number, one in enumerate(sentences) if is_good(one)])
 
 
 def is_good(sentence: str) -> bool:

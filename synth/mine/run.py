@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, field_validator
@@ -24,7 +25,7 @@ from ipt_jax.corpus.sources import Dropped, Unit, plan_units, read_unit, source_
 from synth.collect import read_back
 from synth.config import CorpusSettings
 from synth.grouping import ID_LETTERS
-from synth.mine.patterns import FINDERS, Pattern, ask, read, rules_digest
+from synth.mine.patterns import FINDERS, Find, Pattern, ask, read, rules_digest
 from synth.parse import question_key, reject
 
 PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn
@@ -168,19 +169,19 @@ def make_group(texts: list[Document], job: Job, counts: Counter[str]) -> SynthGr
 def mine_text(text: Document, settings: MineSettings, counts: Counter[str]) -> list[Pair]:
     """The text's pairs, accepted and rejected; what became of them is counted."""
     reading = read(text.text)
-    found: list[tuple[Pattern, Pair]] = []
+    found: list[tuple[Pattern, Find, Random]] = []
     for pattern in settings.patterns:
         luck = draw(settings.seed, "mine", pattern, text.id)
-        finds = islice(FINDERS[pattern](reading, luck), PER_PATTERN)
-        found += [(pattern, ask(pattern, find, luck)) for find in finds]
+        found += [(pattern, find, luck) for find in islice(FINDERS[pattern](reading, luck), PER_PATTERN)]
     chosen = draw(settings.seed, "mine", text.id).sample(found, min(settings.max_pairs, len(found)))
     seen: set[tuple[str, ...]] = set()
     pairs = []
-    for pattern, asked in chosen:
-        pair = read_back(asked)
-        if pair.verdict == "accepted" and question_key(pair) in seen:
+    for pattern, find, luck in chosen:
+        pair = read_back(ask(pattern, find, luck))
+        key = question_key(pair)
+        if pair.verdict == "accepted" and key in seen:
             pair = reject(pair, "duplicate_question")
-        seen.add(question_key(pair))
+        seen.add(key)
         counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
         counts[f"pattern.{pattern}"] += pair.verdict == "accepted"
         pairs.append(pair)
