@@ -28,51 +28,57 @@ class Part(NamedTuple):
 
     kind: str
     place: tuple[int, ...]
-    wordings: list[str]
+    wordings: tuple[str, ...]
 
 
 class Cleaned(NamedTuple):
-    """What stays of a record (None: nothing), what was removed for which items, and its figures."""
+    """What stays of a record (None: nothing), and its matches, a line of the list each."""
 
     record: Record | None
     matches: list[dict[str, Any]]
-    counts: Counter[str]
 
 
 def parts(record: Record) -> Iterator[Part]:
     if isinstance(record, Document):
-        yield Part("document", (), [FORMAT.sub("\n", record.text) if record.kind == "task" else record.text])
+        yield Part("document", (), (FORMAT.sub("\n", record.text) if record.kind == "task" else record.text,))
         return
     for place, text in enumerate(record.texts):
-        yield Part("text", (place,), [text.text])
+        yield Part("text", (place,), (text.text,))
         for number, pair in enumerate(text.pairs):
             if pair.verdict == "accepted":
                 yield Part("pair", (place, number), wordings(pair))
 
 
-def wordings(pair: Pair) -> list[str]:
+def wordings(pair: Pair) -> tuple[str, ...]:
     """A pair as a benchmark would hold it: question, options and answer; with the reasoning in between, and without."""
     plain = [question_stem(pair), *pair.options]
-    found = ["\n".join([*plain, final_answer(pair)])]
-    if pair.rationale is not None:
-        found.append("\n".join([*plain, pair.rationale, final_answer(pair)]))
-    return found
+    bare = "\n".join([*plain, final_answer(pair)])
+    if pair.rationale is None:
+        return (bare,)
+    return bare, "\n".join([*plain, pair.rationale, final_answer(pair)])
 
 
-def clean(record: Record, found: Sequence[tuple[Part, Found]], items: Sequence[Item], names: Sequence[str]) -> Cleaned:
+def clean(
+    record: Record,
+    found: Sequence[tuple[Part, Found]],
+    items: Sequence[Item],
+    names: Sequence[str],
+    counts: Counter[str],
+) -> Cleaned:
     """`found`: each part of the record with the items that it matches; `names` are the benchmarks'."""
-    counts: Counter[str] = Counter(part.kind + "s" for part, _ in found)
+    for part, _ in found:
+        counts[f"{part.kind}s"] += 1
     hits = {part.place: matched for part, matched in found if matched}
-    removed = {part.place: why for part, _ in found if (why := reasons(part, hits))}
-    matches = []
-    for part, matched in found:
-        counts[f"{part.kind}s_removed"] += part.place in removed
-        for benchmark in {items[item].benchmark for item in removed.get(part.place, ())}:
+    if not hits:
+        return Cleaned(record, [])
+    removed = {part: why for part, _ in found if (why := reasons(part, hits))}
+    for part, why in removed.items():
+        counts[f"{part.kind}s_removed"] += 1
+        for benchmark in {items[item].benchmark for item in why}:
             counts[f"removed.{names[benchmark]}.{part.kind}s"] += 1
-        matches += [tell(record, part, items[item], names, run) for item, run in matched.items()]
-    if isinstance(record, Document):
-        return Cleaned(None if removed else record, matches, counts)
-    return Cleaned(mark(record, removed) if removed else record, matches, counts)
+    matches = [tell(record, part, items[item], names, run) for part, matched in found for item, run in matched.items()]
+    places = {part.place for part in removed}
+    return Cleaned(None if isinstance(record, Document) else mark(record, places), matches)
 
 
 def reasons(part: Part, hits: dict[tuple[int, ...], Found]) -> Found:
@@ -90,14 +96,15 @@ def tell(record: Record, part: Part, item: Item, names: Sequence[str], run: str)
     return {**line, "benchmark": names[item.benchmark], "item": item.id, "words": run}
 
 
-def mark(group: SynthGroup, removed: dict[tuple[int, ...], Found]) -> SynthGroup:
+def mark(group: SynthGroup, removed: set[tuple[int, ...]]) -> SynthGroup:
+    """The group with the pairs at these places rejected, and its texts at these places named."""
     texts = [mark_text(text, place, removed) for place, text in enumerate(group.texts)]
     places = sorted({place[0] for place in removed if len(place) == 1} | contaminated_places(group))
     meta = {**group.meta, CONTAMINATED: places} if places else group.meta
     return msgspec.structs.replace(group, texts=texts, meta=meta)
 
 
-def mark_text(text: GroupText, place: int, removed: dict[tuple[int, ...], Found]) -> GroupText:
+def mark_text(text: GroupText, place: int, removed: set[tuple[int, ...]]) -> GroupText:
     pairs = [
         reject(pair, "contaminated") if (place, number) in removed else pair for number, pair in enumerate(text.pairs)
     ]

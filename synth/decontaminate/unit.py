@@ -46,10 +46,10 @@ def clean_unit(job: Job) -> Made:
     with writing(listing), listing.open("w", encoding="utf-8") as file:
 
         def records() -> Iterator[bytes]:
-            for cleaned in clean_records(read_records(job, dropped), load_finder(job.needles, job.needles_digest)):
+            finder = load_finder(job.needles, job.needles_digest)
+            for cleaned in clean_records(read_records(job, dropped), finder, counts):
                 lines = (json.dumps({"input": job.label, **match}, ensure_ascii=False) for match in cleaned.matches)
                 file.writelines(f"{line}\n" for line in lines)
-                counts.update(cleaned.counts)
                 if cleaned.record is None:
                     dropped["contaminated"] += 1
                 else:
@@ -84,7 +84,7 @@ def read_records(job: Job, dropped: Counter[str]) -> Iterator[Record]:
             yield row
 
 
-def clean_records(records: Iterable[Record], finder: Finder) -> Iterator[Cleaned]:
+def clean_records(records: Iterable[Record], finder: Finder, counts: Counter[str]) -> Iterator[Cleaned]:
     """`clean` of every record, in order; as many are compared at once as make a batch."""
     waiting: list[tuple[Record, list[Part]]] = []
     letters = 0
@@ -92,17 +92,17 @@ def clean_records(records: Iterable[Record], finder: Finder) -> Iterator[Cleaned
         waiting.append((record, list(parts(record))))
         letters += sum(len(text) for part in waiting[-1][1] for text in part.wordings)
         if letters >= BATCH_LETTERS:
-            yield from clean_batch(waiting, finder)
+            yield from clean_batch(waiting, finder, counts)
             waiting, letters = [], 0
     if waiting:
-        yield from clean_batch(waiting, finder)
+        yield from clean_batch(waiting, finder, counts)
 
 
-def clean_batch(batch: list[tuple[Record, list[Part]]], finder: Finder) -> Iterator[Cleaned]:
+def clean_batch(batch: list[tuple[Record, list[Part]]], finder: Finder, counts: Counter[str]) -> Iterator[Cleaned]:
     found = iter(finder.find([text for _, sides in batch for part in sides for text in part.wordings]))
     for record, sides in batch:
         matched: list[tuple[Part, Found]] = []
         for part in sides:
             wordings = [next(found) for _ in part.wordings]
             matched.append((part, {item: run for one in wordings for item, run in one.items()}))
-        yield clean(record, matched, finder.needles.items, finder.needles.names)
+        yield clean(record, matched, finder.needles.items, finder.needles.names, counts)
