@@ -185,19 +185,30 @@ def test_pairs_are_marked_and_the_rest_of_the_group_stays(tmp_path: Path) -> Non
     after, other = read_groups(tmp_path / "clean" / "groups")
     verdicts = [[(one.verdict, one.reason) for one in text.pairs] for text in after.texts]
     assert verdicts == [
-        [("accepted", None), ("rejected", "contaminated"), ("accepted", None)],
+        [("accepted", None), ("rejected", "contaminated"), ("rejected", "contaminated")],
         [("accepted", None), ("rejected", "contaminated")],
     ]
     assert after.texts[0].pairs[1].question == planted.question and after.texts[0].text == "A text."
     assert other == group("h", ("Plain.", kept)) and after.meta == {}
     assert (result["pairs"], result["texts"], result["documents"]) == (7, 3, 0)
-    assert result["removed"] == {"bench": 2} and result["pairs_removed"] == 2
+    assert result["removed"] == {"bench": 3} and result["pairs_removed"] == 3
     assert result["benchmarks"]["bench"]["items_hit"] == 2
     assert [(line["record"], line["text"], line["pair"], line["item"]) for line in matches(tmp_path)] == [
         ("g", "g.t0", 1, "q1"),
+        ("g", "g.t0", 2, "q2"),
         ("g", "g.t1", 1, "q2"),
     ]
-    assert matches(tmp_path)[1]["words"] == "who bakes bread boris does"
+    assert matches(tmp_path)[2]["words"] == "who bakes bread boris does"
+
+
+def test_a_question_is_found_with_its_options(tmp_path: Path) -> None:
+    row = {
+        "question": "Who bakes?",
+        "answer": ["Anna with the long hair", "Boris from the mill", "No one in the village"],
+    }
+    told = pair("Who bakes?", "No one in the village", options=row["answer"], rationale="Nobody is seen.")
+    source = write_records(tmp_path / "groups", "synth", [[group("g", ("A text.", [told]))]])
+    assert decontaminate(tmp_path, [{"path": source}], [row])["pairs_removed"] == 1
 
 
 def test_a_text_that_matches_takes_its_pairs_along(tmp_path: Path) -> None:

@@ -50,12 +50,12 @@ def parts(record: Record) -> Iterator[Part]:
 
 
 def wordings(pair: Pair) -> tuple[str, ...]:
-    """A pair as a benchmark would hold it: question, options and answer; with the reasoning in between, and without."""
-    plain = [question_stem(pair), *pair.options]
-    bare = "\n".join([*plain, final_answer(pair)])
-    if pair.rationale is None:
+    """A pair as a benchmark would hold it: question and answer, and with options and reasoning in between."""
+    question, answer = question_stem(pair), final_answer(pair)
+    bare = f"{question}\n{answer}"
+    if not pair.options and pair.rationale is None:
         return (bare,)
-    return bare, "\n".join([*plain, pair.rationale, final_answer(pair)])
+    return bare, "\n".join([question, *pair.options, pair.rationale or "", answer])
 
 
 def clean(
