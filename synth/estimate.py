@@ -25,6 +25,7 @@ from synth.config import RunSettings
 from synth.drive import drive
 from synth.engine import Engine, open_engine, synthesizer_tokenizer
 from synth.grouping import Group, kept_texts, make_group
+from synth.neighbours import group_key, neighbours
 from synth.prompt import pairs_text
 from synth.run import make_chain
 from synth.store import tally
@@ -96,31 +97,17 @@ def draw_sample(settings: RunSettings, size: int) -> Sample:
     return Sample(parts, count)
 
 
-def form_groups(texts: Sequence[Document], settings: RunSettings, rounds: int) -> Iterator[Group]:
-    """Groups of `rounds` neighbours of the sample, or of one source."""
-    waiting: dict[str, list[Document]] = {}
-    number = 0
-    for text in texts:
-        key = text.source if settings.grouping == "source" else ""
-        waiting.setdefault(key, []).append(text)
-        if len(waiting[key]) == rounds:
-            yield make_group(number, waiting.pop(key))
-            number += 1
-    for left in waiting.values():
-        yield make_group(number, left)
-        number += 1
-
-
 async def run_trials(engine: Engine, chain: Chain, settings: RunSettings, sample: Sample) -> dict[int, Trial]:
     """One trial after the other on one engine, and before them a group that counts for none: engines start slowly."""
     trials = {}
+    key = group_key(settings.grouping)
     words = sample.texts[1][0].text.split()
     warm_up = make_group(0, [Document("warm up", "", "raw", [Segment(" ".join(reversed(words)))])])
     try:
         with Progress(sum(map(len, sample.texts.values())), "texts", "synth run: estimate") as progress:
             await run_trial(engine, chain, settings, [warm_up])
             for rounds, texts in sample.texts.items():
-                groups = list(form_groups(texts, settings, rounds))
+                groups = [make_group(*one) for one in enumerate(neighbours(texts, rounds, key))]
                 trials[rounds] = await run_trial(engine, chain, settings, groups, progress)
     finally:
         await engine.close()

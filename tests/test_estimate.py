@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ipt_jax.corpus.settings import UserError
 from synth.cli import app
-from synth.estimate import draw_sample, form_groups, relative_error, run_estimate
+from synth.estimate import draw_sample, relative_error, run_estimate
 from synth.run import run_synth
 
 
@@ -39,7 +39,6 @@ def test_each_m_has_texts_of_its_own_in_corpus_order(tmp_path: Path) -> None:
     assert all(many == sorted(many) for many in numbers.values())
     assert draw_sample(settings, 10) == sample
     assert draw_sample(run_settings(tmp_path, seed=1), 10) != sample
-    assert [len(group.texts) for group in form_groups(sample.texts[3], settings, 3)] == [3, 3, 3, 1]
 
 
 def test_a_small_corpus_gives_a_third_to_each(tmp_path: Path) -> None:

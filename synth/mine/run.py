@@ -26,6 +26,7 @@ from synth.collect import read_back
 from synth.config import CorpusSettings
 from synth.grouping import ID_LETTERS
 from synth.mine.patterns import FINDERS, Find, Pattern, ask, read, rules_digest
+from synth.neighbours import group_key, neighbours
 from synth.parse import question_key, reject
 
 PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn
@@ -116,7 +117,8 @@ def mine_unit(job: Job) -> Made:
     dropped: Counter[str] = Counter()
 
     def records() -> Iterator[bytes]:
-        for texts in grouped(kept_texts(job, dropped), job.settings):
+        key = group_key(job.settings.grouping)
+        for texts in neighbours(kept_texts(job, dropped), job.settings.rounds, key):
             counts["groups"] += 1
             yield encode(make_group(texts, job, counts))
 
@@ -131,17 +133,6 @@ def kept_texts(job: Job, dropped: Counter[str]) -> Iterator[Document]:
             dropped[row.reason] += 1
         elif uniform(job.settings.seed, "fraction", row.id) < job.settings.corpus.fraction:
             yield row
-
-
-def grouped(texts: Iterator[Document], settings: MineSettings) -> Iterator[list[Document]]:
-    """Neighbours, or neighbours of one source, `rounds` at a time; the last of each may be fewer."""
-    waiting: dict[str, list[Document]] = {}
-    for text in texts:
-        key = text.source if settings.grouping == "source" else ""
-        waiting.setdefault(key, []).append(text)
-        if len(waiting[key]) == settings.rounds:
-            yield waiting.pop(key)
-    yield from waiting.values()
 
 
 def make_group(texts: list[Document], job: Job, counts: Counter[str]) -> SynthGroup:
