@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs="+", metavar="MB", help="measure memory at these sizes instead")
     arguments = parser.parse_args()
+    if not DATA.is_dir():
+        sys.exit(f"{DATA}: absent; the benchmark needs its texts")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(prefix="ipt-decontaminate-") as name:
         folder = Path(name)
