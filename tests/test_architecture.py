@@ -52,7 +52,7 @@ OPTIONAL: dict[str, set[str]] = {
     "ray": {"ipt_jax.corpus.executor", "synth.cluster"},
     "datasets": {"ipt_jax.corpus.datasets"},
     "tensorflow_datasets": {"ipt_jax.corpus.datasets"},
-    "lm_eval": set(),
+    "lm_eval": {"synth.decontaminate.tasks"},
 }
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "torch")
 
