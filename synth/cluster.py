@@ -6,7 +6,6 @@ on a file system that all nodes share. An actor that dies ends the run; what is 
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from synth.chain import Chain
 from synth.config import RunSettings
 from synth.drive import drive
 from synth.engine import Engine, open_engine
-from synth.grouping import Group, form_groups
+from synth.grouping import Group
 from synth.spool import Spool
 from synth.store import Store
+from synth.worklist import WorkList, form_groups
 
 
 def with_absolute_paths(settings: RunSettings) -> RunSettings:
@@ -31,11 +31,10 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
 
 
 class Worker:
-    """An engine and a reader of the corpus that only goes forward: shards are handed out in rising order."""
+    """An engine and the work list, by which the corpus is read from each shard's own place on."""
 
-    def __init__(self, settings: RunSettings, chain: Chain) -> None:
-        self.settings, self.chain = settings, chain
-        self.groups = form_groups(settings)
+    def __init__(self, settings: RunSettings, chain: Chain, work: WorkList) -> None:
+        self.settings, self.chain, self.work = settings, chain, work
         self.engine: Engine | None = None
 
     async def fill(self, shard: int, path: Path) -> int:
@@ -48,20 +47,13 @@ class Worker:
         def put(group: Group, answer: SynthGroup) -> None:
             spool.append(group.number - first, encode(answer))
 
-        missing = (group for group in self._groups_of(first) if group.number - first not in spool)
+        groups = form_groups(self.settings, self.chain.tokenizer, self.work, [shard])
+        missing = (group for group in groups if group.number - first not in spool)
         try:
             await drive(self.engine, self.chain, missing, put, self.settings.synthesizer.max_num_seqs)
         finally:
             spool.close()
         return shard
-
-    def _groups_of(self, first: int) -> Iterator[Group]:
-        last = first + self.settings.groups_per_shard - 1
-        for group in self.groups:
-            if group.number >= first:
-                yield group
-            if group.number == last:
-                return
 
     async def close(self) -> None:
         if self.engine is not None:
@@ -73,9 +65,9 @@ def fill_with_ray(settings: RunSettings, chain: Chain, store: Store) -> None:
     ray = connect()
     store.release()
     shards = iter(store.open_shards)
-    workers = start_workers(ray, settings, chain, len(store.open_shards))
+    workers = start_workers(ray, settings, chain, store.work, len(store.open_shards))
     running = {worker.fill.remote(first := next(shards), store.spool_path(first)): worker for worker in workers}
-    with Progress(store.survey.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
+    with Progress(store.work.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             worker = running.pop(done)
@@ -94,7 +86,7 @@ def finished(ray: Any, reference: Any) -> int:
         raise error.as_instanceof_cause() from None
 
 
-def start_workers(ray: Any, settings: RunSettings, chain: Chain, shards: int) -> list[Any]:
+def start_workers(ray: Any, settings: RunSettings, chain: Chain, work: WorkList, shards: int) -> list[Any]:
     """As many actors as the cluster has places for an engine, at most one a shard."""
     found = ray.cluster_resources()
     kind = "GPU" if found.get("GPU") and settings.synthesizer.engine != "scripted" else "CPU"
@@ -104,7 +96,8 @@ def start_workers(ray: Any, settings: RunSettings, chain: Chain, shards: int) ->
         raise UserError(f"executor ray: {found.get(kind, 0)} {kind}s in the cluster, an engine takes {each}; add nodes")
     resources = {"num_gpus": each} if kind == "GPU" else {"num_cpus": each}
     actor = ray.remote(**resources)(Worker)
-    return [actor.remote(settings, chain) for _ in range(min(places, shards))]
+    listed = ray.put(work)
+    return [actor.remote(settings, chain, listed) for _ in range(min(places, shards))]
 
 
 def connect() -> Any:

@@ -77,12 +77,16 @@ class SeedExamples(Settings):
 
 
 class RunSettings(Settings):
-    """The recipe of `synth run`. `verify`: the scores that pairs get at once, as `synth verify` would give them."""
+    """The recipe of `synth run`. Of a text too long for a prompt `cut` asks about the beginning, `split` about all.
+
+    `verify`: the scores that pairs get at once, as `synth verify` would give them afterwards.
+    """
 
     synthesizer: SynthesizerSettings
     corpus: CorpusSettings
     rounds: int = Field(default=2, ge=1)
     grouping: Literal["position", "source"] = "position"
+    long_texts: Literal["cut", "split"] = "cut"
     seed_examples: SeedExamples | None = None
     verify: list[ScoreName] = []
     seed: int = 0

@@ -4,12 +4,17 @@ Guaranteed: groups come in shard order, one at a time, whatever the directory's 
 directory of other records is refused in one line.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+import msgspec
 
 from ipt_jax.corpus.records import SynthGroup, decode
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Shards
+
+CONTAMINATED = "contaminated_texts"  # in a group's metadata: places of texts that a benchmark shares words with
 
 
 def read_groups(path: str | Path, *, verify: bool = True) -> Iterator[SynthGroup]:
@@ -27,3 +32,18 @@ def decode_group(record: bytes, shards: Shards) -> SynthGroup:
         raise UserError(
             f"{shards.path}: stage {shards.manifest.stage!r} wrote no groups; give what synth run, mine or verify wrote"
         ) from error
+
+
+def contaminated_places(group: SynthGroup) -> set[int]:
+    """The texts that `synth decontaminate` marked."""
+    return set(group.meta.get(CONTAMINATED, ()))
+
+
+def without_contaminated(group: SynthGroup, dropped: Counter[str]) -> SynthGroup:
+    """The group less the texts that `synth decontaminate` marked: they make no document, and are counted."""
+    places = contaminated_places(group)
+    if not places:
+        return group
+    dropped["contaminated_text"] += len(places)
+    texts = [text for place, text in enumerate(group.texts) if place not in places]
+    return msgspec.structs.replace(group, texts=texts)
