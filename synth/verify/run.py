@@ -21,6 +21,7 @@ from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
 from synth.drive import drive
 from synth.engine import Engine, open_engine, synthesizer_identity
 from synth.groups import decode_group
+from synth.prompt import FORMAT
 from synth.spool import Spool
 from synth.verify.settings import VerifySettings
 from synth.verify.verifier import VERSION, Verifier, make_verifier, score_figures, tally_scores
@@ -74,6 +75,7 @@ def verify_identity(settings: VerifySettings, shards: Shards, verifier: Verifier
         "scores": list(verifier.names),
         "version": VERSION,
         "synthesizer": judge and synthesizer_identity(judge.synthesizer, judge.tokenizer),
+        "format": judge and FORMAT,
         "seed": judge and settings.seed,
     }
 
