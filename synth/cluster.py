@@ -65,9 +65,9 @@ def fill_with_ray(settings: RunSettings, chain: Chain, store: Store) -> None:
     ray = connect()
     store.release()
     shards = iter(store.open_shards)
-    workers = start_workers(ray, settings, chain, store.work, len(store.open_shards))
+    workers = start_workers(ray, settings, chain, store.survey, len(store.open_shards))
     running = {worker.fill.remote(first := next(shards), store.spool_path(first)): worker for worker in workers}
-    with Progress(store.work.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
+    with Progress(store.survey.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             worker = running.pop(done)

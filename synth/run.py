@@ -89,14 +89,11 @@ def synthesize(
     """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
     chain = make_chain(settings, tokenizer, identity)
     listed = Path(settings.output) / WORK / "list.json"
-    found = load_work(listed, chain.fingerprint)
-    work = found or list_work(settings, tokenizer, chain.fingerprint)
+    work = load_work(listed, chain.fingerprint) or list_work(settings, tokenizer, chain.fingerprint)
     fresh = not Path(settings.output).exists()
     with open_output(settings.output, identity) as output:
         with writing(listed):
-            listed.parent.mkdir(exist_ok=True)
-            if found is None:
-                save_work(listed, work)
+            save_work(listed, work)
             known.save()
         store = Store(output, work, settings.groups_per_shard)
         try:
@@ -162,9 +159,9 @@ def part(counts: dict[str, int], prefix: str) -> dict[str, int]:
 def fill_here(settings: RunSettings, chain: Chain, store: Store) -> None:
     """One engine in this process does all that is missing. Stops cleanly on SIGINT and SIGTERM."""
     engine = open_engine(settings.synthesizer, chain.tokenizer)
-    groups = form_groups(settings, chain.tokenizer, store.work, store.open_shards)
+    groups = form_groups(settings, chain.tokenizer, store.survey, store.open_shards)
     missing = (group for group in groups if group.number not in store)
-    with Progress(store.work.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
+    with Progress(store.survey.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
         started, before = time.monotonic(), store.counts["completion_tokens"]
 
         def put(group: Group, answer: SynthGroup) -> None:

@@ -19,9 +19,9 @@ DETAILS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens") 
 class Store:
     """The groups of one output; `counts` are the sums over all that are held, sealed or not."""
 
-    def __init__(self, output: Output, work: WorkList, groups_per_shard: int) -> None:
-        self.output, self.work, self.groups_per_shard = output, work, groups_per_shard
-        self.shards = -(-work.groups // groups_per_shard)
+    def __init__(self, output: Output, survey: WorkList, groups_per_shard: int) -> None:
+        self.output, self.survey, self.groups_per_shard = output, survey, groups_per_shard
+        self.shards = -(-survey.groups // groups_per_shard)
         self.counts: Counter[str] = Counter()
         self._spools: dict[int, Spool] = {}
         for shard in range(self.shards):
@@ -49,7 +49,7 @@ class Store:
         return self.output.path / "spool" / f"{shard:05d}.spool"
 
     def size(self, shard: int) -> int:
-        return min(self.groups_per_shard, self.work.groups - shard * self.groups_per_shard)
+        return min(self.groups_per_shard, self.survey.groups - shard * self.groups_per_shard)
 
     @property
     def open_shards(self) -> list[int]:
@@ -74,7 +74,7 @@ class Store:
         counts = self._count(shard)
         dropped = {name.removeprefix(DROPPED): counts.pop(name) for name in list(counts) if name.startswith(DROPPED)}
         if shard == 0:  # what fell out before there were groups is booked once
-            dropped = dict(Counter(dropped) + Counter(self.work.dropped))
+            dropped = dict(Counter(dropped) + Counter(self.survey.dropped))
         # A group none of whose texts fitted is counted, and no record.
         places = [place for place in range(size) if decode(spool.read(place), SynthGroup).texts]
         records = (spool.read(place) for place in places)
