@@ -38,14 +38,19 @@ def collect(config: Config, overrides: Overrides = None, as_json: AsJson = False
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again for groups that hold a failed text.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Raw text and a synthesizer make groups of texts with pairs; run again, it goes on."""
     from synth.config import RunSettings
     from synth.run import run_synth
 
     settings = load_settings(RunSettings, config, overrides)
     with quiet_stdout():
-        result = run_synth(settings)
+        result = run_synth(settings, retry_failed=retry_failed)
     show(result, as_json)
 
 

@@ -9,6 +9,7 @@ floats depend on what else is in the batch.
 import asyncio
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import SynthGroup
-from ipt_jax.corpus.settings import UserError, digest, file_digest
+from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
 from ipt_jax.corpus.shards import Manifest, Output
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
@@ -24,24 +25,39 @@ from synth.chain import Chain
 from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
 from synth.drive import Put, drive
-from synth.engine import Engine, model_digest, open_engine, synthesizer_tokenizer
+from synth.engine import Engine, EngineDied, model_digest, open_engine, synthesizer_tokenizer
 from synth.grouping import Group, form_groups, survey_corpus
 from synth.prompt import context_tokens
+from synth.retry import failed_texts, take_out_failed
 from synth.seeds import load_seed_examples
-from synth.store import Store
+from synth.store import DETAILS, Store
 
 LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistake
 
 
-def run_synth(settings: RunSettings) -> dict[str, Any]:
-    """Runs the stage, or what is left of it. `seconds` are those of this call."""
+def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str, Any]:
+    """Runs the stage, or what is left of it; `retry_failed`: with the groups that hold a failed text anew.
+
+    `seconds` are those of this call.
+    """
     started = time.monotonic()
     if settings.executor == "ray":
         settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
     identity = run_identity(settings, tokenizer)
-    summary = finished_summary(settings.output, identity) or synthesize(settings, tokenizer, identity)
+    summary = finished_summary(settings.output, identity)
+    if summary is None or (retry_failed and summary["failed"]):
+        summary = synthesize(settings, tokenizer, identity, retry_failed)
+    elif retry_failed:
+        tell("no text has failed; there is nothing to do")
+    if failed := summary["failed"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in failed.items())
+        tell(f"{sum(failed.values()):,} of {summary['texts']:,} texts failed ({reasons}); --retry-failed asks again")
     return {**summary, "seconds": round(time.monotonic() - started, 3)}
+
+
+def tell(line: str) -> None:
+    print(f"synth run: {line}", file=sys.stderr)
 
 
 def run_identity(settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -78,17 +94,26 @@ def open_output(path: str, identity: dict[str, Any]) -> Output:
     return Output(path, stage="synth", identity=identity, shard_name="groups")
 
 
-def synthesize(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, Any]:
+def synthesize(
+    settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any], retry_failed: bool
+) -> dict[str, Any]:
     """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
     chain = make_chain(settings, tokenizer, identity)
     survey = survey_corpus(settings)
     fresh = not Path(settings.output).exists()
     with open_output(settings.output, identity) as output:
+        if retry_failed:
+            tell(f"{take_out_failed(output, settings.groups_per_shard):,} groups with failed texts are asked again")
         store = Store(output, survey, settings.groups_per_shard)
         try:
             if store.open_shards:
                 fill = fill_with_ray if settings.executor == "ray" else fill_here
                 fill(settings, chain, store)
+        except EngineDied as error:
+            raise Fault(
+                f"{error}; {store.counts['texts']:,} of {survey.texts:,} texts are stored in {settings.output}; run the "
+                "same command again to go on"
+            ) from error
         except UserError:
             # An output that this call made and that holds nothing would only refuse the mended settings: with the
             # empty spool gone, it withdraws itself.
@@ -127,7 +152,6 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
     pairs = counts.get("pairs", 0)
     written = pairs + sum(rejected.values())
     names = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens")
-    details = ("texts_cut", "examples_dropped", "cache_lost_tokens")
     return {
         "texts": counts.get("texts", 0),
         "groups": counts.get("groups", 0),
@@ -135,8 +159,9 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         "rejected": rejected,
         "well_formed": round(pairs / written, 4) if written else 0.0,
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
-        **{name: counts.get(name, 0) for name in names + details},
+        **{name: counts.get(name, 0) for name in names + DETAILS},
         "finished": part(counts, "finished."),
+        "failed": failed_texts(counts),
         "engine": engine,
     }
 

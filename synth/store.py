@@ -13,6 +13,7 @@ from synth.grouping import Survey
 from synth.spool import Spool
 
 DROPPED = "dropped."
+DETAILS = ("texts_cut", "examples_dropped", "cache_lost_tokens", "recoded_tokens")  # of a group's metadata
 
 
 class Store:
@@ -45,7 +46,7 @@ class Store:
             self._spools.pop(shard).close()
 
     def spool_path(self, shard: int) -> Path:
-        return self.output.path / "spool" / f"{shard:05d}.spool"
+        return spool_path(self.output, shard)
 
     def size(self, shard: int) -> int:
         return min(self.groups_per_shard, self.survey.groups - shard * self.groups_per_shard)
@@ -99,6 +100,10 @@ class Store:
             (self.output.path / "spool").rmdir()
 
 
+def spool_path(output: Output, shard: int) -> Path:
+    return output.path / "spool" / f"{shard:05d}.spool"
+
+
 def tally(group: SynthGroup) -> Counter[str]:
     """The figures of one group; those of its metadata that are drops come under 'dropped.'."""
     counts = Counter(groups=1 if group.texts else 0, texts=len(group.texts))
@@ -109,6 +114,6 @@ def tally(group: SynthGroup) -> Counter[str]:
         counts[f"finished.{text.finish_reason}"] += 1
         for pair in text.pairs:
             counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
-    counts.update({name: group.meta[name] for name in ("texts_cut", "examples_dropped", "cache_lost_tokens")})
+    counts.update({name: group.meta[name] for name in DETAILS})
     counts[f"{DROPPED}no_room"] = group.meta["no_room"]
     return counts

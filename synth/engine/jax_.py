@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, refuse_vocabulary, without_eos
+from synth.engine.base import Completion, refuse_vocabulary, time_limit, without_eos
 
 LOOP_TURNS = 6  # of the event loop, from an answer to the first request of the group that takes the place
 
@@ -39,6 +39,7 @@ class JaxEngine:
                 "positions; lower it"
             )
         self.tokenizer = tokenizer
+        self._timeout = settings.request_timeout_seconds
         self._generator = BatchGenerator(model, settings.max_num_seqs, settings.max_model_len, settings.max_new_tokens)
         self._waiting: list[Request] = []
         self._running: dict[int, Request] = {}
@@ -51,7 +52,8 @@ class JaxEngine:
         self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, answer))
         if self._stepper is None:
             self._stepper = asyncio.create_task(self._step_on())
-        return await answer
+        async with time_limit(self._timeout):
+            return await answer
 
     async def _step_on(self) -> None:
         """Steps until nothing is left to do. What goes wrong goes to all who wait: the generator is of no use then."""
@@ -62,7 +64,8 @@ class JaxEngine:
                     self._settle(self._running.pop(done.number), done.ids, done.finish_reason)
         except Exception as error:
             for request in [*self._waiting, *self._running.values()]:
-                request.answer.set_exception(error)
+                if not request.answer.done():
+                    request.answer.set_exception(error)
             self._waiting, self._running = [], {}
         finally:
             self._stepper = None
@@ -75,6 +78,8 @@ class JaxEngine:
 
     def _admit(self) -> None:
         for request in self._waiting:
+            if request.answer.done():  # given up before it began
+                continue
             number = self._generator.add(
                 request.prompt_ids,
                 request.seed,

@@ -13,7 +13,7 @@ from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.settings import digest, draw
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine.base import Completion, RequestFailed
+from synth.engine.base import Completion, EngineDied, RequestFailed, time_limit
 from synth.prompt import PAIR_SEPARATOR, pair_text, wire_pair
 
 # Groups whose last request is remembered, a concurrent one each: latency spreads by a factor of three, so no group is
@@ -25,6 +25,8 @@ class ScriptedEngine:
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.faults = settings.faults or FaultSettings()
+        self._timeout = settings.request_timeout_seconds
+        self._asked = 0
         self._remembered = REMEMBERED * settings.max_num_seqs
         self._last: OrderedDict[str, list[int]] = OrderedDict()
 
@@ -32,9 +34,8 @@ class ScriptedEngine:
         self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
     ) -> Completion:
         luck = draw(seed if temperature > 0 else 0, digest(prompt_ids))
-        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
-        if luck.random() < self.faults.error:
-            raise RequestFailed("scripted error")
+        async with time_limit(self._timeout):
+            await self._take_time(luck)
         pairs = [pair_text(pair) for pair in quote_pairs(last_context(self.tokenizer, prompt_ids), luck)]
         if luck.random() < self.faults.malformed:
             broken = luck.randrange(len(pairs))
@@ -49,6 +50,17 @@ class ScriptedEngine:
         cached = common_prefix(self._last.get(chain, []), prompt_ids)
         self._remember(chain, prompt_ids + ids)
         return Completion(ids, finish_reason, len(prompt_ids), cached)
+
+    async def _take_time(self, luck: Random) -> None:
+        self._asked += 1
+        if self.faults.dies_at is not None and self._asked >= self.faults.dies_at:
+            raise EngineDied("the scripted engine died as it was told to")
+        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
+        fault = luck.random()
+        if fault < self.faults.error:
+            raise RequestFailed("scripted error")
+        if fault < self.faults.error + self.faults.timeout:
+            await asyncio.get_running_loop().create_future()  # nobody will ever set it
 
     def _remember(self, chain: str, ids: list[int]) -> None:
         self._last[chain] = ids

@@ -11,7 +11,7 @@ from typing import Any
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, RequestFailed, refuse_vocabulary, without_eos
+from synth.engine.base import Completion, EngineDied, RequestFailed, refuse_vocabulary, time_limit, without_eos
 from synth.engine.watchdog import Watchdog
 
 ENVIRONMENT = {
@@ -31,6 +31,7 @@ class VllmEngine:
 
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._timeout = settings.request_timeout_seconds
         self._watchdog = Watchdog()
         try:
             self.engine = start_engine(settings, tokenizer)
@@ -55,9 +56,13 @@ class VllmEngine:
         )
         final = None
         try:
-            async for output in self.engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), sampling, request_id):
-                final = output  # the only one; leaving the loop early would abort the request
-        except EngineDeadError:
+            async with time_limit(self._timeout):
+                prompt = TokensPrompt(prompt_token_ids=prompt_ids)
+                async for output in self.engine.generate(prompt, sampling, request_id):
+                    final = output  # the only one; leaving the loop early would abort the request
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine died: {' '.join(str(error).split())}") from error
+        except RequestFailed:
             raise
         except Exception as error:  # whatever vLLM raises for one request: told to the caller, who counts it
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
