@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Ask again for groups that hold a failed text.")]
+
 
 def main() -> None:
     run_app(app)
@@ -41,7 +43,7 @@ def collect(config: Config, overrides: Overrides = None, as_json: AsJson = False
 def run(
     config: Config,
     overrides: Overrides = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again for groups that hold a failed text.")] = False,
+    retry_failed: RetryFailed = False,
     as_json: AsJson = False,
 ) -> None:
     """Raw text and a synthesizer make groups of texts with pairs; run again, it goes on."""

@@ -2,8 +2,8 @@
 
 A shard with failures becomes a spool of its good groups, from which it is sealed anew when the others have been asked
 again. Each step is whole or absent: the spool gets its name when it is complete and synced, only then the shard is
-struck off the manifest. A kill before that leaves the shard as it was, a kill after it leaves what any run goes on from.
-The disk must hold the shards concerned once more, uncompressed.
+struck off the manifest. A kill before that leaves the shard as it was, one after it what any run goes on from. The disk
+must hold the shards concerned once more, uncompressed.
 """
 
 import os

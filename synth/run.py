@@ -111,8 +111,8 @@ def synthesize(
                 fill(settings, chain, store)
         except EngineDied as error:
             raise Fault(
-                f"{error}; {store.counts['texts']:,} of {survey.texts:,} texts are stored in {settings.output}; run the "
-                "same command again to go on"
+                f"{error}; {store.counts['texts']:,} of {survey.texts:,} texts are stored in {settings.output}; "
+                "run the same command again to go on"
             ) from error
         except UserError:
             # An output that this call made and that holds nothing would only refuse the mended settings: with the

@@ -101,7 +101,9 @@ class OpenAIEngine:
             except self._openai.APIError as error:
                 tries += self._blames_request(error)
                 if tries == TRIES:
-                    raise RequestFailed(f"the server failed at it {TRIES} times: {line(error)}", lasting=True) from error
+                    raise RequestFailed(
+                        f"the server failed at it {TRIES} times: {line(error)}", lasting=True
+                    ) from error
                 first_failure = first_failure or time.monotonic()
                 await self._pause(error, first_failure, request_id, pauses)
                 pauses += 1

@@ -1,0 +1,222 @@
+"""The openai engine: what it asks, what it makes of replies, whom it waits for; and a real vLLM server, killed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from extras import need
+from fakeserver import FakeServer, serving
+from synthkit import EOS, settings, write_tokenizer
+
+from ipt_jax.corpus.records import Pair
+from ipt_jax.corpus.settings import Fault, UserError, check_settings
+from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from synth import read_groups
+from synth.config import RunSettings, SynthesizerSettings
+from synth.engine import Completion, RequestFailed, model_digest, openai_
+from synth.engine.openai_ import OpenAIEngine
+from synth.run import run_synth
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+    need("openai", extra="openai")
+    monkeypatch.setattr(openai_, "FIRST_PAUSE", 0.02)
+    return load_tokenizer(write_tokenizer(tmp_path / "model"))
+
+
+def ask(tokenizer: Tokenizer, server: FakeServer, prompt: list[int], **fields: Any) -> Completion:
+    synthesizer = SynthesizerSettings(
+        **{"model": "path/model", "engine": "openai", "server": server.url, "max_model_len": 2000, **fields}
+    )
+
+    async def once() -> Completion:
+        engine = OpenAIEngine(synthesizer, tokenizer)
+        try:
+            return await engine.generate(prompt, max_new_tokens=90, temperature=0.0, seed=5, request_id="g/1/1")
+        finally:
+            await engine.close()
+
+    return asyncio.run(once())
+
+
+def prompt_of(tokenizer: Tokenizer, context: str = "Anna walks the old river.") -> list[int]:
+    return [1, *tokenizer.encode(f" <CON> {context} </CON>\n\n")]
+
+
+def test_token_ids_go_out_and_come_back(tokenizer: Tokenizer) -> None:
+    prompt = prompt_of(tokenizer)
+    with serving(FakeServer(tokenizer)) as server:
+        answer = ask(tokenizer, server, prompt)
+    (asked,) = server.requests
+    assert asked == {
+        "model": "model",
+        "prompt": prompt,
+        "max_tokens": 90,
+        "temperature": 0.0,
+        "return_token_ids": True,
+        "stop_token_ids": [EOS],
+    }
+    assert answer.ids and EOS not in answer.ids
+    assert (answer.prompt_tokens, answer.cached_prompt_tokens, answer.recoded) == (len(prompt), 7, False)
+
+
+def test_text_of_other_servers_is_encoded_and_said_to_be(tokenizer: Tokenizer) -> None:
+    prompt = prompt_of(tokenizer)
+    with serving(FakeServer(tokenizer)) as server, serving(FakeServer(tokenizer, owner="them")) as other:
+        ids, text = ask(tokenizer, server, prompt), ask(tokenizer, other, prompt)
+    assert other.requests[0].keys() == {"model", "prompt", "max_tokens", "temperature"}
+    assert text.recoded and text.ids == ids.ids  # one id a byte: nothing else can be encoded
+
+
+@pytest.mark.parametrize("fates", [[503, 429, 502], ["drop", 500, "drop", 408], [(429, {"Retry-After": "0"})] * 6])
+def test_what_passes_is_waited_for(tokenizer: Tokenizer, fates: list[Any]) -> None:
+    with serving(FakeServer(tokenizer)) as server:
+        server.fates = list(fates)
+        assert ask(tokenizer, server, prompt_of(tokenizer)).ids
+    assert len(server.requests) == len(fates) + 1
+
+
+def test_retry_after_is_obeyed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses, sleep = [], asyncio.sleep
+
+    async def watched(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(openai_.asyncio, "sleep", watched)
+    with serving(FakeServer(tokenizer)) as server:
+        server.fates = [(429, {"Retry-After": "3"}), 429]
+        ask(tokenizer, server, prompt_of(tokenizer))
+    assert pauses[0] == 3.0 and 0 < pauses[1] < 3.0
+
+
+@pytest.mark.parametrize(
+    ("fates", "reason", "asked"),
+    [
+        ([400], "refused", 1),
+        ([422], "refused", 1),
+        ([500] * 9, "error", 5),
+        (["drop"] * 9, "error", 5),
+        (["filter"], "error", 1),
+    ],
+)
+def test_what_is_the_requests_own_fault_fails_it(
+    tokenizer: Tokenizer, fates: list[Any], reason: str, asked: int
+) -> None:
+    with serving(FakeServer(tokenizer)) as server:
+        server.fates = list(fates)
+        with pytest.raises(RequestFailed) as failure:
+            ask(tokenizer, server, prompt_of(tokenizer))
+    assert (failure.value.reason, len(server.requests)) == (reason, asked)
+
+
+def test_hanging_request_times_out(tokenizer: Tokenizer) -> None:
+    with serving(FakeServer(tokenizer)) as server:
+        server.fates = ["hang"]
+        with pytest.raises(RequestFailed) as failure:
+            ask(tokenizer, server, prompt_of(tokenizer), request_timeout_seconds=0.3)
+    assert failure.value.reason == "timeout"
+
+
+def openai_settings(folder: Path, url: str, **changes: Any) -> RunSettings:
+    return settings(folder, **{"synthesizer__engine": "openai", "synthesizer__server": url, **changes})
+
+
+def test_server_that_goes_and_comes_back_costs_nothing(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped in mid-run, away for a while, and there again at the same port."""
+    scripted = settings(tmp_path, texts=60, output=str(tmp_path / "scripted"))
+    run_synth(scripted)
+    server = FakeServer(tokenizer)
+    server.fates = [200] * 20 + ["leave"]
+    finished = Event()
+
+    def play() -> None:
+        with serving(server):
+            server.left.wait()
+        time.sleep(0.4)
+        with serving(FakeServer(tokenizer, port=server.server_port)):
+            finished.wait()
+
+    thread = Thread(target=play)
+    thread.start()
+    with caplog.at_level(logging.WARNING):
+        result = run_synth(openai_settings(tmp_path, server.url, synthesizer__server_patience_seconds=20))
+    finished.set()
+    thread.join()
+    assert (result["texts"], result["failed"], result["recoded_tokens"]) == (60, {}, 0)
+    assert pairs_in(tmp_path / "groups") == pairs_in(scripted.output)
+    assert "waiting up to 20 s" in caplog.text
+    assert "answers again" in caplog.text
+
+
+def pairs_in(output: str | Path) -> list[list[Pair]]:
+    return [text.pairs for group in read_groups(output) for text in group.texts]
+
+
+def test_server_that_stays_away_ends_the_run_in_one_line_and_the_next_goes_on(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    with serving(FakeServer(tokenizer)) as server:
+        server.fates = [200] * 12 + [503] * 10_000
+        run = openai_settings(tmp_path, server.url, synthesizer__server_patience_seconds=0.3)
+        with pytest.raises(
+            Fault, match=r"answered nobody for 0.3 s .*; \d+ of 30 texts are stored in .*run the same"
+        ) as fault:
+            run_synth(run)
+        assert "\n" not in str(fault.value)
+        server.fates, before = [], len(server.requests)
+        result = run_synth(run)
+    assert (result["texts"], result["groups"]) == (30, 10)
+    assert len(server.requests) - before < 30  # what was stored was not asked again
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "message"),
+    [
+        ({"served_model": "other"}, "sesame", "serves model, not other; set synthesizer.served_model"),
+        ({"max_model_len": 2001}, "sesame", "max_model_len: 2001, the server's is 2000; lower it"),
+        ({"server": "http://me:secret@host/v1"}, "sesame", "holds a password or key"),
+        ({"server": "URL/nowhere"}, "sesame", "mostly ends in /v1"),
+        ({}, "secret", r"refuses the key \(401\); put the right one into IPT_API_KEY"),
+    ],
+)
+def test_mistakes_are_told_and_leave_no_output(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    key: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("IPT_API_KEY", key)
+    with serving(FakeServer(tokenizer, key="sesame")) as server:
+        address = change.get("server", server.url).replace("URL", server.url)
+        changes = {f"synthesizer__{name}": value for name, value in change.items()}
+        with pytest.raises(UserError, match=message) as error:
+            run_synth(openai_settings(tmp_path, "", **{**changes, "synthesizer__server": address}))
+    assert "secret" not in str(error.value) and "sesame" not in str(error.value)
+    assert not (tmp_path / "groups").exists()
+
+
+def test_identity_is_the_served_name_and_the_tokenizer_not_the_address(tokenizer: Tokenizer) -> None:
+    def digest(**fields: Any) -> str:
+        given = {"model": "a/model", "engine": "openai", "server": "http://x", **fields}
+        return model_digest(SynthesizerSettings(**given), tokenizer)
+
+    assert digest() == digest(model="b/model", server="http://y") == digest(model="c", served_model="model")
+    assert digest() != digest(served_model="other")
+
+
+@pytest.mark.parametrize("given", [{"engine": "openai"}, {"engine": "vllm", "server": "http://x"}])
+def test_server_goes_with_its_engine(given: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="expected a base URL with engine: openai"):
+        check_settings(SynthesizerSettings, {"model": "m", **given}, where="recipe")
