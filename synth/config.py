@@ -7,16 +7,17 @@ changes the answers (`meaning`), not what only changes the speed.
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from ipt_jax.corpus.settings import Settings
 from ipt_jax.corpus.sources import SourceSettings
 
 
-class FaultSettings(Settings):
+class FaultSettings(BaseModel, frozen=True, extra="forbid"):
     """What the scripted engine does wrong, as shares of its requests; a request's faults follow from its prompt.
 
-    A share `timeout` of them hangs for ever, and the engine dies of request `dies_at`, counted from 1.
+    A share `timeout` of them hangs for ever; the engine dies of request `dies_at`, counted from 1. For tests and
+    rehearsals, no part of a recipe that makes a corpus, and so none of `Settings`.
     """
 
     malformed: float = Field(default=0.0, ge=0, le=1)
