@@ -25,10 +25,18 @@ class FakeServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, tokenizer: Tokenizer, *, port: int = 0, owner: str = "vllm", key: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        port: int = 0,
+        name: str = "model",
+        owner: str = "vllm",
+        key: str | None = None,
+    ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.engine = ScriptedEngine(SynthesizerSettings(model="m", engine="scripted"), tokenizer)
-        self.owner, self.key = owner, key
+        self.name, self.owner, self.key = name, owner, key
         self.fates: list[Fate] = []
         self.left = Event()
         self.requests: list[dict[str, Any]] = []
@@ -68,13 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
             self.reply(401, {"error": {"message": "wrong key"}})
         elif self.path == "/v1/models":
-            self.reply(
-                200,
-                {
-                    "object": "list",
-                    "data": [{"id": "model", "object": "model", "owned_by": self.server.owner, "max_model_len": 2000}],
-                },
-            )
+            card = {"id": self.server.name, "object": "model", "owned_by": self.server.owner, "max_model_len": 2000}
+            self.reply(200, {"object": "list", "data": [card]})
         else:
             self.reply(404, {"error": {"message": "Not Found"}})
 

