@@ -122,6 +122,11 @@ def synthesize(
             raise
         finally:
             store.close()
+        if store.open_shards:
+            raise UserError(
+                f"corpus {settings.corpus.path}: holds fewer texts than when the run began; a file has vanished or "
+                "changed, put it back and run again"
+            )
         store.remove_spools()
         manifest = output.finish(summarize(output.manifest, settings.synthesizer.engine))
     return manifest.summary
