@@ -14,9 +14,9 @@ from ipt_jax.corpus.settings import digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine import Completion, Engine, RequestFailed
-from synth.grouping import Group
+from synth.grouping import Group, whole
 from synth.parse import parse_completion
-from synth.prompt import Prompt, context_tokens, fit_text
+from synth.prompt import Prompt, Span, context_tokens, fit_text
 
 ATTEMPTS = 3  # a request that fails so often yields a text without pairs, and so does one that fails for good
 log = logging.getLogger(__name__)
@@ -39,24 +39,26 @@ class Chain:
         prompt = Prompt(self.tokenizer)
         prompt.examples = list(self.examples)
         texts: list[GroupText] = []
-        meta = {"number": group.number, "texts_cut": 0, "examples_dropped": 0, "cache_lost_tokens": 0}
-        meta |= {"recoded_tokens": 0, "no_room": 0}
-        for number, text in enumerate(group.texts, start=1):
-            span = self.fit(text.text)
+        meta = {"number": group.number, "texts_cut": 0, "texts_split": 0, "examples_dropped": 0}
+        meta |= {"cache_lost_tokens": 0, "recoded_tokens": 0, "no_room": 0}
+        for number, (text, part) in enumerate(zip(group.texts, group.spans, strict=True), start=1):
+            span = self.fit(text.text, part)
             if span is None:
                 meta["no_room"] += 1
                 continue
-            meta["texts_cut"] += span != (0, len(text.text))
+            meta["texts_cut"] += span != part
+            meta["texts_split"] += part != whole(text)
             texts.append(await self.ask(engine, prompt, group.id, text, span, number, meta))
         return SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
 
-    def fit(self, text: str) -> tuple[int, int] | None:
-        """The span that a prompt of its own can hold; None where not even one character can."""
+    def fit(self, text: str, part: Span) -> Span | None:
+        """As much of the part as a prompt of its own can hold; None where not even one character can."""
         limit = self.synthesizer.max_prompt_tokens
-        start, end = fit_text(text, self.tokenizer, limit)
-        if end - start < len(text) and context_tokens(text[start:end], self.tokenizer) > limit:
+        asked = text[slice(*part)]
+        size = fit_text(asked, self.tokenizer, limit)[1]
+        if size < len(asked) and context_tokens(asked[:size], self.tokenizer) > limit:
             return None
-        return start, end
+        return part[0], part[0] + size
 
     async def ask(
         self,
@@ -64,7 +66,7 @@ class Chain:
         prompt: Prompt,
         group_id: str,
         text: Document,
-        span: tuple[int, int],
+        span: Span,
         number: int,
         meta: dict[str, int],
     ) -> GroupText:

@@ -88,6 +88,7 @@ def inspect(
     groups: Annotated[Path, typer.Argument(help="Output of `synth run`.", show_default=False)],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="An HTML page instead of the terminal.")] = None,
     limit: Annotated[int, typer.Option(help="Groups to show.", min=1)] = 5,
+    sample: Annotated[int, typer.Option(help="Groups that a page's distributions count.", min=1)] = 10_000,
     rejected: Annotated[bool, typer.Option(help="Show rejected pairs with their reasons.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -95,6 +96,6 @@ def inspect(
     from synth.inspect import run_inspect
 
     with quiet_stdout() if as_json else nullcontext():
-        result = run_inspect(groups, output, limit, rejected)
+        result = run_inspect(groups, output, limit, sample, rejected)
     if as_json or output:
         show(result, as_json)

@@ -11,7 +11,6 @@ soon as the lock on it is free. Each loss is told; too many in a row, with no sh
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from synth.chain import Chain
 from synth.config import RunSettings
 from synth.drive import drive
 from synth.engine import Engine, EngineDied, open_engine
-from synth.grouping import Group, form_groups
+from synth.grouping import Group
 from synth.spool import Spool
 from synth.store import Store
+from synth.worklist import WorkList, form_groups
 
 LOSSES = 3  # in a row, an engine's; a node takes all of its engines with it
 # A node that is cut off ends its actors after a minute, and their locks with them.
@@ -41,11 +41,10 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
 
 
 class Worker:
-    """An engine and a reader of the corpus, which begins anew for a shard before the last one."""
+    """An engine and the work list, by which the corpus is read from each shard's own place on."""
 
-    def __init__(self, settings: RunSettings, chain: Chain) -> None:
-        self.settings, self.chain = settings, chain
-        self.groups, self.at = form_groups(settings), 0
+    def __init__(self, settings: RunSettings, chain: Chain, work: WorkList) -> None:
+        self.settings, self.chain, self.work = settings, chain, work
         self.engine: Engine | None = None
 
     def is_up(self) -> None:
@@ -61,23 +60,13 @@ class Worker:
         def put(group: Group, answer: SynthGroup) -> None:
             spool.append(group.number - first, encode(answer))
 
-        missing = (group for group in self._groups_of(first) if group.number - first not in spool)
+        groups = form_groups(self.settings, self.chain.tokenizer, self.work, [shard])
+        missing = (group for group in groups if group.number - first not in spool)
         try:
             await drive(self.engine, self.chain, missing, put, self.settings.synthesizer.max_num_seqs)
         finally:
             spool.close()
         return shard
-
-    def _groups_of(self, first: int) -> Iterator[Group]:
-        if first < self.at:
-            self.groups = form_groups(self.settings)
-        self.at = first + self.settings.groups_per_shard
-        last = first + self.settings.groups_per_shard - 1
-        for group in self.groups:
-            if group.number >= first:
-                yield group
-            if group.number == last:
-                return
 
 
 def fill_with_ray(settings: RunSettings, chain: Chain, store: Store) -> None:
@@ -85,7 +74,7 @@ def fill_with_ray(settings: RunSettings, chain: Chain, store: Store) -> None:
     ray = connect()
     store.release()
     crew = Crew(ray, settings, chain, store)
-    with Progress(store.survey.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
+    with Progress(store.work.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
         try:
             while crew.is_busy:
                 if (shard := crew.next_done()) is not None:
@@ -103,7 +92,7 @@ class Crew:
         self.ray, self.settings, self.chain, self.store = ray, settings, chain, store
         self.shards = deque(store.open_shards)
         resources, places = engine_places(ray, settings)
-        self.actor = ray.remote(**resources)(Worker)
+        self.actor, self.work = ray.remote(**resources)(Worker), ray.put(store.work)
         self.size = min(places, len(self.shards))
         self.lost = self.lost_in_a_row = 0
         self.running: dict[Any, tuple[Any, int | None]] = {}  # by what is waited for: the actor, its shard
@@ -116,7 +105,7 @@ class Crew:
         return bool(self.shards) or any(shard is not None for _, shard in self.running.values())
 
     def _start(self) -> None:
-        actor = self.actor.remote(self.settings, self.chain)
+        actor = self.actor.remote(self.settings, self.chain, self.work)
         self.running[actor.is_up.remote()] = (actor, None)
 
     def next_done(self) -> int | None:

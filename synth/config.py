@@ -110,12 +110,13 @@ class SeedExamples(Settings):
 
 
 class RunSettings(Settings):
-    """The recipe of `synth run`."""
+    """The recipe of `synth run`. Of a text too long for a prompt `cut` asks about the beginning, `split` about all."""
 
     synthesizer: SynthesizerSettings
     corpus: CorpusSettings
     rounds: int = Field(default=2, ge=1)
     grouping: Literal["position", "source"] = "position"
+    long_texts: Literal["cut", "split"] = "cut"
     seed_examples: SeedExamples | None = None
     seed: int = 0
     executor: Literal["local", "ray"] = "local"

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ipt_jax.corpus.digests import KnownDigests
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
-from ipt_jax.corpus.shards import Manifest, Output
+from ipt_jax.corpus.shards import Manifest, Output, writing
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.chain import Chain
@@ -26,12 +27,14 @@ from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
 from synth.drive import Put, drive
 from synth.engine import Engine, EngineDied, model_digest, open_engine, synthesizer_tokenizer
-from synth.grouping import Group, form_groups, survey_corpus
-from synth.prompt import context_tokens
+from synth.grouping import Group
+from synth.prompt import FORMAT, context_tokens
 from synth.retry import failed_texts, take_out_failed
 from synth.seeds import load_seed_examples
 from synth.store import DETAILS, Store
+from synth.worklist import form_groups, list_work, load_work, save_work
 
+WORK = "worklist"  # folder in the output: the work list, and digests of the corpus' files
 LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistake
 
 
@@ -44,10 +47,11 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     if settings.executor == "ray":
         settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
-    identity = run_identity(settings, tokenizer)
+    known = KnownDigests(Path(settings.output) / WORK / "digests.json")
+    identity = run_identity(settings, tokenizer, known)
     summary = finished_summary(settings.output, identity)
     if summary is None or (retry_failed and summary["failed"]):
-        summary = synthesize(settings, tokenizer, identity, retry_failed)
+        summary = synthesize(settings, tokenizer, identity, known, retry_failed)
     elif retry_failed:
         tell("no text has failed; there is nothing to do")
     if failed := summary["failed"]:
@@ -60,7 +64,7 @@ def tell(line: str) -> None:
     print(f"synth run: {line}", file=sys.stderr)
 
 
-def run_identity(settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+def run_identity(settings: RunSettings, tokenizer: Tokenizer, known: KnownDigests) -> dict[str, Any]:
     """What the groups depend on, by contents: neither paths nor what only changes the speed."""
     controls = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     seeds = settings.seed_examples
@@ -70,9 +74,10 @@ def run_identity(settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
             "weights": model_digest(settings.synthesizer, tokenizer),
             "tokenizer": {"digest": tokenizer.digest, **controls},
         },
-        "corpus": source_identity(settings.corpus),
+        "format": FORMAT,
+        "corpus": source_identity(settings.corpus, known),
         "seed_examples": seeds and {"contents": seed_digest(seeds.path), "count": seeds.count},
-        **settings.model_dump(include={"rounds", "grouping", "seed", "groups_per_shard"}),
+        **settings.model_dump(include={"rounds", "grouping", "long_texts", "seed", "groups_per_shard"}),
     }
 
 
@@ -95,38 +100,43 @@ def open_output(path: str, identity: dict[str, Any]) -> Output:
 
 
 def synthesize(
-    settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any], retry_failed: bool
+    settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any], known: KnownDigests, retry_failed: bool
 ) -> dict[str, Any]:
     """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
     chain = make_chain(settings, tokenizer, identity)
-    survey = survey_corpus(settings)
+    listed = Path(settings.output) / WORK / "list.json"
+    found = load_work(listed, chain.fingerprint)
+    work = found or list_work(settings, tokenizer, chain.fingerprint)
+    if len(work.names) != len(identity["corpus"]["contents"]):
+        raise UserError(f"corpus {settings.corpus.path}: files came or went while it was read; run again")
     fresh = not Path(settings.output).exists()
     with open_output(settings.output, identity) as output:
+        with writing(listed):
+            listed.parent.mkdir(exist_ok=True)
+            if found is None:
+                save_work(listed, work)
+            known.save()
         if retry_failed:
             tell(f"{take_out_failed(output, settings.groups_per_shard):,} groups with failed texts are asked again")
-        store = Store(output, survey, settings.groups_per_shard)
+        store = Store(output, work, settings.groups_per_shard)
         try:
             if store.open_shards:
                 fill = fill_with_ray if settings.executor == "ray" else fill_here
                 fill(settings, chain, store)
         except EngineDied as error:
             raise Fault(
-                f"{error}; {store.counts['texts']:,} of {survey.texts:,} texts are stored in {settings.output}; "
+                f"{error}; {store.counts['texts']:,} of {work.texts:,} texts are stored in {settings.output}; "
                 "run the same command again to go on"
             ) from error
         except UserError:
-            # An output that this call made and that holds nothing would only refuse the mended settings: with the
-            # empty spool gone, it withdraws itself.
+            # An output that this call made and that holds nothing would only refuse the mended settings: with what was
+            # put beside its shards gone, it withdraws itself.
             if fresh and not store.counts:
-                shutil.rmtree(output.path / "spool", ignore_errors=True)
+                for folder in ("spool", WORK):
+                    shutil.rmtree(output.path / folder, ignore_errors=True)
             raise
         finally:
             store.close()
-        if store.open_shards:
-            raise UserError(
-                f"corpus {settings.corpus.path}: holds fewer texts than when the run began; a file has vanished or "
-                "changed, put it back and run again"
-            )
         store.remove_spools()
         manifest = output.finish(summarize(output.manifest, settings.synthesizer.engine))
     return manifest.summary
@@ -156,7 +166,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
     rejected = part(counts, "rejected.")
     pairs = counts.get("pairs", 0)
     written = pairs + sum(rejected.values())
-    names = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens")
+    names = ("texts_without_pairs", "prompt_tokens", "cached_prompt_tokens", "completion_tokens")
     return {
         "texts": counts.get("texts", 0),
         "groups": counts.get("groups", 0),
@@ -178,8 +188,9 @@ def part(counts: dict[str, int], prefix: str) -> dict[str, int]:
 def fill_here(settings: RunSettings, chain: Chain, store: Store) -> None:
     """One engine in this process does all that is missing. Stops cleanly on SIGINT and SIGTERM."""
     engine = open_engine(settings.synthesizer, chain.tokenizer)
-    missing = (group for group in form_groups(settings) if group.number not in store)
-    with Progress(store.survey.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
+    groups = form_groups(settings, chain.tokenizer, store.work, store.open_shards)
+    missing = (group for group in groups if group.number not in store)
+    with Progress(store.work.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
         started, before = time.monotonic(), store.counts["completion_tokens"]
 
         def put(group: Group, answer: SynthGroup) -> None:

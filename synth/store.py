@@ -9,19 +9,19 @@ from pathlib import Path
 
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import Output
-from synth.grouping import Survey
 from synth.spool import Spool
+from synth.worklist import WorkList
 
 DROPPED = "dropped."
-DETAILS = ("texts_cut", "examples_dropped", "cache_lost_tokens", "recoded_tokens")  # of a group's metadata
+DETAILS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens", "recoded_tokens")  # of a group's meta
 
 
 class Store:
     """The groups of one output; `counts` are the sums over all that are held, sealed or not."""
 
-    def __init__(self, output: Output, survey: Survey, groups_per_shard: int) -> None:
-        self.output, self.survey, self.groups_per_shard = output, survey, groups_per_shard
-        self.shards = -(-survey.groups // groups_per_shard)
+    def __init__(self, output: Output, work: WorkList, groups_per_shard: int) -> None:
+        self.output, self.work, self.groups_per_shard = output, work, groups_per_shard
+        self.shards = -(-work.groups // groups_per_shard)
         self.counts: Counter[str] = Counter()
         self._spools: dict[int, Spool] = {}
         for shard in range(self.shards):
@@ -49,7 +49,7 @@ class Store:
         return spool_path(self.output, shard)
 
     def size(self, shard: int) -> int:
-        return min(self.groups_per_shard, self.survey.groups - shard * self.groups_per_shard)
+        return min(self.groups_per_shard, self.work.groups - shard * self.groups_per_shard)
 
     @property
     def open_shards(self) -> list[int]:
@@ -74,7 +74,7 @@ class Store:
         counts = self._count(shard)
         dropped = {name.removeprefix(DROPPED): counts.pop(name) for name in list(counts) if name.startswith(DROPPED)}
         if shard == 0:  # what fell out before there were groups is booked once
-            dropped = dict(Counter(dropped) + self.survey.dropped)
+            dropped = dict(Counter(dropped) + Counter(self.work.dropped))
         # A group none of whose texts fitted is counted, and no record.
         places = [place for place in range(size) if decode(spool.read(place), SynthGroup).texts]
         records = (spool.read(place) for place in places)
@@ -112,6 +112,7 @@ def tally(group: SynthGroup) -> Counter[str]:
         counts["cached_prompt_tokens"] += text.cached_prompt_tokens
         counts["completion_tokens"] += text.completion_tokens
         counts[f"finished.{text.finish_reason}"] += 1
+        counts["texts_without_pairs"] += not any(pair.verdict == "accepted" for pair in text.pairs)
         for pair in text.pairs:
             counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
     counts.update({name: group.meta[name] for name in DETAILS})

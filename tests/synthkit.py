@@ -13,7 +13,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as JsonTokenizer
 
 from ipt_jax.corpus.settings import check_settings
+from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
+from synth.grouping import Group
+from synth.worklist import form_groups, list_work
 
 BOS, EOS = 1, 2
 WORDS = ["river", "mill", "Anna", "stone", "bread", "walks", "sees", "the", "old", "green", "hill", "and", "boat"]
@@ -73,6 +76,13 @@ def recipe(folder: Path, texts: int = 30, **changes: Any) -> dict[str, Any]:
 
 def settings(folder: Path, **changes: Any) -> RunSettings:
     return check_settings(RunSettings, recipe(folder, **changes), where="recipe")
+
+
+def groups_of(settings: RunSettings) -> list[Group]:
+    """All groups of a run, by its work list."""
+    tokenizer = load_tokenizer(settings.synthesizer.model)
+    work = list_work(settings, tokenizer, "run")
+    return list(form_groups(settings, tokenizer, work, range(len(work.shards))))
 
 
 def shard_bytes(output: str | Path) -> dict[str, bytes]:

@@ -155,7 +155,7 @@ def test_retry_killed_at_every_write_loses_and_doubles_nothing(
             run_synth(well)
         run_synth(well, retry_failed=True)
         assert shard_bytes(well.output) == expected, f"killed at moment {moment}"
-        assert {path.name for path in Path(well.output).iterdir()} <= {*expected, "manifest.json", ".lock", "work"}
+        assert {path.name for path in Path(well.output).iterdir()} <= {*expected, "manifest.json", ".lock", "worklist"}
         moment += 3
     assert moment > 60
 
@@ -237,7 +237,7 @@ def test_corpus_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(ScriptedEngine, "__init__", starting)
         patch.setattr(ScriptedEngine, "generate", watched)
-        with pytest.raises(UserError, match=f"{gone.name}|a file has vanished") as error:
+        with pytest.raises(UserError, match=gone.name) as error:
             run_synth(run)
     assert "\n" not in str(error.value)
     os.rename(tmp_path / "kept", gone)

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipt_jax.corpus.markup import tag
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, encode
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Output
 from ipt_jax.report import run_report
 from ipt_jax.report.bars import Bar, Part, score_bars, share_bar
 from ipt_jax.report.curves import POINTS, Line, line_chart, short, smooth_points, thin, tick_labels, ticks
-from ipt_jax.report.markup import tag
 from ipt_jax.report.runs import read_runs
 
 EVIL = "<script>alert('1')</script>&\"\x07"
