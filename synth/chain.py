@@ -104,6 +104,7 @@ class Chain:
                     temperature=self.synthesizer.temperature,
                     seed=seed,
                     request_id=f"{group_id}/{number}/{attempt}",
+                    priority=-number,
                 )
             except RequestFailed as error:
                 failure = error

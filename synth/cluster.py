@@ -14,7 +14,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import SynthGroup, encode
 from ipt_jax.corpus.settings import UserError
 from synth.chain import Chain
@@ -22,6 +21,7 @@ from synth.config import RunSettings
 from synth.drive import drive
 from synth.engine import Engine, EngineDied, open_engine
 from synth.grouping import Group
+from synth.live import Live
 from synth.spool import Spool
 from synth.store import Store
 from synth.worklist import WorkList, form_groups
@@ -63,7 +63,7 @@ class Worker:
         groups = form_groups(self.settings, self.chain.tokenizer, self.work, [shard])
         missing = (group for group in groups if group.number - first not in spool)
         try:
-            await drive(self.engine, self.chain, missing, put, self.settings.synthesizer.max_num_seqs)
+            await drive(self.engine, self.chain, missing, put)
         finally:
             spool.close()
         return shard
@@ -74,15 +74,14 @@ def fill_with_ray(settings: RunSettings, chain: Chain, store: Store) -> None:
     ray = connect()
     store.release()
     crew = Crew(ray, settings, chain, store)
-    with Progress(store.work.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
-        try:
+    try:
+        with Live(store, engines=crew.size) as live:
             while crew.is_busy:
                 if (shard := crew.next_done()) is not None:
-                    before = store.counts["texts"]
                     store.resume(shard)
-                    progress.advance(store.counts["texts"] - before, pairs=store.counts["pairs"], engines=crew.size)
-        finally:
-            crew.end()
+                    live.refresh()
+    finally:
+        crew.end()
 
 
 class Crew:

@@ -11,12 +11,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ipt_jax.corpus.digests import KnownDigests
-from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
 from ipt_jax.corpus.shards import Manifest, Output, writing
@@ -25,9 +23,10 @@ from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.chain import Chain
 from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
-from synth.drive import Put, drive
+from synth.drive import drive
 from synth.engine import Engine, EngineDied, model_digest, open_engine, synthesizer_tokenizer
 from synth.grouping import Group
+from synth.live import Live
 from synth.prompt import FORMAT, context_tokens
 from synth.retry import failed_texts, take_out_failed
 from synth.seeds import load_seed_examples
@@ -188,27 +187,28 @@ def part(counts: dict[str, int], prefix: str) -> dict[str, int]:
 def fill_here(settings: RunSettings, chain: Chain, store: Store) -> None:
     """One engine in this process does all that is missing. Stops cleanly on SIGINT and SIGTERM."""
     engine = open_engine(settings.synthesizer, chain.tokenizer)
-    groups = form_groups(settings, chain.tokenizer, store.work, store.open_shards)
-    missing = (group for group in groups if group.number not in store)
-    with Progress(store.work.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
-        started, before = time.monotonic(), store.counts["completion_tokens"]
-
-        def put(group: Group, answer: SynthGroup) -> None:
-            store.put(group.number, answer)
-            speed = (store.counts["completion_tokens"] - before) / (time.monotonic() - started)
-            progress.advance(len(answer.texts), pairs=store.counts["pairs"], new_tokens_per_second=round(speed))
-
-        stopped_by = asyncio.run(run_engine(engine, chain, missing, put, settings.synthesizer.max_num_seqs))
+    stopped_by = asyncio.run(run_engine(engine, settings, chain, store))
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
 
 
-async def run_engine(
-    engine: Engine, chain: Chain, groups: Iterator[Group], put: Put, in_flight: int
-) -> signal.Signals | None:
+async def run_engine(engine: Engine, settings: RunSettings, chain: Chain, store: Store) -> signal.Signals | None:
     try:
-        return await drive(engine, chain, groups, put, in_flight)
+        return await fill(engine, settings, chain, store)
     finally:
         await engine.close()
+
+
+async def fill(engine: Engine, settings: RunSettings, chain: Chain, store: Store) -> signal.Signals | None:
+    """Drives the engine through all groups that the store misses; the signal that ended it before that, if one did."""
+    groups = form_groups(settings, chain.tokenizer, store.work, store.open_shards)
+    missing = (group for group in groups if group.number not in store)
+    with Live(store) as live:
+
+        def put(group: Group, answer: SynthGroup) -> None:
+            store.put(group.number, answer)
+            live.refresh()
+
+        return await drive(engine, chain, missing, put)

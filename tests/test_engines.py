@@ -192,6 +192,24 @@ def test_jax_answers_as_plain_generate_does(tokenizer: Tokenizer, loaded: Langua
     assert {answer.finish_reason for answer in answers} <= {"stop", "length"}
 
 
+def test_jax_serves_the_lowest_priority_first(tokenizer: Tokenizer, loaded: LanguageModel) -> None:
+    synthesizer = SynthesizerSettings(model="m", engine="jax", max_model_len=64, max_new_tokens=4, max_num_seqs=1)
+    served: list[int] = []
+
+    async def ask(engine: JaxEngine, priority: int) -> None:
+        asked = {"max_new_tokens": 4, "temperature": 0.0, "seed": 0, "priority": priority}
+        await engine.generate([BOS, 50], request_id="g/1/0", **asked)
+        served.append(priority)
+
+    async def ask_all() -> None:
+        engine = JaxEngine(synthesizer, tokenizer)
+        await asyncio.gather(*(ask(engine, priority) for priority in (0, -1, 0, -2)))
+        await engine.close()
+
+    asyncio.run(ask_all())
+    assert served == [-2, -1, 0, 0]
+
+
 def test_jax_runs_whole_groups(tmp_path: Path, tokenizer: Tokenizer, loaded: LanguageModel) -> None:
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
@@ -234,6 +252,7 @@ def test_vllm_killed_then_finished(tmp_path: Path) -> None:
     assert all(text.prompt_tokens + text.completion_tokens <= 1000 for text in texts)
     assert (result["texts"], result["groups"], result["engine"]) == (160, 80, "vllm")
     assert result["cached_prompt_tokens"] >= 128 * 100
+    assert "vllm: 8 requests at once, a cache of " in again.stderr
 
 
 def test_what_the_engine_refuses_leaves_no_output(tmp_path: Path, tokenizer: Tokenizer, loaded: LanguageModel) -> None:

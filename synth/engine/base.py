@@ -5,9 +5,11 @@ An engine streams: a request comes back when it is done, whatever the others do.
 """
 
 import asyncio
+import heapq
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -56,15 +58,57 @@ async def time_limit(seconds: float | None) -> AsyncIterator[None]:
 
 
 class Engine(Protocol):
+    """`places`: the requests that it works on at once. It takes more, and they wait."""
+
     tokenizer: Tokenizer
+    places: int
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
-        """One completion. Equal arguments mean the same request; `request_id` is '<group id>/<round>' or the like."""
+        """One completion. Equal arguments mean the same request; `request_id` is '<group id>/<round>' or the like.
+
+        Of the requests that wait, those of the lowest `priority` go first, and among them the earliest.
+        """
         ...
 
     async def close(self) -> None: ...
+
+
+class Places:
+    """What an engine works on at once: of those who wait, the lowest priority goes first, then the earliest."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._arrivals = count()
+
+    async def take(self, priority: int) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, next(self._arrivals), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # its turn had come at the same moment
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        while self._waiting:
+            *_, turn = heapq.heappop(self._waiting)
+            if not turn.done():  # else it was given up meanwhile
+                return turn.set_result(None)
+        self._free += 1
 
 
 def without_eos(ids: list[int], eos_id: int | None) -> list[int]:

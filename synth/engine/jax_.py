@@ -20,6 +20,7 @@ class Request(NamedTuple):
     seed: int
     max_new_tokens: int
     temperature: float
+    priority: int
     answer: "asyncio.Future[Completion]"
 
 
@@ -39,6 +40,7 @@ class JaxEngine:
                 "positions; lower it"
             )
         self.tokenizer = tokenizer
+        self.places = settings.max_num_seqs
         self._timeout = settings.request_timeout_seconds
         self._generator = BatchGenerator(model, settings.max_num_seqs, settings.max_model_len, settings.max_new_tokens)
         self._waiting: list[Request] = []
@@ -46,10 +48,17 @@ class JaxEngine:
         self._stepper: asyncio.Task[None] | None = None
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, answer))
+        self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, priority, answer))
         if self._stepper is None:
             self._stepper = asyncio.create_task(self._step_on())
         async with time_limit(self._timeout):
@@ -77,9 +86,11 @@ class JaxEngine:
         return bool(self._waiting or self._running)
 
     def _admit(self) -> None:
-        for request in self._waiting:
-            if request.answer.done():  # given up before it began
-                continue
+        """Fills the free places; the generator itself knows no priorities."""
+        self._waiting = [request for request in self._waiting if not request.answer.done()]  # else given up meanwhile
+        self._waiting.sort(key=lambda request: request.priority)
+        free = self.places - len(self._running)
+        for request in self._waiting[:free]:
             number = self._generator.add(
                 request.prompt_ids,
                 request.seed,
@@ -87,7 +98,7 @@ class JaxEngine:
                 temperature=request.temperature,
             )
             self._running[number] = request
-        self._waiting = []
+        del self._waiting[:free]
 
     def _settle(self, request: Request, ids: list[int], finish_reason: str) -> None:
         kept = without_eos(ids, self.tokenizer.eos_id)

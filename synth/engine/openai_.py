@@ -20,7 +20,7 @@ from typing import Any
 from ipt_jax.corpus.settings import UserError, uniform
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, EngineDied, RequestFailed, time_limit, without_eos
+from synth.engine.base import Completion, EngineDied, Places, RequestFailed, time_limit, without_eos
 
 KEY = "IPT_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class OpenAIEngine:
-    """One server; as many requests at once as the caller makes."""
+    """One server, which is asked for `max_num_seqs` completions at once; the others wait here."""
 
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         try:
@@ -43,6 +43,8 @@ class OpenAIEngine:
         if "@" in settings.server:
             raise UserError(f"synthesizer.server: holds a password or key; take it out, and put the key into {KEY}")
         self._openai, self._settings, self.tokenizer = openai, settings, tokenizer
+        self.places = settings.max_num_seqs
+        self._places = Places(self.places)
         self._client = openai.AsyncOpenAI(
             base_url=settings.server,
             api_key=os.environ.get(KEY) or "none",
@@ -55,22 +57,33 @@ class OpenAIEngine:
         self._away = False
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
         async with self._looking:
             if self._extras is None:
                 self._extras = await self._look_at_server()
-        reply = await self._answer(
-            lambda: self._client.completions.create(
-                model=self._settings.served_name,
-                prompt=prompt_ids,
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed if temperature > 0 else self._openai.omit,
-                extra_body=self._extras,
-            ),
-            request_id,
-        )
+        await self._places.take(priority)
+        try:
+            reply = await self._answer(
+                lambda: self._client.completions.create(
+                    model=self._settings.served_name,
+                    prompt=prompt_ids,
+                    max_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed if temperature > 0 else self._openai.omit,
+                    extra_body=self._extras,
+                ),
+                request_id,
+            )
+        finally:
+            self._places.give_back()
         return self._completion(reply, prompt_ids)
 
     async def _look_at_server(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """An engine without a model: its answer follows from the prompt's ids, and its faults can be switched on.
 
 It quotes: each pair asks what stands behind a few words of the last context of the prompt. It stands in for a real
-engine in tests and rehearsals, so a request takes `faults.latency_seconds`, give or take half, and cached prompt tokens
-are what an endless prefix cache would have reused of the same group's former request.
+engine in tests and rehearsals, so it has as many places as one, a request holds one for `faults.latency_seconds`, give
+or take half, and cached prompt tokens are what an endless prefix cache would have reused of the same group's former
+request.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.settings import digest, draw
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine.base import Completion, EngineDied, RequestFailed, time_limit
+from synth.engine.base import Completion, EngineDied, Places, RequestFailed, time_limit
 from synth.prompt import PAIR_SEPARATOR, pair_text, wire_pair
 
 # Groups whose last request is remembered, a concurrent one each: latency spreads by a factor of three, so no group is
@@ -25,17 +26,30 @@ class ScriptedEngine:
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.faults = settings.faults or FaultSettings()
+        self.places = settings.max_num_seqs
+        self._places = Places(self.places)
         self._timeout = settings.request_timeout_seconds
         self._asked = 0
         self._remembered = REMEMBERED * settings.max_num_seqs
         self._last: OrderedDict[str, list[int]] = OrderedDict()
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
         luck = draw(seed if temperature > 0 else 0, digest(prompt_ids))
-        async with time_limit(self._timeout):
-            await self._take_time(luck)
+        await self._places.take(priority)
+        try:
+            async with time_limit(self._timeout):
+                await self._take_time(luck)
+        finally:
+            self._places.give_back()
         pairs = [pair_text(pair) for pair in quote_pairs(last_context(self.tokenizer, prompt_ids), luck)]
         if luck.random() < self.faults.malformed:
             broken = luck.randrange(len(pairs))

@@ -6,6 +6,7 @@ On CPUs the cache takes VLLM_CPU_KVCACHE_SPACE GiB (1 unless it is set); blocks 
 """
 
 import os
+import sys
 from typing import Any
 
 from ipt_jax.corpus.settings import UserError
@@ -38,11 +39,25 @@ class VllmEngine:
         except BaseException:
             self._watchdog.close()
             raise
+        cache = self.engine.vllm_config.cache_config
+        self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size
+        self.places = min(settings.max_num_seqs, cache.num_gpu_blocks)
+        whole = self.cache_tokens // settings.max_model_len
+        room = f"a cache of {self.cache_tokens:,} tokens ({whole:,} requests of the greatest length)"
+        print(f"vllm: {self.places} requests at once, {room}", file=sys.stderr)
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -57,8 +72,8 @@ class VllmEngine:
         final = None
         try:
             async with time_limit(self._timeout):
-                prompt = TokensPrompt(prompt_token_ids=prompt_ids)
-                async for output in self.engine.generate(prompt, sampling, request_id):
+                answers = self.engine.generate(tokens_input(prompt_ids), sampling, request_id, priority=priority)
+                async for output in answers:
                     final = output  # the only one; leaving the loop early would abort the request
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine died: {' '.join(str(error).split())}") from error
@@ -107,6 +122,7 @@ def start_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Any:
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enable_prefix_caching=True,
+            scheduling_policy="priority",
             enforce_eager=cpu,
             disable_log_stats=True,
         ).create_engine_config()
