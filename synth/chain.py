@@ -17,6 +17,7 @@ from synth.engine import Completion, Engine, RequestFailed
 from synth.grouping import Group, whole
 from synth.parse import parse_completion
 from synth.prompt import Prompt, Span, context_tokens, fit_text
+from synth.verify.verifier import Verifier
 
 ATTEMPTS = 3  # a request that fails so often yields a text without pairs, and so does one that fails for good
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Chain:
     name: str
     weights: str
     fingerprint: str
+    verifier: Verifier | None = None
 
     async def run(self, engine: Engine, group: Group) -> SynthGroup:
         """The group's record. A text of which nothing fits the budget is left out and counted."""
@@ -49,7 +51,8 @@ class Chain:
             meta["texts_cut"] += span != part
             meta["texts_split"] += part != whole(text)
             texts.append(await self.ask(engine, prompt, group.id, text, span, number, meta))
-        return SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
+        answer = SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
+        return await self.verifier.run(engine, answer) if self.verifier else answer
 
     def fit(self, text: str, part: Span) -> Span | None:
         """As much of the part as a prompt of its own can hold; None where not even one character can."""

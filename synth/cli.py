@@ -1,4 +1,4 @@
-"""The `synth` command: collect, run, render, miniworld, inspect.
+"""The `synth` command: collect, run, render, verify, miniworld, inspect.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `synth collect` starts without an engine.
@@ -64,6 +64,18 @@ def render(config: Config, overrides: Overrides = None, as_json: AsJson = False)
     settings = load_settings(RenderSettings, config, overrides)
     with quiet_stdout():
         result = run_render(settings)
+    show(result, as_json)
+
+
+@app.command()
+def verify(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Groups get scores on their pairs, in new shards; nothing is deleted."""
+    from synth.verify.run import run_verify
+    from synth.verify.settings import VerifySettings
+
+    settings = load_settings(VerifySettings, config, overrides)
+    with quiet_stdout():
+        result = run_verify(settings)
     show(result, as_json)
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from ipt_jax.corpus.settings import Settings
 from ipt_jax.corpus.sources import SourceSettings
+from synth.verify.names import ScoreName
 
 
 class FaultSettings(BaseModel, frozen=True, extra="forbid"):
@@ -110,7 +111,10 @@ class SeedExamples(Settings):
 
 
 class RunSettings(Settings):
-    """The recipe of `synth run`. Of a text too long for a prompt `cut` asks about the beginning, `split` about all."""
+    """The recipe of `synth run`. Of a text too long for a prompt `cut` asks about the beginning, `split` about all.
+
+    `verify`: the scores that pairs get at once, as `synth verify` would give them.
+    """
 
     synthesizer: SynthesizerSettings
     corpus: CorpusSettings
@@ -118,6 +122,7 @@ class RunSettings(Settings):
     grouping: Literal["position", "source"] = "position"
     long_texts: Literal["cut", "split"] = "cut"
     seed_examples: SeedExamples | None = None
+    verify: list[ScoreName] = []
     seed: int = 0
     executor: Literal["local", "ray"] = "local"
     groups_per_shard: int = Field(default=10_000, ge=1)

@@ -24,13 +24,14 @@ from synth.chain import Chain
 from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
 from synth.drive import drive
-from synth.engine import Engine, EngineDied, model_digest, open_engine, synthesizer_tokenizer
+from synth.engine import Engine, EngineDied, open_engine, synthesizer_identity, synthesizer_tokenizer
 from synth.grouping import Group
 from synth.live import Live
 from synth.prompt import FORMAT, context_tokens
 from synth.retry import failed_texts, take_out_failed
 from synth.seeds import load_seed_examples
 from synth.store import DETAILS, Store
+from synth.verify.verifier import VERSION, make_verifier, score_figures
 from synth.worklist import form_groups, list_work, load_work, save_work
 
 WORK = "worklist"  # folder in the output: the work list, and digests of the corpus' files
@@ -65,16 +66,12 @@ def tell(line: str) -> None:
 
 def run_identity(settings: RunSettings, tokenizer: Tokenizer, known: KnownDigests) -> dict[str, Any]:
     """What the groups depend on, by contents: neither paths nor what only changes the speed."""
-    controls = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     seeds = settings.seed_examples
     return {
-        "synthesizer": {
-            **settings.synthesizer.meaning,
-            "weights": model_digest(settings.synthesizer, tokenizer),
-            "tokenizer": {"digest": tokenizer.digest, **controls},
-        },
+        "synthesizer": synthesizer_identity(settings.synthesizer, tokenizer),
         "format": FORMAT,
         "corpus": source_identity(settings.corpus, known),
+        "verify": settings.verify and {"scores": sorted(set(settings.verify)), "version": VERSION},
         "seed_examples": seeds and {"contents": seed_digest(seeds.path), "count": seeds.count},
         **settings.model_dump(include={"rounds", "grouping", "long_texts", "seed", "groups_per_shard"}),
     }
@@ -156,6 +153,7 @@ def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, 
         name=Path(settings.synthesizer.model).resolve().name,
         weights=identity["synthesizer"]["weights"],
         fingerprint=digest(identity),
+        verifier=make_verifier(settings.verify, settings.synthesizer, settings.seed) if settings.verify else None,
     )
 
 
@@ -176,6 +174,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         **{name: counts.get(name, 0) for name in names + DETAILS},
         "finished": part(counts, "finished."),
         "failed": failed_texts(counts),
+        **score_figures(counts),
         "engine": engine,
     }
 

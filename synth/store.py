@@ -10,6 +10,7 @@ from pathlib import Path
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import Output
 from synth.spool import Spool
+from synth.verify.verifier import tally_scores
 from synth.worklist import WorkList
 
 DROPPED = "dropped."
@@ -129,5 +130,6 @@ def tally(group: SynthGroup) -> Counter[str]:
         for pair in text.pairs:
             counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
     counts.update({name: group.meta[name] for name in DETAILS})
+    counts.update(tally_scores(group))
     counts[f"{DROPPED}no_room"] = group.meta["no_room"]
     return counts

@@ -156,7 +156,7 @@ def test_retry_killed_at_every_write_loses_and_doubles_nothing(
         run_synth(well, retry_failed=True)
         assert shard_bytes(well.output) == expected, f"killed at moment {moment}"
         assert {path.name for path in Path(well.output).iterdir()} <= {*expected, "manifest.json", ".lock", "worklist"}
-        moment += 3
+        moment += 7
     assert moment > 60
 
 

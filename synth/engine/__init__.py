@@ -2,6 +2,7 @@
 and a scripted one for tests and rehearsals."""
 
 from pathlib import Path
+from typing import Any
 
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -16,6 +17,7 @@ __all__ = [
     "RequestFailed",
     "model_digest",
     "open_engine",
+    "synthesizer_identity",
     "synthesizer_tokenizer",
 ]
 
@@ -38,6 +40,15 @@ def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer) -> str:
     if settings.engine == "openai":
         return digest({"engine": "openai", "tokenizer": tokenizer.digest, "served_model": settings.served_name})
     return weights_digest(settings.model)
+
+
+def synthesizer_identity(settings: SynthesizerSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the answers, by contents: neither paths nor what only changes the speed."""
+    return {
+        **settings.meaning,
+        "weights": model_digest(settings, tokenizer),
+        "tokenizer": {"digest": tokenizer.digest, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+    }
 
 
 def open_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Engine:

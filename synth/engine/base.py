@@ -79,6 +79,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
+        """The log-probability (nats) of these tokens after the prompt. Both together are below `max_model_len`."""
+        ...
+
     async def close(self) -> None: ...
 
 

@@ -66,25 +66,38 @@ class OpenAIEngine:
         request_id: str,
         priority: int = 0,
     ) -> Completion:
+        extras = await self._known_extras()
+        asked = {"prompt": prompt_ids, "max_tokens": max_new_tokens, "temperature": temperature, "extra_body": extras}
+        if temperature > 0:
+            asked["seed"] = seed
+        return self._completion(await self._complete(asked, request_id, priority), prompt_ids)
+
+    async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
+        """Only vLLM's servers say how likely a prompt's tokens are. UserError with others."""
+        if not await self._known_extras():
+            raise UserError(f"synthesizer.server {self._settings.server}: is no vLLM server, and scores need one")
+        asked = {"prompt": prompt_ids + answer_ids, "max_tokens": 1, "temperature": 0.0}
+        reply = await self._complete({**asked, "extra_body": {"prompt_logprobs": 0}}, request_id, 0)
+        found = getattr(reply.choices[0], "prompt_logprobs", None) or []
+        if len(found) != len(prompt_ids) + len(answer_ids):
+            raise RequestFailed("the server's reply holds no log-probabilities")
+        places = zip(found[len(prompt_ids) :], answer_ids, strict=True)
+        return sum(float(place[str(token)]["logprob"]) for place, token in places)
+
+    async def _known_extras(self) -> dict[str, Any]:
         async with self._looking:
             if self._extras is None:
                 self._extras = await self._look_at_server()
+        return self._extras
+
+    async def _complete(self, asked: dict[str, Any], request_id: str, priority: int) -> Any:
+        """The server's reply, asked for when a place is free."""
         await self._places.take(priority)
         try:
-            reply = await self._answer(
-                lambda: self._client.completions.create(
-                    model=self._settings.served_name,
-                    prompt=prompt_ids,
-                    max_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=seed if temperature > 0 else self._openai.omit,
-                    extra_body=self._extras,
-                ),
-                request_id,
-            )
+            create = self._client.completions.create
+            return await self._answer(lambda: create(model=self._settings.served_name, **asked), request_id)
         finally:
             self._places.give_back()
-        return self._completion(reply, prompt_ids)
 
     async def _look_at_server(self) -> dict[str, Any]:
         """What to ask of it beyond the common interface. Raises UserError where it serves another model."""
