@@ -35,8 +35,8 @@ class SynthesizerSettings(Settings):
     With `engine: openai`, `model` needs the tokenizer alone: the weights lie with the server at base URL `server`, such
     as http://localhost:8000/v1, and are known by the name under which they are served (`served_model`, or the name of
     the directory `model`) and by the tokenizer. Its key, where it asks for one, stands in IPT_API_KEY, nowhere else.
-    A server that is gone is waited for up to `server_patience_seconds`. `request_timeout_seconds` limits a request on
-    any engine, time in its queue included; null is no limit.
+    A server that is gone is waited for up to `server_patience_seconds`. `request_timeout_seconds` limits each try
+    of a request on any engine (on vllm and jax with its wait for a place); null is no limit.
     """
 
     model: str

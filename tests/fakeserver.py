@@ -106,10 +106,13 @@ class Handler(BaseHTTPRequestHandler):
             )
         )
         ids = answer.ids + [engine.tokenizer.eos_id] * (answer.finish_reason == "stop")
-        choice = {"index": 0, "text": engine.tokenizer.decode(answer.ids), "logprobs": None}
+        choice: dict[str, Any] = {"index": 0, "text": engine.tokenizer.decode(answer.ids), "logprobs": None}
         choice["finish_reason"] = "content_filter" if cut else answer.finish_reason
         if asked.get("return_token_ids"):
             choice["token_ids"] = ids
+        if asked.get("prompt_logprobs") == 0:
+            told = [{str(token): {"logprob": -token / 8, "rank": 1}} for token in asked["prompt"]]
+            choice["prompt_logprobs"] = [None, *told[1:]]
         usage = {
             "prompt_tokens": answer.prompt_tokens,
             "completion_tokens": len(ids),

@@ -134,6 +134,28 @@ def test_hanging_request_times_out(tokenizer: Tokenizer) -> None:
     assert failure.value.reason == "timeout"
 
 
+def test_scores_are_sums_over_the_answers_tokens_alone(tokenizer: Tokenizer) -> None:
+    with serving(FakeServer(tokenizer)) as server, serving(FakeServer(tokenizer, owner="them")) as other:
+        assert score(tokenizer, server.url, "model", [1, 40, 50], [8, 16]) == -3.0
+        with pytest.raises(UserError, match="is no vLLM server, and scores need one"):
+            score(tokenizer, other.url, "model", [1, 40, 50], [8, 16])
+    (asked,) = server.requests
+    assert (asked["prompt"], asked["max_tokens"], asked["prompt_logprobs"]) == ([1, 40, 50, 8, 16], 1, 0)
+
+
+def score(tokenizer: Tokenizer, url: str, name: str, prompt: list[int], answer: list[int]) -> float:
+    synthesizer = SynthesizerSettings(model=name, engine="openai", server=url, max_model_len=1000)
+
+    async def once() -> float:
+        engine = OpenAIEngine(synthesizer, tokenizer)
+        try:
+            return await engine.score(prompt, answer, request_id="g/1")
+        finally:
+            await engine.close()
+
+    return asyncio.run(once())
+
+
 def openai_settings(folder: Path, url: str, **changes: Any) -> RunSettings:
     return settings(folder, **{"synthesizer__engine": "openai", "synthesizer__server": url, **changes})
 
@@ -282,11 +304,17 @@ def test_real_server_refuses_one_request_and_is_killed_in_the_middle(
             engine.generate(prompt, max_new_tokens=room, temperature=0.0, seed=0, request_id=f"g/{room}/1")
             for room in (5000, 9)
         ]
-        return await asyncio.gather(*asked, return_exceptions=True)
+        try:
+            return await asyncio.gather(*asked, return_exceptions=True)
+        finally:
+            await engine.close()
 
     refused, answer = asyncio.run(ask_both())
     assert isinstance(refused, RequestFailed) and refused.reason == "refused"
     assert (len(answer.ids), answer.finish_reason, answer.prompt_tokens, answer.recoded) == (9, "length", 191, False)
+
+    likely = [score(engine.tokenizer, url, "tiny", [1, *range(10, 200)], ids) for ids in (answer.ids, [9] * 9)]
+    assert likely[1] < likely[0] < 0  # what greedy decoding chose, and something else
 
     def kill() -> None:
         while not [spool for spool in Path(run.output).glob("spool/*.spool") if spool.stat().st_size]:

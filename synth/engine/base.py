@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ipt_jax.corpus.settings import UserError, digest, directory_digest, file_digest
+from ipt_jax.corpus.settings import Fault, UserError, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 
 
@@ -43,7 +43,7 @@ class RequestFailed(RuntimeError):
         self.reason, self.lasting = reason, lasting or reason == "refused"
 
 
-class EngineDied(RuntimeError):
+class EngineDied(Fault):
     """The engine answers nobody any more; what is stored stays, and another engine can go on."""
 
 

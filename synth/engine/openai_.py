@@ -148,6 +148,7 @@ class OpenAIEngine:
         if error.status_code == 404:
             raise UserError(f"{server}: {line(error)}; give the base URL, which mostly ends in /v1") from error
         if error.status_code < 500 and error.status_code not in (408, 429):
+            self._is_back()
             raise RequestFailed(line(error), "refused") from error
         return error.status_code not in OVERLOADED
 
@@ -161,7 +162,7 @@ class OpenAIEngine:
         if not self._away:
             self._away = True
             log.warning("server %s: %s; waiting up to %g s for it", self._settings.server, line(error), patience)
-        longest = min(FIRST_PAUSE * 2**pauses, LONGEST_PAUSE)
+        longest = min(FIRST_PAUSE * 2 ** min(pauses, 20), LONGEST_PAUSE)
         # Scattered, so that requests that failed together do not come back together.
         pause = longest * (0.5 + 0.5 * uniform(0, "pause", request_id, pauses))
         await asyncio.sleep(max(pause, retry_after(error)))
@@ -192,7 +193,9 @@ class OpenAIEngine:
 
 
 def line(error: Any) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:200]
+    """What the server said; where it said nothing, what the connection did."""
+    told = error if hasattr(error, "response") else error.__cause__ or error
+    return " ".join(str(told).split())[:200]
 
 
 def retry_after(error: Any) -> float:
