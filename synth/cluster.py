@@ -91,7 +91,7 @@ class Crew:
         self.ray, self.settings, self.chain, self.store = ray, settings, chain, store
         self.shards = deque(store.open_shards)
         resources, places = engine_places(ray, settings)
-        self.actor, self.work = ray.remote(**resources)(Worker), ray.put(store.work)
+        self.actor, self.work = ray.remote(**resources)(Worker), ray.put(store.survey)
         self.size = min(places, len(self.shards))
         self.lost = self.lost_in_a_row = 0
         self.running: dict[Any, tuple[Any, int | None]] = {}  # by what is waited for: the actor, its shard

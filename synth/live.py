@@ -16,7 +16,7 @@ class Live:
     """The figures of all that the store holds; the speed is that of this call. Cheap enough to call for every group."""
 
     def __init__(self, store: Store, **fixed: object) -> None:
-        self._progress = Progress(store.work.texts, "texts", "synth run", done=store.counts["texts"])
+        self._progress = Progress(store.survey.texts, "texts", "synth run", done=store.counts["texts"])
         self._counts, self._fixed = store.counts, fixed
         self._told = store.counts["texts"]
         self._tokens = store.counts["completion_tokens"]

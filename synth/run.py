@@ -101,16 +101,13 @@ def synthesize(
     """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
     chain = make_chain(settings, tokenizer, identity)
     listed = Path(settings.output) / WORK / "list.json"
-    found = load_work(listed, chain.fingerprint)
-    work = found or list_work(settings, tokenizer, chain.fingerprint)
+    work = load_work(listed, chain.fingerprint) or list_work(settings, tokenizer, chain.fingerprint)
     if len(work.names) != len(identity["corpus"]["contents"]):
         raise UserError(f"corpus {settings.corpus.path}: files came or went while it was read; run again")
     fresh = not Path(settings.output).exists()
     with open_output(settings.output, identity) as output:
         with writing(listed):
-            listed.parent.mkdir(exist_ok=True)
-            if found is None:
-                save_work(listed, work)
+            save_work(listed, work)
             known.save()
         if retry_failed:
             tell(f"{take_out_failed(output, settings.groups_per_shard):,} groups with failed texts are asked again")
@@ -202,7 +199,7 @@ async def run_engine(engine: Engine, settings: RunSettings, chain: Chain, store:
 
 async def fill(engine: Engine, settings: RunSettings, chain: Chain, store: Store) -> signal.Signals | None:
     """Drives the engine through all groups that the store misses; the signal that ended it before that, if one did."""
-    groups = form_groups(settings, chain.tokenizer, store.work, store.open_shards)
+    groups = form_groups(settings, chain.tokenizer, store.survey, store.open_shards)
     missing = (group for group in groups if group.number not in store)
     with Live(store) as live:
 

@@ -20,9 +20,9 @@ DETAILS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens", 
 class Store:
     """The groups of one output; `counts` are the sums over all that are held, sealed or not."""
 
-    def __init__(self, output: Output, work: WorkList, groups_per_shard: int) -> None:
-        self.output, self.work, self.groups_per_shard = output, work, groups_per_shard
-        self.shards = -(-work.groups // groups_per_shard)
+    def __init__(self, output: Output, survey: WorkList, groups_per_shard: int) -> None:
+        self.output, self.survey, self.groups_per_shard = output, survey, groups_per_shard
+        self.shards = -(-survey.groups // groups_per_shard)
         self.counts: Counter[str] = Counter()
         self._open: dict[int, OpenShard] = {}
         for shard in range(self.shards):
@@ -50,7 +50,7 @@ class Store:
         return spool_path(self.output, shard)
 
     def size(self, shard: int) -> int:
-        return min(self.groups_per_shard, self.work.groups - shard * self.groups_per_shard)
+        return min(self.groups_per_shard, self.survey.groups - shard * self.groups_per_shard)
 
     @property
     def open_shards(self) -> list[int]:
@@ -74,7 +74,7 @@ class Store:
         counts = dict(sorted(held.counts.items()))
         dropped = {name.removeprefix(DROPPED): counts.pop(name) for name in list(counts) if name.startswith(DROPPED)}
         if shard == 0:  # what fell out before there were groups is booked once
-            dropped = dict(Counter(dropped) + Counter(self.work.dropped))
+            dropped = dict(Counter(dropped) + Counter(self.survey.dropped))
         records = (held.spool.read(place) for place in range(size) if place not in held.empty)
         self.output.seal(shard, self.shards, records, counts=counts, dropped=dropped)
         self._open.pop(shard).spool.close()

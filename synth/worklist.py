@@ -128,6 +128,7 @@ def form_groups(settings: RunSettings, tokenizer: Tokenizer, work: WorkList, sha
 
 def save_work(path: Path, work: WorkList) -> None:
     work.checksum = work.digest()
+    path.parent.mkdir(exist_ok=True)
     write_whole(path, msgspec.json.encode(work))
 
 
