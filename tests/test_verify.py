@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +37,7 @@ TEXT = (
     "Anna lived in Velmoor for 12 years. She walked to the old mill every morning, and she never saw the king. "
     "Her brother Tom was happy."
 )
+COMMAND = [sys.executable, "-c", "from synth.cli import main; main()", "verify"]
 ALL = list(get_args(TextScore))
 ENGINE_ALL = [*ALL, *get_args(EngineScore)]
 
@@ -258,6 +262,29 @@ def test_a_broken_run_goes_on_where_it_stood(groups: Path, tmp_path: Path, monke
     run_verify(recipe)
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
     assert not (tmp_path / "out" / "spool").exists()
+
+
+def test_killed_runs_lose_and_double_nothing(groups: Path, tmp_path: Path) -> None:
+    names = ["combined", "open_closed", "agreement", "options"]
+    run_verify(verify_settings(groups, tmp_path / "whole", names))
+    slow = verify_settings(groups, tmp_path / "out", names, synthesizer={"faults": {"latency_seconds": 0.1}})
+    (tmp_path / "recipe.yaml").write_text(slow.model_dump_json())
+    for _ in range(3):
+        before = stored(tmp_path / "out")
+        process = subprocess.Popen([*COMMAND, str(tmp_path / "recipe.yaml")], stderr=subprocess.PIPE, text=True)
+        while stored(tmp_path / "out") == before:
+            if process.poll() is not None:
+                assert process.returncode == 0 and process.stderr, process.stderr and process.stderr.read()
+                break
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    run_verify(slow)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+def stored(output: Path) -> int:
+    return sum(path.stat().st_size for path in [*output.glob("spool/*"), *output.glob("*.array_record")])
 
 
 @pytest.mark.parametrize(
