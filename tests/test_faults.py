@@ -72,18 +72,19 @@ def test_every_loss_is_counted_and_keeps_its_text(tmp_path: Path, capsys: pytest
     assert all(documents.count(text) == 1 for text in corpus)
 
 
-def test_failed_groups_alone_are_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    undisturbed = settings(tmp_path, texts=60, output=str(tmp_path / "undisturbed"))
+@pytest.mark.parametrize("grouping", ["position", "source"])
+def test_failed_groups_alone_are_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], grouping: str) -> None:
+    undisturbed = settings(tmp_path, texts=60, grouping=grouping, output=str(tmp_path / "undisturbed"))
     expected = run_synth(undisturbed)
     failing = {
         group.id
-        for group in (run_synth(faulty(tmp_path)), read_groups(tmp_path / "groups"))[1]
+        for group in (run_synth(faulty(tmp_path, grouping=grouping)), read_groups(tmp_path / "groups"))[1]
         if any(text.finish_reason in FAULTS for text in group.texts)
     }
-    assert 0 < len(failing) < 20
+    assert 0 < len(failing) < expected["groups"]
     asked = AskedGroups()
     with asked:
-        result = run_synth(settings(tmp_path), retry_failed=True)
+        result = run_synth(settings(tmp_path, grouping=grouping), retry_failed=True)
     assert asked.groups == failing
     assert f"{len(failing)} groups with failed texts are asked again" in capsys.readouterr().err
     assert {**result, "seconds": 0} == {**expected, "seconds": 0}
