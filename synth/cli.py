@@ -1,4 +1,4 @@
-"""The `synth` command: collect, run, render, miniworld, inspect.
+"""The `synth` command: collect, run, render, verify, miniworld, inspect.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `synth collect` starts without an engine.
@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Ask again for groups that hold a failed text.")]
+
 
 def main() -> None:
     run_app(app)
@@ -38,14 +40,19 @@ def collect(config: Config, overrides: Overrides = None, as_json: AsJson = False
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    retry_failed: RetryFailed = False,
+    as_json: AsJson = False,
+) -> None:
     """Raw text and a synthesizer make groups of texts with pairs; run again, it goes on."""
     from synth.config import RunSettings
     from synth.run import run_synth
 
     settings = load_settings(RunSettings, config, overrides)
     with quiet_stdout():
-        result = run_synth(settings)
+        result = run_synth(settings, retry_failed=retry_failed)
     show(result, as_json)
 
 
@@ -57,6 +64,18 @@ def render(config: Config, overrides: Overrides = None, as_json: AsJson = False)
     settings = load_settings(RenderSettings, config, overrides)
     with quiet_stdout():
         result = run_render(settings)
+    show(result, as_json)
+
+
+@app.command()
+def verify(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Groups get scores on their pairs, in new shards; nothing is deleted."""
+    from synth.verify.run import run_verify
+    from synth.verify.settings import VerifySettings
+
+    settings = load_settings(VerifySettings, config, overrides)
+    with quiet_stdout():
+        result = run_verify(settings)
     show(result, as_json)
 
 

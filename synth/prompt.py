@@ -202,13 +202,22 @@ def tokens_to_end(tokenizer: Tokenizer, ids: Sequence[int], ends: int) -> tuple[
     """
     if ends == 0:
         return [], "", True
-    size = bisect_left(range(len(ids) + 1), ends, key=lambda n: tokenizer.decode(list(ids[:n])).count(END_TAG))
-    text = tokenizer.decode(list(ids[:size]))
+    ids = list(ids)
+
+    def held(size: int) -> int:
+        return tokenizer.decode(ids[:size]).count(END_TAG)
+
+    behind = 1  # from the end, where the last of them most often stands
+    while behind < len(ids) and held(len(ids) - behind) >= ends:
+        behind *= 2
+    before = max(0, len(ids) - behind)  # too few; and half of `behind` less are enough
+    size = bisect_left(range(len(ids)), ends, before + 1, len(ids) - behind // 2, key=held)
+    text = tokenizer.decode(ids[:size])
     stop = text.rfind(END_TAG) + len(END_TAG)
     tail = text[stop:]
     if tail.strip():
         return tokenizer.encode(text[:stop].lstrip(), continuing=True), "", False
-    return list(ids[:size]), tail, True
+    return ids[:size], tail, True
 
 
 def context_tokens(text: str, tokenizer: Tokenizer) -> int:
