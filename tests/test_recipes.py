@@ -18,10 +18,12 @@ from synth.config import RunSettings
 from synth.decontaminate.run import DecontaminateSettings
 from synth.mine.run import MineSettings
 from synth.render import RenderSettings
+from synth.verify.settings import VerifySettings
 
 # The first of these keys that a file has tells its kind; `tokenizer` may stand in a recipe of synth render too.
 KINDS: dict[str, type[Settings]] = {
     "run_dir": Recipe,
+    "scores": VerifySettings,
     "synthesizer": RunSettings,
     "groups": RenderSettings,
     "few_shot": CollectSettings,
