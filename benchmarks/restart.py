@@ -8,9 +8,10 @@ What a start of `synth run` costs by the size of its corpus.
    in the manifest.
 3. A restart at `--texts` texts. Made up: the corpus (sparse files that hold rows only where the run will read), its
    digests, the work list (by arithmetic; the same arithmetic is first compared with a real list of `--measured` / 10
-   texts) and the shards that are done (sparse files of the right size, listed in a real manifest). Real: everything
-   that runs. `synth run` with the scripted engine goes on at the middle shard, is killed with SIGKILL, and started
-   again; the second process tells when its first request comes, counted from its own start, and its peak memory.
+   texts), the shards that are done, all but two (sparse files of the right size, listed in a real manifest), and nine
+   tenths of the spool of the next (groups of part 2). Real: everything that runs. `synth run` with the scripted engine
+   goes on, is killed with SIGKILL, and started again three times; each process tells when its first request comes,
+   counted from its own start, and its peak memory.
 
 Prints one JSON object.
 """
@@ -41,7 +42,7 @@ from synth.engine.scripted import ScriptedEngine
 from synth.grouping import Place, Shard
 from synth.miniworld.tokenizer import save_tokenizer, train_tokenizer
 from synth.run import WORK, run_identity, run_synth
-from synth.spool import HEADER
+from synth.spool import HEADER, Spool
 from synth.worklist import UNIT_BYTES, ListedUnit, WorkList, list_work, save_work
 
 ROW = 2000  # bytes of a line
@@ -58,10 +59,14 @@ def row(number: int) -> bytes:
     return (head + (words * 30)[: ROW - len(head) - 4] + '."}\n').encode()
 
 
+def file_name(first: int) -> str:
+    return f"{first // FILE_ROWS:05d}.jsonl"
+
+
 def write_corpus(folder: Path, texts: int) -> None:
     folder.mkdir()
     for first in range(0, texts, FILE_ROWS):
-        with (folder / f"{first // FILE_ROWS:05d}.jsonl").open("wb") as file:
+        with (folder / file_name(first)).open("wb") as file:
             file.writelines(map(row, range(first, min(first + FILE_ROWS, texts))))
 
 
@@ -70,7 +75,7 @@ def write_sparse_corpus(folder: Path, texts: int, real: range) -> None:
     folder.mkdir()
     for first in range(0, texts, FILE_ROWS):
         rows = min(FILE_ROWS, texts - first)
-        with (folder / f"{first // FILE_ROWS:05d}.jsonl").open("wb") as file:
+        with (folder / file_name(first)).open("wb") as file:
             file.truncate(rows * ROW)
             inside = range(max(first, real.start), min(first + rows, real.stop))
             file.seek(max(0, inside.start - first) * ROW)
@@ -93,7 +98,8 @@ def made_up_list(texts: int, fingerprint: str) -> WorkList:
             unit += 1
         count = min(SHARD_TEXTS, texts - first)
         shards.append(Shard(Place(unit, first - first_rows[unit], 0), count, -(-count // ROUNDS)))
-    return WorkList(fingerprint, texts, -(-texts // ROUNDS), {}, units, shards)
+    names = [file_name(first) for first in range(0, texts, FILE_ROWS)]
+    return WorkList(fingerprint, texts, -(-texts // ROUNDS), {}, names, units, shards)
 
 
 def settings(folder: Path, corpus: str, latency: float) -> RunSettings:
@@ -202,9 +208,10 @@ def run_until_first_request(folder: Path, corpus: str, leave: bool) -> dict[str,
 
 
 def make_up(folder: Path, texts: int) -> dict[str, Any]:
-    """The state of a run that has done all shards before its middle one."""
-    middle = -(-texts // SHARD_TEXTS) // 2
-    rows = range(max(0, middle * SHARD_TEXTS - 2 * UNIT_BYTES // ROW), min(texts, (middle + 2) * SHARD_TEXTS))
+    """The state of a run near its end: two shards are open, and of the first all groups but a tenth are spooled."""
+    shards = -(-texts // SHARD_TEXTS)
+    current = max(0, shards - 2)
+    rows = range(max(0, current * SHARD_TEXTS - 2 * UNIT_BYTES // ROW), texts)
     write_sparse_corpus(folder / "sparse", texts, rows)
     run = settings(folder, "sparse", 0.02)
     output = Path(run.output)
@@ -218,9 +225,8 @@ def make_up(folder: Path, texts: int) -> dict[str, Any]:
     identity = run_identity(run, load_tokenizer(run.synthesizer.model), known)
     save_work(output / WORK / "list.json", made_up_list(texts, digest(identity)))
     manifest = Manifest(SCHEMA, "synth", digest(identity), identity)
-    shards = -(-texts // SHARD_TEXTS)
     names = ("texts", "pairs", "prompt_tokens", "cached_prompt_tokens", "completion_tokens", "finished.stop")
-    for shard in range(middle):
+    for shard in range(current):
         name, size = f"groups-{shard:05d}-of-{shards:05d}.array_record", GROUPS * GROUP_BYTES + shard
         with (output / name).open("wb") as file:
             file.truncate(size)
@@ -228,12 +234,17 @@ def make_up(folder: Path, texts: int) -> dict[str, Any]:
         manifest.shards.append(ShardEntry(name, GROUPS, 0, size, digest(name), counts, {"no_room": 3}))
     manifest.checksum = manifest.digest()
     (output / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    spool = Spool(output / "spool" / f"{current:05d}.spool")
+    records = list(Shards(folder / "groups-shard"))
+    for place in range(min(GROUPS, texts // ROUNDS) * 9 // 10):
+        spool.append(place, records[place % len(records)])
+    spool.close()
     return {
         "texts": texts,
         "corpus_bytes": texts * ROW,
         "corpus_files": -(-texts // FILE_ROWS),
         "shards": shards,
-        "shards_done": middle,
+        "shards_done": current,
         "manifest_bytes": (output / "manifest.json").stat().st_size,
         "work_list_bytes": (output / WORK / "list.json").stat().st_size,
     }
@@ -246,8 +257,7 @@ def kill_and_restart(folder: Path, run_seconds: float) -> dict[str, Any]:
     time.sleep(run_seconds)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    (spool,) = (folder / "groups-sparse" / "spool").iterdir()
-    held = spool.stat().st_size
+    held = sum(spool.stat().st_size for spool in (folder / "groups-sparse" / "spool").iterdir())
     again = [answer(in_a_process("restart", str(folder), "sparse")) for _ in range(3)]
     again.sort(key=lambda one: one["seconds"])
     return {"first_start": first, "spool_bytes_at_kill": held, "restarts": again, "restart_median": again[1]}

@@ -19,7 +19,7 @@ from synth.parse import parse_completion
 from synth.prompt import Prompt, Span, context_tokens, fit_text
 from synth.verify.verifier import Verifier
 
-ATTEMPTS = 3  # a request that fails so often yields a text without pairs
+ATTEMPTS = 3  # a request that fails so often yields a text without pairs, and so does one that fails for good
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +41,8 @@ class Chain:
         prompt = Prompt(self.tokenizer)
         prompt.examples = list(self.examples)
         texts: list[GroupText] = []
-        meta = {"texts_cut": 0, "texts_split": 0, "examples_dropped": 0, "cache_lost_tokens": 0, "no_room": 0}
+        meta = {"number": group.number, "texts_cut": 0, "texts_split": 0, "examples_dropped": 0}
+        meta |= {"cache_lost_tokens": 0, "recoded_tokens": 0, "no_room": 0}
         for number, (text, part) in enumerate(zip(group.texts, group.spans, strict=True), start=1):
             span = self.fit(text.text, part)
             if span is None:
@@ -78,6 +79,7 @@ class Chain:
         prompt_ids = prompt.open(context, self.synthesizer.max_prompt_tokens)
         meta["examples_dropped"] += shown - len(prompt.examples)
         completion = await self.generate(engine, prompt_ids, group_id, number)
+        meta["recoded_tokens"] += len(completion.ids) if completion.recoded else 0
         pairs = parse_completion(self.tokenizer.decode(completion.ids), finished=completion.finish_reason == "stop")
         meta["cache_lost_tokens"] += close(prompt, completion.ids, pairs)
         return GroupText(
@@ -95,10 +97,9 @@ class Chain:
         )
 
     async def generate(self, engine: Engine, prompt_ids: list[int], group_id: str, number: int) -> Completion:
-        """The engine's completion; an empty one with finish reason 'error' when it failed every time."""
+        """The engine's completion; when it failed every time, an empty one that was finished by the failure."""
         seed = int(digest([self.seed, "generate", group_id, number])[:8], 16)
-        failure: RequestFailed | None = None
-        for attempt in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
                 return await engine.generate(
                     prompt_ids,
@@ -106,11 +107,14 @@ class Chain:
                     temperature=self.synthesizer.temperature,
                     seed=seed,
                     request_id=f"{group_id}/{number}/{attempt}",
+                    priority=-number,
                 )
             except RequestFailed as error:
                 failure = error
-        log.warning("group %s, text %d: failed %d times, kept without pairs: %s", group_id, number, ATTEMPTS, failure)
-        return Completion([], "error", len(prompt_ids), 0)
+            if failure.lasting:
+                break
+        log.warning("group %s, text %d: failed %d times, kept without pairs: %s", group_id, number, attempt, failure)
+        return Completion([], failure.reason, len(prompt_ids), 0)
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The `synth` command: collect, run, mine, decontaminate, verify, render, miniworld, inspect.
+"""The `synth` command: collect, run, mine, verify, decontaminate, render, miniworld, inspect.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `synth collect` starts without an engine.
@@ -28,6 +28,7 @@ Estimate = Annotated[
     typer.Option(help="Write nothing; run so many texts for M = 1, 2, 3 each and tell what all would cost.", min=3),
 ]
 PricePerHour = Annotated[float | None, typer.Option(help="Dollars a GPU and hour, for --estimate.", min=0)]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Ask again for groups that hold a failed text.")]
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def run(
     overrides: Overrides = None,
     estimate: Estimate = None,
     price_per_hour: PricePerHour = None,
+    retry_failed: RetryFailed = False,
     as_json: AsJson = False,
 ) -> None:
     """Raw text and a synthesizer make groups of texts with pairs; run again, it goes on."""
@@ -61,7 +63,7 @@ def run(
     if estimate is not None or price_per_hour is not None:
         return show_costs(settings, estimate, price_per_hour, as_json)
     with quiet_stdout():
-        result = run_synth(settings)
+        result = run_synth(settings, retry_failed=retry_failed)
     show(result, as_json)
 
 
@@ -87,18 +89,6 @@ def render(config: Config, overrides: Overrides = None, as_json: AsJson = False)
 
 
 @app.command()
-def verify(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Groups get scores on their pairs, in new shards; nothing is deleted."""
-    from synth.verify.run import run_verify
-    from synth.verify.settings import VerifySettings
-
-    settings = load_settings(VerifySettings, config, overrides)
-    with quiet_stdout():
-        result = run_verify(settings)
-    show(result, as_json)
-
-
-@app.command()
 def decontaminate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Pairs and texts that share words with benchmarks are listed, marked and kept out."""
     from synth.decontaminate.run import DecontaminateSettings, run_decontaminate, show_report
@@ -119,6 +109,18 @@ def mine(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     settings = load_settings(MineSettings, config, overrides)
     with quiet_stdout():
         result = run_mine(settings)
+    show(result, as_json)
+
+
+@app.command()
+def verify(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Groups get scores on their pairs, in new shards; nothing is deleted."""
+    from synth.verify.run import run_verify
+    from synth.verify.settings import VerifySettings
+
+    settings = load_settings(VerifySettings, config, overrides)
+    with quiet_stdout():
+        result = run_verify(settings)
     show(result, as_json)
 
 

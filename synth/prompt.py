@@ -44,8 +44,9 @@ ANSWER_CUE = "\nTherefore, the answer is "
 
 Span = tuple[int, int]  # characters [start, end)
 
-# A text with more characters a token than this is taken to be too long without being tokenized whole.
-CHARACTERS_PER_TOKEN = 32
+# How much of a long text is encoded to find its cut: what prose needs, then more. A text with more characters a token
+# than the last is taken to be too long without being tokenized whole.
+CHARACTERS_PER_TOKEN = (6, 32)
 MOST_CHARACTER_TOKENS = 4  # the bytes of a character: taking away fewer characters than this needs cannot suffice
 SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n")
 
@@ -201,13 +202,22 @@ def tokens_to_end(tokenizer: Tokenizer, ids: Sequence[int], ends: int) -> tuple[
     """
     if ends == 0:
         return [], "", True
-    size = bisect_left(range(len(ids) + 1), ends, key=lambda n: tokenizer.decode(list(ids[:n])).count(END_TAG))
-    text = tokenizer.decode(list(ids[:size]))
+    ids = list(ids)
+
+    def held(size: int) -> int:
+        return tokenizer.decode(ids[:size]).count(END_TAG)
+
+    behind = 1  # from the end, where the last of them most often stands
+    while behind < len(ids) and held(len(ids) - behind) >= ends:
+        behind *= 2
+    before = max(0, len(ids) - behind)  # too few; and half of `behind` less are enough
+    size = bisect_left(range(len(ids)), ends, before + 1, len(ids) - behind // 2, key=held)
+    text = tokenizer.decode(ids[:size])
     stop = text.rfind(END_TAG) + len(END_TAG)
     tail = text[stop:]
     if tail.strip():
         return tokenizer.encode(text[:stop].lstrip(), continuing=True), "", False
-    return list(ids[:size]), tail, True
+    return ids[:size], tail, True
 
 
 def context_tokens(text: str, tokenizer: Tokenizer) -> int:
@@ -245,11 +255,14 @@ def fit_text(text: str, tokenizer: Tokenizer, max_tokens: int, count: Count = co
     Cut behind the last sentence that fits, else behind the last word, else behind the last character; at least one
     character stays whatever the budget, so the caller sets a budget that holds the empty block and a few tokens.
     """
-    probe = text[: max(1, max_tokens) * CHARACTERS_PER_TOKEN]
-    if len(probe) == len(text) and count(text, tokenizer) <= max_tokens:
-        return 0, len(text)
     room = max_tokens - count("", tokenizer)
-    ends = tokenizer.char_ends(probe)[1]
+    for letters in CHARACTERS_PER_TOKEN:
+        probe = text[: max(1, max_tokens) * letters]
+        if len(probe) == len(text) and count(text, tokenizer) <= max_tokens:
+            return 0, len(text)
+        ends = tokenizer.char_ends(probe)[1]
+        if len(ends) > room:
+            break
     limit = ends[min(room, len(ends)) - 1] if room > 0 and ends else 1
     end = cut_point(probe, limit)
     # Tokens of the text alone and inside the block differ by a merge or two at the edges, and by one a broken tag.

@@ -38,12 +38,13 @@ class ListedUnit(NamedTuple):
 
 
 class WorkList(msgspec.Struct):
-    """What a pass over the corpus found; `dropped` are rows by reason."""
+    """What a pass over the corpus found; `dropped` are rows by reason, `names` those of its files."""
 
     fingerprint: str
     texts: int
     groups: int
     dropped: dict[str, int]
+    names: list[str]
     units: list[ListedUnit]
     shards: list[Shard]
     checksum: str = ""
@@ -73,6 +74,7 @@ def list_work(settings: RunSettings, tokenizer: Tokenizer, fingerprint: str) -> 
         sum(shard.texts for shard in shards),
         sum(shard.groups for shard in shards),
         dict(sorted(dropped.items())),
+        [Path(path).name for path in input_paths(settings.corpus)],
         listed(settings, units),
         shards,
     )
@@ -107,6 +109,12 @@ def listed(settings: RunSettings, units: list[Unit]) -> list[ListedUnit]:
 def form_groups(settings: RunSettings, tokenizer: Tokenizer, work: WorkList, shards: Iterable[int]) -> Iterator[Group]:
     """The groups of the shards, in order. Neighbouring shards are read in one go, others from their own places."""
     paths = input_paths(settings.corpus)
+    if len(paths) != len(work.names):
+        gone = sorted(set(work.names) - {Path(path).name for path in paths})
+        raise UserError(
+            f"corpus {settings.corpus.path}: {len(paths)} files, {len(work.names)} when the run began "
+            f"({', '.join(gone[:3]) or 'none'} gone); put them back, and run again to go on"
+        )
     units = [Unit(paths[unit.input], *unit[1:]) for unit in work.units]
     texts: Iterator[Text] = iter(())
     ahead = -1
@@ -120,6 +128,7 @@ def form_groups(settings: RunSettings, tokenizer: Tokenizer, work: WorkList, sha
 
 def save_work(path: Path, work: WorkList) -> None:
     work.checksum = work.digest()
+    path.parent.mkdir(exist_ok=True)
     write_whole(path, msgspec.json.encode(work))
 
 

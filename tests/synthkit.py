@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as JsonTokenizer
 
@@ -85,3 +87,13 @@ def groups_of(settings: RunSettings) -> list[Group]:
 
 def shard_bytes(output: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(output).glob("*.array_record"))}
+
+
+def descendants(parent: int, title: str) -> list[psutil.Process]:
+    """The processes below `parent`, children of children included, whose command line begins with `title`."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+    return found

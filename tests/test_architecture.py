@@ -50,6 +50,7 @@ OPTIONAL: dict[str, set[str]] = {
     "vllm": {"synth.engine.vllm_"},
     "torch": set(),
     "ray": {"ipt_jax.corpus.executor", "synth.cluster"},
+    "openai": {"synth.engine.openai_"},
     "datasets": {"ipt_jax.corpus.datasets"},
     "tensorflow_datasets": {"ipt_jax.corpus.datasets"},
     "lm_eval": {"synth.decontaminate.tasks"},

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extras import need
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -300,18 +299,3 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
         for number, text in enumerate(["a b", "  ", "c d", None]):
             file.write(json.dumps({"id": number, "text": text}) + "\n")
     assert run_synth(settings(tmp_path))["dropped"] == {"empty_text": 1, "null_text": 1}
-
-
-def test_ray_gives_the_bytes_of_one_engine(tmp_path: Path) -> None:
-    ray = need("ray", extra="ray")
-    changes = {"synthesizer__faults": {"malformed": 0.2, "error": 0.1}, "groups_per_shard": 2}
-    here = settings(tmp_path, **changes, output=str(tmp_path / "here"))
-    there = settings(tmp_path, **changes, output=str(tmp_path / "there"), executor="ray")
-    run_synth(here)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        result = run_synth(there)
-    finally:
-        ray.shutdown()
-    assert shard_bytes(there.output) == shard_bytes(here.output)
-    assert result["texts"] == 30

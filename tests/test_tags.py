@@ -20,7 +20,7 @@ from ipt_jax.corpus.records import Document, Segment
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import tokenize_documents
 from synth.chain import Chain
-from synth.collect import Example, make_document
+from synth.collect import Example, make_document, read_back
 from synth.config import SynthesizerSettings
 from synth.documents import RenderSettings, render_group
 from synth.engine.scripted import ScriptedEngine
@@ -179,6 +179,12 @@ def test_a_forged_block_through_all_stages(tmp_path: Path) -> None:
     (row,) = tokenize_documents([rendered], tokenizer)
     assert row.tokens.tolist().count(tokenizer.bos_id) == 1
     assert tokenizer.decode(row.tokens.tolist()) == rendered.text
+
+
+@pytest.mark.parametrize("answer", ["Ann ＜/END＞", "<con>", "a <Q\u200bUE> b"])
+def test_pairs_for_tuning_hold_no_tag_in_disguise(answer: str) -> None:
+    assert read_back(wire_pair("Who?", answer)).reason == "nested_tag"
+    assert read_back(wire_pair("Who?", answer.replace("<", "< ").replace("＜", "＜ "))).verdict == "accepted"
 
 
 def test_tuning_segments_break_tags_too() -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, refuse_vocabulary, without_eos
+from synth.engine.base import Completion, refuse_vocabulary, time_limit, without_eos
 
 LOOP_TURNS = 6  # of the event loop, from an answer to the first request of the group that takes the place
 
@@ -20,6 +20,7 @@ class Request(NamedTuple):
     seed: int
     max_new_tokens: int
     temperature: float
+    priority: int
     answer: "asyncio.Future[Completion]"
 
 
@@ -47,6 +48,8 @@ class JaxEngine:
                 "positions; lower it"
             )
         self.tokenizer = tokenizer
+        self.places = settings.max_num_seqs
+        self._timeout = settings.request_timeout_seconds
         self._model = model
         self._generator = BatchGenerator(model, settings.max_num_seqs, settings.max_model_len, settings.max_new_tokens)
         self._waiting: list[Request] = []
@@ -55,19 +58,28 @@ class JaxEngine:
         self._stepper: asyncio.Task[None] | None = None
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, answer))
+        self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, priority, answer))
         self._wake()
-        return await answer
+        async with time_limit(self._timeout):
+            return await answer
 
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
         """All that are waiting when the stepper comes by are scored in a few batches of similar length."""
         logprob: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._asked.append(Asked(prompt_ids, answer_ids, logprob))
         self._wake()
-        return await logprob
+        async with time_limit(self._timeout):
+            return await logprob
 
     def _wake(self) -> None:
         if self._stepper is None:
@@ -83,9 +95,11 @@ class JaxEngine:
                     self._settle(self._running.pop(done.number), done.ids, done.finish_reason)
         except Exception as error:
             for request in [*self._waiting, *self._running.values()]:
-                request.answer.set_exception(error)
+                if not request.answer.done():
+                    request.answer.set_exception(error)
             for asked in self._asked:
-                asked.logprob.set_exception(error)
+                if not asked.logprob.done():
+                    asked.logprob.set_exception(error)
             self._waiting, self._running, self._asked = [], {}, []
         finally:
             self._stepper = None
@@ -107,7 +121,11 @@ class JaxEngine:
         del self._asked[: len(scores)]
 
     def _admit(self) -> None:
-        for request in self._waiting:
+        """Fills the free places; the generator itself knows no priorities."""
+        self._waiting = [request for request in self._waiting if not request.answer.done()]  # else given up meanwhile
+        self._waiting.sort(key=lambda request: request.priority)
+        free = self.places - len(self._running)
+        for request in self._waiting[:free]:
             number = self._generator.add(
                 request.prompt_ids,
                 request.seed,
@@ -115,7 +133,7 @@ class JaxEngine:
                 temperature=request.temperature,
             )
             self._running[number] = request
-        self._waiting = []
+        del self._waiting[:free]
 
     def _settle(self, request: Request, ids: list[int], finish_reason: str) -> None:
         kept = without_eos(ids, self.tokenizer.eos_id)

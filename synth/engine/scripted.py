@@ -1,8 +1,9 @@
 """An engine without a model: its answer follows from the prompt's ids, and its faults can be switched on.
 
 It quotes: each pair asks what stands behind a few words of the last context of the prompt. It stands in for a real
-engine in tests and rehearsals, so a request takes `faults.latency_seconds`, give or take half, and cached prompt tokens
-are what an endless prefix cache would have reused of the same group's former request.
+engine in tests and rehearsals, so it has as many places as one, a request holds one for `faults.latency_seconds`, give
+or take half, and cached prompt tokens are what an endless prefix cache would have reused of the same group's former
+request.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.settings import digest, draw
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine.base import Completion, RequestFailed
+from synth.engine.base import Completion, EngineDied, Places, RequestFailed, time_limit
 from synth.prompt import ANSWER_TAG, END_TAG, PAIR_SEPARATOR, QUESTION_TAG, pair_text, wire_pair
 
 # Groups whose last request is remembered, a concurrent one each: latency spreads by a factor of three, so no group is
@@ -25,16 +26,25 @@ class ScriptedEngine:
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.faults = settings.faults or FaultSettings()
+        self.places = settings.max_num_seqs
+        self._places = Places(self.places)
+        self._timeout = settings.request_timeout_seconds
+        self._asked = 0
         self._remembered = REMEMBERED * settings.max_num_seqs
         self._last: OrderedDict[str, list[int]] = OrderedDict()
 
     async def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        request_id: str,
+        priority: int = 0,
     ) -> Completion:
         luck = draw(seed if temperature > 0 else 0, digest(prompt_ids))
-        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
-        if luck.random() < self.faults.error:
-            raise RequestFailed("scripted error")
+        await self._take_time(luck, priority)
         context = last_context(self.tokenizer, prompt_ids)
         if context.endswith(ANSWER_TAG):
             return self._answer(context, prompt_ids)
@@ -53,12 +63,28 @@ class ScriptedEngine:
         self._remember(chain, prompt_ids + ids)
         return Completion(ids, finish_reason, len(prompt_ids), cached)
 
+    async def _take_time(self, luck: Random, priority: int) -> None:
+        await self._places.take(priority)
+        try:
+            async with time_limit(self._timeout):
+                await self._work(luck)
+        finally:
+            self._places.give_back()
+
+    async def _work(self, luck: Random) -> None:
+        self._asked += 1
+        if self.faults.dies_at is not None and self._asked >= self.faults.dies_at:
+            raise EngineDied("the scripted engine died as it was told to")
+        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
+        fault = luck.random()
+        if fault < self.faults.error:
+            raise RequestFailed("scripted error")
+        if fault < self.faults.error + self.faults.timeout:
+            await asyncio.get_running_loop().create_future()  # nobody will ever set it
+
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
         """A token costs 0.1 nats, and up to 3 more by the share of the answer's words that the context lacks."""
-        luck = draw(0, digest([prompt_ids, answer_ids]))
-        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
-        if luck.random() < self.faults.error:
-            raise RequestFailed("scripted error")
+        await self._take_time(draw(0, digest([prompt_ids, answer_ids])), 0)
         known = set(last_context(self.tokenizer, prompt_ids).partition(QUESTION_TAG)[0].split())
         told = self.tokenizer.decode(answer_ids).removesuffix(END_TAG).split()
         missing = sum(word not in known for word in told) / max(1, len(told))

@@ -42,11 +42,6 @@ class Work:
     def missing(self) -> list[int]:
         return [shard for shard in range(len(self.shards.paths)) if not self.output.has(shard)]
 
-    @property
-    def places(self) -> int:
-        assert self.verifier.judge is not None
-        return self.verifier.judge.synthesizer.max_num_seqs
-
     def records(self, shard: int) -> int:
         return self.shards.manifest.shards[shard].records
 
@@ -171,7 +166,7 @@ async def ask_shard(engine: Engine, work: Work, shard: int, progress: Progress) 
     groups = (decode_group(record, work.shards) for record in work.shards.stream(shard))
     missing = (Placed(place, group) for place, group in enumerate(groups) if place not in spool)
     try:
-        stopped_by = await drive(engine, Asker(work.verifier), missing, put, work.places)
+        stopped_by = await drive(engine, Asker(work.verifier), missing, put)
         if stopped_by is None:
             seal(work, shard, spool)
         return stopped_by
