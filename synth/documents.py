@@ -17,7 +17,7 @@ from ipt_jax.corpus.settings import Settings
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.budget import count_tokens, fit_rows, pairs_of, raw_parts
-from synth.groups import decode_group
+from synth.groups import decode_group, without_contaminated
 from synth.keep import keeps, read_keep
 from synth.layout import Shot, has_example, lay_out
 from synth.look import Draws, Layout, draw_look
@@ -110,7 +110,7 @@ def shard_documents(
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     shards = Shards(settings.groups, verify=False)
     for record in shards.stream(shard):
-        group = decode_group(record, shards)
+        group = without_contaminated(decode_group(record, shards), dropped)
         for document in render_group(group, settings, counts, dropped, tokenizer):
             yield group, document, count_tokens(document, tokenizer)
 

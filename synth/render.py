@@ -17,19 +17,11 @@ from ipt_jax.corpus.records import encode
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-<<<<<<< HEAD
 from synth.documents import LAYOUT_COUNT, RenderSettings, shard_documents
 from synth.groups import decode_group
 from synth.hub import export_hub, open_export
 from synth.keep import check_scores
 from synth.look import LAYOUTS, load_templates
-=======
-from synth.groups import decode_group, without_contaminated
-from synth.keep import check_scores, keeps, read_keep
-from synth.layout import Draws, Layout, draw_look, lay_out, load_templates
-from synth.parse import gold_option, read_format
-from synth.prompt import pair_format
->>>>>>> clean
 
 FEW_GROUPS = 10_000  # fewer are rendered sooner than worker processes start
 
@@ -137,18 +129,9 @@ def render_shard(job: ShardJob) -> ShardResult:
 
     def records() -> Iterator[bytes]:
         nonlocal tokens
-<<<<<<< HEAD
         for _, document, length in shard_documents(job.settings, job.shard, counts, dropped):
             tokens += length
             yield encode(document)
-=======
-        shards = Shards(settings.groups, verify=False)
-        for record in shards.stream(job.shard):
-            group = without_contaminated(decode_group(record, shards), dropped)
-            for document in render_group(group, settings, counts, dropped):
-                tokens += count_tokens(document, tokenizer)
-                yield encode(document)
->>>>>>> clean
 
     with writing(job.temporary.parent):
         written = write_shard(job.temporary, records())

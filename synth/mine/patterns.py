@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.settings import digest, parse_yaml
-from synth.layout import fill
+from synth.pieces import fill_words
 from synth.prompt import SENTENCE_END, wire_pair
 
 RULES = 1  # goes up whenever a rule finds other places: outputs of other rules are other data
@@ -211,5 +211,5 @@ def rules_digest() -> str:
 
 def ask(pattern: Pattern, find: Find, luck: Random) -> Pair:
     """The pair on the wire; whether the parser accepts it is another matter: a text may spell the format's tags."""
-    question = fill(luck.choice(load_templates()[f"{pattern}.{find.variant}"]), find.fields)
+    question = fill_words(luck.choice(load_templates()[f"{pattern}.{find.variant}"]), find.fields)
     return wire_pair(question, find.answer, list(find.options))
