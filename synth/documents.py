@@ -17,7 +17,7 @@ from ipt_jax.corpus.settings import Settings
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.budget import count_tokens, fit_rows, pairs_of, raw_parts
-from synth.groups import decode_group, without_contaminated
+from synth.groups import contaminated_places, decode_group
 from synth.keep import keeps, read_keep
 from synth.layout import Shot, has_example, lay_out
 from synth.look import Draws, Layout, draw_look
@@ -110,7 +110,7 @@ def shard_documents(
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     shards = Shards(settings.groups, verify=False)
     for record in shards.stream(shard):
-        group = without_contaminated(decode_group(record, shards), dropped)
+        group = decode_group(record, shards)
         for document in render_group(group, settings, counts, dropped, tokenizer):
             yield group, document, count_tokens(document, tokenizer)
 
@@ -123,8 +123,14 @@ def render_group(
     tokenizer: Tokenizer | None = None,
 ) -> list[Document]:
     """The group's documents, none longer than `max_document_tokens`; what happened is counted."""
-    kept = [kept_pairs(text.pairs, settings.keep, dropped) for text in group.texts]
-    shots = [Shot(place, text, pairs) for place, (text, pairs) in enumerate(zip(group.texts, kept, strict=True))]
+    contaminated = contaminated_places(group)
+    if contaminated:
+        dropped["contaminated_text"] += len(contaminated)
+    shots = [
+        Shot(place, text, kept_pairs(text.pairs, settings.keep, dropped))
+        for place, text in enumerate(group.texts)
+        if place not in contaminated
+    ]
     counts["pairs"] += sum(len(shot.pairs) for shot in shots)
     if not any(shot.pairs for shot in shots):
         counts["no_pair_left"] += 1

@@ -4,11 +4,8 @@ Guaranteed: groups come in shard order, one at a time, whatever the directory's 
 directory of other records is refused in one line.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-
-import msgspec
 
 from ipt_jax.corpus.records import SynthGroup, decode
 from ipt_jax.corpus.settings import UserError
@@ -35,15 +32,5 @@ def decode_group(record: bytes, shards: Shards) -> SynthGroup:
 
 
 def contaminated_places(group: SynthGroup) -> set[int]:
-    """The texts that `synth decontaminate` marked."""
+    """The texts that `synth decontaminate` marked: they make no document."""
     return set(group.meta.get(CONTAMINATED, ()))
-
-
-def without_contaminated(group: SynthGroup, dropped: Counter[str]) -> SynthGroup:
-    """The group less the texts that `synth decontaminate` marked: they make no document, and are counted."""
-    places = contaminated_places(group)
-    if not places:
-        return group
-    dropped["contaminated_text"] += len(places)
-    texts = [text for place, text in enumerate(group.texts) if place not in places]
-    return msgspec.structs.replace(group, texts=texts)
