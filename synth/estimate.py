@@ -19,13 +19,13 @@ from rich.table import Table
 from ipt_jax.corpus.progress import Progress, format_rate
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.settings import UserError, uniform
+from ipt_jax.corpus.sources import plan_units
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.chain import Chain
 from synth.config import RunSettings
 from synth.drive import drive
 from synth.engine import Engine, open_engine, synthesizer_tokenizer
-from synth.grouping import Group, kept_texts, make_group
-from synth.neighbours import group_key, neighbours
+from synth.grouping import Group, Place, Text, group_texts, make_group, neighbours, read_texts
 from synth.prompt import pairs_text
 from synth.run import make_chain
 from synth.store import tally
@@ -38,7 +38,7 @@ SCALED = ("pairs", "tokens", "completion_tokens")  # `tokens`: of texts and acce
 class Sample(NamedTuple):
     """Texts in corpus order for each M, and how many texts the corpus has."""
 
-    texts: dict[int, list[Document]]
+    texts: dict[int, list[Text]]
     corpus_texts: int
 
 
@@ -54,7 +54,7 @@ def run_estimate(settings: RunSettings, size: int, price_per_hour: float | None)
     """Runs the samples on the real engine and returns what `--json` prints."""
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
     chain = make_chain(settings, tokenizer, {"synthesizer": {"weights": "not needed for an estimate"}})
-    sample = draw_sample(settings, size)
+    sample = draw_sample(settings, size, tokenizer)
     engine = open_engine(settings.synthesizer, tokenizer)
     trials = asyncio.run(run_trials(engine, chain, settings, sample))
     figures = {
@@ -72,27 +72,29 @@ def run_estimate(settings: RunSettings, size: int, price_per_hour: float | None)
     }
 
 
-def draw_sample(settings: RunSettings, size: int) -> Sample:
+def draw_sample(settings: RunSettings, size: int, tokenizer: Tokenizer) -> Sample:
     """`size` texts for each M, all different; a third of the corpus each where it has fewer than three times `size`."""
     count = 0
 
-    def numbered() -> Iterator[tuple[float, int, Document]]:
+    def counted() -> Iterator[Text]:
         nonlocal count
         with Progress(None, "texts", "synth run: counting texts") as progress:
-            for text in kept_texts(settings):
-                yield uniform(settings.seed, "estimate", text.id), count, text
+            for text in read_texts(settings, tokenizer, plan_units(settings.corpus)):
                 count += 1
                 progress.advance()
+                yield text
 
-    drawn = heapq.nsmallest(len(ROUNDS) * size, numbered())
+    def draw(text: Text) -> tuple[float, Place]:
+        return uniform(settings.seed, "estimate", text.document.id, text.place.part), text.place
+
+    drawn = heapq.nsmallest(len(ROUNDS) * size, counted(), key=draw)
     if len(drawn) < (least := len(ROUNDS) * max(ROUNDS)):
         raise UserError(
             f"--estimate {size}: corpus {settings.corpus.path} has {count} texts to convert, expected {least}, a group "
             "of three for each M; run a corpus this small as it is"
         )
     parts = {
-        rounds: [text for _, text in sorted((number, text) for _, number, text in drawn[place :: len(ROUNDS)])]
-        for place, rounds in enumerate(ROUNDS)
+        rounds: sorted(drawn[first :: len(ROUNDS)], key=lambda text: text.place) for first, rounds in enumerate(ROUNDS)
     }
     return Sample(parts, count)
 
@@ -100,14 +102,14 @@ def draw_sample(settings: RunSettings, size: int) -> Sample:
 async def run_trials(engine: Engine, chain: Chain, settings: RunSettings, sample: Sample) -> dict[int, Trial]:
     """One trial after the other on one engine, and before them a group that counts for none: engines start slowly."""
     trials = {}
-    key = group_key(settings.grouping)
-    words = sample.texts[1][0].text.split()
+    words = sample.texts[1][0].document.text.split()
     warm_up = make_group(0, [Document("warm up", "", "raw", [Segment(" ".join(reversed(words)))])])
     try:
         with Progress(sum(map(len, sample.texts.values())), "texts", "synth run: estimate") as progress:
             await run_trial(engine, chain, settings, [warm_up])
             for rounds, texts in sample.texts.items():
-                groups = [make_group(*one) for one in enumerate(neighbours(texts, rounds, key))]
+                together = neighbours(texts, rounds, lambda text: text.key(settings))
+                groups = [group_texts(*one) for one in enumerate(together)]
                 trials[rounds] = await run_trial(engine, chain, settings, groups, progress)
     finally:
         await engine.close()

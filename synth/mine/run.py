@@ -9,6 +9,7 @@ absent; a second run goes on. Memory does not grow with the corpus.
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -24,9 +25,8 @@ from ipt_jax.corpus.shards import Manifest, Output, write_shard, writing
 from ipt_jax.corpus.sources import Dropped, Unit, plan_units, read_unit, source_identity
 from synth.collect import read_back
 from synth.config import CorpusSettings
-from synth.grouping import ID_LETTERS
+from synth.grouping import ID_LETTERS, group_key, neighbours
 from synth.mine.patterns import FINDERS, Find, Pattern, ask, read, rules_digest
-from synth.neighbours import group_key, neighbours
 from synth.parse import question_key, reject
 
 PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn
@@ -117,7 +117,7 @@ def mine_unit(job: Job) -> Made:
     dropped: Counter[str] = Counter()
 
     def records() -> Iterator[bytes]:
-        key = group_key(job.settings.grouping)
+        key = partial(group_key, grouping=job.settings.grouping)
         for texts in neighbours(kept_texts(job, dropped), job.settings.rounds, key):
             counts["groups"] += 1
             yield encode(make_group(texts, job, counts))
