@@ -69,8 +69,7 @@ def verify_identity(settings: VerifySettings, shards: Shards, verifier: Verifier
         "groups": digest([entry.sha256 for entry in shards.manifest.shards]),
         "scores": list(verifier.names),
         "version": VERSION,
-        "synthesizer": judge and synthesizer_identity(judge.synthesizer, judge.tokenizer),
-        "format": judge and FORMAT,
+        "synthesizer": judge and {**synthesizer_identity(judge.synthesizer, judge.tokenizer), "format": FORMAT},
         "seed": judge and settings.seed,
     }
 
