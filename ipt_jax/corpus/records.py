@@ -12,6 +12,8 @@ from ipt_jax.corpus.settings import UserError
 
 Kind = Literal["raw", "augmented", "task", "instruction"]
 KINDS: tuple[Kind, ...] = ("raw", "augmented", "task", "instruction")
+KIND_CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}  # 0 is padding
+TokenType = Literal["uint16", "uint32"]  # of token ids, little-endian
 Format = Literal["free", "free_cot", "choice", "choice_cot"]
 
 
@@ -91,11 +93,32 @@ class TokenDocument(msgspec.Struct, omit_defaults=True):
 
     id: str
     kind: Kind
-    dtype: Literal["uint16", "uint32"]
+    dtype: TokenType
     tokens: bytes
     loss_runs: list[tuple[int, int]]
     parents: list[Parent] = []
     source: str = ""
+
+
+class TokenPage(msgspec.Struct):
+    """Consecutive TokenDocuments of a shard, column by column: what one read of a disk brings, under one hash.
+
+    Columns of numbers are little-endian bytes, so that a reader of rows makes no object a document. `first` is the
+    number in its shard of the first; `tokens` are the ids of all, joined; `runs` are loss runs (start, stop) within
+    their document, `run_counts` of each. `parents` stand under the place of their document, where it has any.
+    """
+
+    first: int
+    dtype: TokenType
+    tokens: bytes
+    lengths: bytes  # uint32
+    keys: bytes  # uint64, the keys of the ids (data.lengths)
+    kinds: bytes  # uint8, KIND_CODES
+    run_counts: bytes  # uint32
+    runs: bytes  # uint32, two a run
+    ids: list[str]
+    sources: list[str]
+    parents: dict[int, list[Parent]]
 
 
 Record = TypeVar("Record", bound=msgspec.Struct)

@@ -19,15 +19,16 @@ import numpy as np
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data.converted import PARTS, Exclusion, Remains
-from ipt_jax.data.lengths import INDEX, IndexFiles, read_index, read_parents
+from ipt_jax.data.lengths import INDEX, IndexFiles, document_count, read_index, read_parents
 
 BLOCK_TOKENS = 1 << 17
 MOST_RECORDS = 1 << 16  # of a block
 _NO_PARTS = np.zeros(0, PARTS)
 VERSION = 1  # raised when the same shards would give another table
 
-# One document: tokens [start, start + length) of a record, which holds `tokens` in all and whose id has the key `id`.
-DOCUMENT = np.dtype([("record", "<i8"), ("start", "<u4"), ("length", "<u4"), ("tokens", "<u4"), ("id", "<u8")])
+# One document: tokens [start, start + length) of a record, which holds `tokens` in all, lies in record `page` of its
+# shard, and whose id has the key `id`.
+DOCUMENT = np.dtype([("record", "<i8"), ("start", "<u4"), ("length", "<u4"), ("tokens", "<u4"), ("page", "<u4"), ("id", "<u8")])
 
 
 class Table(NamedTuple):
@@ -76,7 +77,7 @@ class SourceDocuments:
         starts = np.cumsum(counts) - counts
         documents["record"] = np.arange(len(rows)) + np.repeat(blocks * size - starts, counts)
         documents["tokens"] = documents["length"] = rows["tokens"]
-        documents["id"] = rows["id"]
+        documents["page"], documents["id"] = rows["page"], rows["id"]
         documents = self.table.remains.apply(documents)
         self._check(blocks, documents)
         return documents
@@ -97,9 +98,9 @@ class SourceDocuments:
 
 def open_table(name: str, directory: Path, manifest: Manifest, converted: tuple[Path, Manifest] | None) -> Table:
     """The table of a source without what `converted` was made from: the kept one, or made and kept."""
-    size = block_size(manifest.records, manifest.tokens)
+    size = block_size(document_count(manifest), manifest.tokens)
     check_manifest(directory, manifest)
-    counts = [[entry.records, entry.tokens] for entry in manifest.shards]
+    counts = [[document_count(entry), entry.tokens] for entry in manifest.shards]
     made_from = [VERSION, size, contents(manifest), counts, manifest.summary["side_files"]]
     if converted:
         made_from += [contents(converted[1]), converted[1].summary["side_files"]]
@@ -122,6 +123,7 @@ def check_manifest(directory: Path, manifest: Manifest) -> None:
             for number, entry in enumerate(manifest.shards)
         ),
         "its records are not the sum of its shards'": manifest.records != sum(one.records for one in manifest.shards),
+        "its counts are not the sums of its shards'": document_count(manifest) != sum(map(document_count, manifest.shards)),
         "its tokens are not the sum of its shards'": manifest.tokens != sum(one.tokens for one in manifest.shards),
     }
     for fault, found in faults.items():
@@ -134,7 +136,7 @@ def check_manifest(directory: Path, manifest: Manifest) -> None:
 
 def make_table(name: str, directory: Path, manifest: Manifest, size: int, parents: np.ndarray | None) -> Table:
     """One pass over the index files."""
-    blocks = -(-manifest.records // size)
+    blocks = -(-document_count(manifest) // size)
     tokens, documents = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
     exclusion = Exclusion(name, directory, manifest, parents) if parents is not None else None
     first = 0
@@ -187,7 +189,7 @@ def _load(path: Path, size: int) -> Table:
 
 
 def open_documents(name: str, directory: Path, manifest: Manifest, table: Table) -> SourceDocuments:
-    return SourceDocuments(table, IndexFiles(directory, manifest), manifest.records, name)
+    return SourceDocuments(table, IndexFiles(directory, manifest), document_count(manifest), name)
 
 
 def documents_in_memory(lengths: Sequence[int], name: str = "memory") -> SourceDocuments:

@@ -8,18 +8,16 @@ says so; BOS never is. Documents are taken in batches, because one call a docume
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from ipt_jax.corpus.records import Document, Segment
+from ipt_jax.corpus.records import Document, Segment, TokenType
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 
 BOS, EOS = Segment(control="bos"), Segment(control="eos")
 NO_CHARACTERS = np.zeros(1, np.uint32)
-Dtype = Literal["uint16", "uint32"]
-TOKEN_TYPES: dict[Dtype, str] = {"uint16": "<u2", "uint32": "<u4"}  # as they stand in records
 
 
 class TokenRow(NamedTuple):
@@ -55,7 +53,7 @@ def tokenize_documents(
         yield _row(document, segments, pieces, controls)
 
 
-def token_dtype(tokenizer: Tokenizer) -> Dtype:
+def token_dtype(tokenizer: Tokenizer) -> TokenType:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 

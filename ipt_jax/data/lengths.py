@@ -1,7 +1,7 @@
 """Side files of token shards: what planning must know about each document without opening a shard.
 
-Beside `tokens-00000-of-00010.array_record` lie `….index.npy` (a row a document: tokens, characters, a key of its id),
-`….parents.npy` (a row a parent: key of the raw id, character span) and, where the shard holds raw documents,
+Beside `tokens-00000-of-00010.array_record` lie `….index.npy` (a row a document: tokens, characters, the record of the
+shard that holds it, a key of its id), `….parents.npy` (a row a parent: key of the raw id, character span) and, where the shard holds raw documents,
 `….chars.npy` (characters that each token covers, control tokens none). Index and parents are checked against the
 manifest's digests and counts; the characters of a document are checked against its row when they are used.
 
@@ -21,13 +21,18 @@ from ipt_jax.corpus.shards import Manifest, ShardEntry
 from ipt_jax.data.kept import Kept
 from ipt_jax.data.threads import in_threads
 
-INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("id", "<u8")])
+INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("page", "<u4"), ("id", "<u8")])
 PARENTS = np.dtype([("id", "<u8"), ("start", "<u4"), ("end", "<u4")])
 OPEN_FILES = 128
 
 
 def id_key(document_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "little")
+
+
+def document_count(counted: Manifest | ShardEntry) -> int:
+    """The documents of a token directory or of one shard. Its records are pages of them; its counts are by kind."""
+    return sum(counted.counts.values())
 
 
 def side_path(directory: Path, shard: str, what: str) -> Path:
@@ -38,17 +43,17 @@ def read_index(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
     """The index of each shard. Raises UserError naming a file that is absent or differs from the manifest."""
     for entry in manifest.shards:
         index = _read_checked(directory, manifest, entry, "index")
-        if len(index) != entry.records or int(index["tokens"].sum(dtype=np.int64)) != entry.tokens:
+        if len(index) != document_count(entry) or int(index["tokens"].sum(dtype=np.int64)) != entry.tokens:
             raise UserError(_damaged(side_path(directory, entry.name, "index")))
         yield index
 
 
 class IndexFiles:
-    """Index rows of any ranges of a directory's records, read as they are asked for."""
+    """Index rows of any ranges of a directory's documents, read as they are asked for."""
 
     def __init__(self, directory: Path, manifest: Manifest):
         self._paths = [side_path(directory, entry.name, "index") for entry in manifest.shards]
-        self._ends = np.cumsum([entry.records for entry in manifest.shards])
+        self._ends = np.cumsum([document_count(entry) for entry in manifest.shards])
         self._files = Kept(self._open, OPEN_FILES)
 
     def __call__(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -69,16 +74,16 @@ class IndexFiles:
     def _open(self, shard: int) -> tuple[BinaryIO, int]:
         """The file, which closes when its last user lets go of it, and where its rows begin."""
         path = self._paths[shard]
-        records = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+        documents = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
         try:
             file = path.open("rb", buffering=0)
         except OSError as error:
             raise UserError(f"{path}: absent; run ipt tokenize again to make it") from error
-        return file, os.fstat(file.fileno()).st_size - records * INDEX.itemsize  # rows end the file
+        return file, os.fstat(file.fileno()).st_size - documents * INDEX.itemsize  # rows end the file
 
 
 def shards_of(ends: np.ndarray, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(shard, first, stop within it) of records [first, stop) of a directory whose shards end at `ends`."""
+    """(shard, first, stop within it) of what has numbers [first, stop) in a directory whose shards end at `ends`."""
     shard = int(np.searchsorted(ends, first, side="right"))
     while first < stop:
         start = int(ends[shard - 1]) if shard else 0

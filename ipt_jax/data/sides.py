@@ -20,26 +20,27 @@ ALL = ("index", "parents", "chars")
 
 
 class SideWriter:
-    """The side files of the shard at `temporary`, a row a document in record order."""
+    """The side files of the shard at `temporary`, a row a document in their order."""
 
     def __init__(self, temporary: Path):
         self._index = _Column(_temporary(temporary, "index"), INDEX)
         self._parents = _Column(_temporary(temporary, "parents"), PARENTS)
         self._chars = _Column(_temporary(temporary, "chars"), np.dtype(np.uint8))
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[int, int, int, int]] = []
         self._parent_rows: list[tuple[int, int, int]] = []
         self._kept: list[np.ndarray] = []
         self._any_characters = False
 
-    def add(self, document_id: str, tokens: int, characters: np.ndarray | None, parents: list[Parent]) -> None:
-        """`characters`: how many characters of its text each token covers, for a raw document."""
+    def add(self, key: int, page: int, tokens: int, characters: np.ndarray | None, parents: list[Parent]) -> None:
+        """A document whose id has the key `key`, in record `page` of the shard. `characters`: how many characters of
+        its text each token covers, for a raw document."""
         covered = 0
         if characters is None:
             characters = np.zeros(tokens, np.uint8)
         else:
             covered, self._any_characters = int(characters.sum()), True
         self._kept.append(characters)
-        self._rows.append((tokens, covered, id_key(document_id)))
+        self._rows.append((tokens, covered, page, key))
         self._parent_rows += [(id_key(parent.id), parent.start, parent.end) for parent in parents]
         if len(self._rows) == KEPT_ROWS:
             self._write_kept()
