@@ -24,14 +24,13 @@ from ipt_jax.data.kept import Kept
 from ipt_jax.data.lengths import IndexFiles, document_count, shards_of
 from ipt_jax.data.order import WINDOW
 from ipt_jax.data.pages import PAGE_TOKENS
-from ipt_jax.data.threads import in_threads
 
 READER_OPTIONS = (
     "readahead_buffer_size:1M,max_parallelism:0,footer_prefetch_bytes:256K"  # a range is one read of the disk
 )
 BUFFER_BYTES = 1 << 14  # what a single page costs; the default of 1 MiB reads that much for each
 OPEN_SHARDS = 128  # an open reader holds eight bytes a page of its shard
-BLOCKS_KEPT = 4 * WINDOW
+BLOCKS_KEPT = 6 * WINDOW
 PAGES_KEPT = 16 * BLOCKS_KEPT
 
 # A document found: its tokens begin at token `start` of buffer `buffer`; its loss runs are runs [run, run + runs).
@@ -51,7 +50,7 @@ class Columns(msgspec.Struct):
 
     first: int
     dtype: TokenType
-    tokens: bytes
+    tokens: memoryview
     lengths: bytes
     keys: bytes
     kinds: bytes
@@ -63,7 +62,7 @@ class Stretch(NamedTuple):
     """Documents `first`, first + 1, … of a source, from neighbouring pages: their tokens, and the rest by document."""
 
     first: int
-    tokens: bytes
+    tokens: memoryview
     documents: np.ndarray
     runs: np.ndarray
 
@@ -96,10 +95,10 @@ class RecordReader:
         """The documents of DOCUMENT rows."""
         if whole_blocks:
             units, which = np.unique(documents["record"] // self._block, return_inverse=True)
-            stretches = in_threads(self._blocks, units.tolist())
+            stretches = self._blocks.many(units.tolist())
         else:
             units, which = np.unique(self._page_numbers(documents), return_inverse=True)
-            stretches = in_threads(self._pages, units.tolist())
+            stretches = self._pages.many(units.tolist())
         held, runs = _joined(stretches)
         starts = np.array([len(one.documents) for one in stretches]).cumsum()
         counts = np.diff(starts, prepend=0)
@@ -115,7 +114,7 @@ class RecordReader:
 
     def load_blocks(self, documents: np.ndarray) -> None:
         """Reads the blocks that hold the documents of these numbers."""
-        in_threads(self._blocks, np.unique(documents // self._block).tolist())
+        self._blocks.many(np.unique(documents // self._block).tolist())
 
     def _page_numbers(self, documents: np.ndarray) -> np.ndarray:
         """The page of each document, counted through all shards."""
@@ -124,7 +123,7 @@ class RecordReader:
 
     def _read_block(self, block: int) -> Stretch:
         first, last = block * self._block, min((block + 1) * self._block, int(self._ends[-1])) - 1
-        pages = np.concatenate(self._index([(first, first + 1), (last, last + 1)]))["page"]
+        pages = self._index.read((first, last + 1))["page"][[0, -1]]
         shards = np.searchsorted(self._ends, [first, last], side="right")
         low, high = (np.concatenate([[0], self._page_ends])[shards] + pages).tolist()
         return self._read_span(low, high + 1)
@@ -189,7 +188,7 @@ class RecordReader:
     def _damaged(self, shard: int, page: int, what: object) -> str:
         """`what` is wrong with a page, and which documents it holds by the index."""
         first = int(self._ends[shard - 1]) if shard else 0
-        (rows,) = self._index([(first, int(self._ends[shard]))])
+        rows = self._index.read((first, int(self._ends[shard])))
         mine = np.flatnonzero(rows["page"] == page)
         holds = f"documents {mine[0]} to {mine[-1]}" if len(mine) else "no documents"
         return (
@@ -215,7 +214,7 @@ def _stretch(first: int, pages: Sequence[Columns]) -> Stretch:
 
 def _joined(stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray]:
     """The documents and the runs of all."""
-    documents = np.concatenate([one.documents for one in stretches])
+    documents = np.frombuffer(bytearray().join([one.documents for one in stretches]), HELD)  # concatenate is slow here
     counts = np.array([len(one.runs) for one in stretches])
     documents["run"] += np.repeat(np.cumsum(counts) - counts, [len(one.documents) for one in stretches])
     return documents, np.concatenate([one.runs for one in stretches])

@@ -29,9 +29,9 @@ def render(pieces: np.ndarray, found: Found, rows: int, seq_len: int, dtype: str
     total = int(lengths.sum())
     flat = np.empty((len(INT_FIELDS), total), np.int32)
     tokens, targets, segment_ids, positions, kinds = flat
-    joined, following = _gather(found, first, lengths, stop, np.dtype(dtype))
+    joined = _gather(found, first, lengths, np.dtype(dtype))
     tokens[:], targets[:-1] = joined, joined[1:]
-    targets[begins + lengths - 1] = following
+    targets[begins + lengths - 1] = _following(found, joined[begins], first, lengths, stop, np.dtype(dtype))
     segment_ids[:] = np.repeat(numbers.astype(np.uint16 if seq_len < 1 << 16 else np.int32), lengths)
     np.subtract(np.arange(total, dtype=np.int32), np.repeat(begins.astype(np.int32), lengths), out=positions)
     kinds[:] = np.repeat(found.places["kind"], lengths)
@@ -43,20 +43,28 @@ def render(pieces: np.ndarray, found: Found, rows: int, seq_len: int, dtype: str
     return fields | {"loss_mask": mask.reshape(rows, seq_len)}
 
 
-def _gather(
-    found: Found, first: np.ndarray, lengths: np.ndarray, stop: np.ndarray, dtype: np.dtype
-) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all pieces, one after another, and the token that follows each piece in its document, or 0."""
-    width, buffers = dtype.itemsize, found.buffers
-    low = (found.places["start"] + first) * width
-    high = low + lengths * width
-    of = found.places["buffer"].tolist()
-    joined = b"".join([buffers[i][a:b] for i, a, b in zip(of, low.tolist(), high.tolist(), strict=True)])
-    following = np.zeros(len(of), np.int32)
-    for piece in np.flatnonzero(first + lengths < stop).tolist():
-        at = int(high[piece])
-        following[piece] = int.from_bytes(buffers[of[piece]][at : at + width], "little")
-    return np.frombuffer(joined, dtype.newbyteorder("<")), following
+def _gather(found: Found, first: np.ndarray, lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The tokens of all pieces, one after another."""
+    low = (found.places["start"] + first) * dtype.itemsize
+    slices = zip(found.places["buffer"].tolist(), low.tolist(), (low + lengths * dtype.itemsize).tolist(), strict=True)
+    return np.frombuffer(b"".join([found.buffers[of][a:b] for of, a, b in slices]), dtype.newbyteorder("<"))
+
+
+def _following(
+    found: Found, firsts: np.ndarray, first: np.ndarray, lengths: np.ndarray, stop: np.ndarray, dtype: np.dtype
+) -> np.ndarray:
+    """The token that follows each piece in its document, or 0. `firsts`: the first token of each piece, which follows
+    the piece before where that one was cut there, as `concat` does at the end of a row."""
+    following = np.zeros(len(firsts), np.int32)
+    goes_on = first + lengths < stop
+    start, of = found.places["start"] + first, found.places["buffer"]
+    next_goes_on = goes_on[:-1] & (start[1:] == (start + lengths)[:-1]) & (of[1:] == of[:-1])
+    following[:-1][next_goes_on] = firsts[1:][next_goes_on]
+    goes_on[:-1] &= ~next_goes_on
+    for piece in np.flatnonzero(goes_on).tolist():
+        at = int(start[piece] + lengths[piece]) * dtype.itemsize
+        following[piece] = int.from_bytes(found.buffers[of[piece]][at : at + dtype.itemsize], "little")
+    return following
 
 
 def _loss_mask(
