@@ -57,10 +57,9 @@ class IndexFiles:
         self._files = Kept(self._open, OPEN_FILES)
 
     def __call__(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        return in_threads(self.read, ranges)
+        return in_threads(self._read, ranges)
 
-    def read(self, span: tuple[int, int]) -> np.ndarray:
-        """One range, in this thread."""
+    def _read(self, span: tuple[int, int]) -> np.ndarray:
         first, stop = span
         found = []
         for shard, low, high in shards_of(self._ends, first, stop):

@@ -18,7 +18,7 @@ READ_THREADS = 2
 READ_TOKENS = 1 << 18  # of one host, in one element of the data set: larger ones outgrow the processor's caches
 READS_TO_LOAD = 36  # so far ahead the blocks of the next window are read: on a network disk they take a while
 AHEAD_BYTES = 256 << 20  # most memory that elements read ahead may take, beyond the two that overlap with a step
-AHEAD_READS = 32
+AHEAD_READS = 8  # more outgrow the caches; blocks are read further ahead
 TOKEN_BYTES = 5 * 4 + 1  # of a row's fields
 
 

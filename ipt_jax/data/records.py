@@ -20,9 +20,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from ipt_jax.corpus.records import TokenType
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Manifest
+from ipt_jax.data.blocks import SourceDocuments
 from ipt_jax.data.kept import Kept
-from ipt_jax.data.lengths import IndexFiles, document_count, shards_of
-from ipt_jax.data.order import WINDOW
+from ipt_jax.data.lengths import document_count, shards_of
 from ipt_jax.data.pages import PAGE_TOKENS
 
 READER_OPTIONS = (
@@ -30,8 +30,8 @@ READER_OPTIONS = (
 )
 BUFFER_BYTES = 1 << 14  # what a single page costs; the default of 1 MiB reads that much for each
 OPEN_SHARDS = 128  # an open reader holds eight bytes a page of its shard
-BLOCKS_KEPT = 6 * WINDOW
-PAGES_KEPT = 16 * BLOCKS_KEPT
+WINDOWS_KEPT = 4  # of blocks: those that are read ahead of the one in use, and a part of one
+PAGES_KEPT = 1 << 12
 
 # A document found: its tokens begin at token `start` of buffer `buffer`; its loss runs are runs [run, run + runs).
 FOUND = np.dtype([("buffer", "<i4"), ("start", "<i4"), ("kind", "u1"), ("run", "<i4"), ("runs", "<i4")])
@@ -75,20 +75,19 @@ _DECODER = msgspec.msgpack.Decoder(Columns)
 
 
 class RecordReader:
-    """Documents of one source by number. Any thread may call it."""
+    """Documents of one source by number. A window of it has at most `window` blocks. Any thread may call it."""
 
-    def __init__(self, directory: Path, manifest: Manifest, *, block: int, dtype: TokenType):
+    def __init__(self, directory: Path, manifest: Manifest, source: SourceDocuments, *, window: int, dtype: TokenType):
         self._paths = [directory / entry.name for entry in manifest.shards]
         self._ends = np.cumsum([document_count(entry) for entry in manifest.shards])
         self._page_ends = np.cumsum([entry.records for entry in manifest.shards])
         self._bytes = [entry.bytes for entry in manifest.shards]
-        self._index = IndexFiles(directory, manifest)
-        self._dtype = dtype
-        self._block = block
+        self._source, self._dtype = source, dtype
+        self._block = source.table.size
         while self._block * manifest.tokens < PAGE_TOKENS * self._ends[-1]:  # a page is held once, not in many blocks
             self._block *= 2
         self._readers = Kept(self._open, OPEN_SHARDS)
-        self._blocks = Kept(self._read_block, BLOCKS_KEPT)
+        self._blocks = Kept(self._read_block, WINDOWS_KEPT * window)
         self._pages = Kept(self._read_page, PAGES_KEPT)
 
     def read(self, documents: np.ndarray, *, whole_blocks: bool) -> Found:
@@ -122,8 +121,10 @@ class RecordReader:
         return np.concatenate([[0], self._page_ends])[shards] + documents["page"]
 
     def _read_block(self, block: int) -> Stretch:
+        """The pages that hold a block, or several where they are smaller than a page."""
+        table, blocks = self._source.table, self._block // self._source.table.size
         first, last = block * self._block, min((block + 1) * self._block, int(self._ends[-1])) - 1
-        pages = self._index.read((first, last + 1))["page"][[0, -1]]
+        pages = table.pages[[block * blocks, last // table.size], [0, 1]]
         shards = np.searchsorted(self._ends, [first, last], side="right")
         low, high = (np.concatenate([[0], self._page_ends])[shards] + pages).tolist()
         return self._read_span(low, high + 1)
@@ -188,7 +189,7 @@ class RecordReader:
     def _damaged(self, shard: int, page: int, what: object) -> str:
         """`what` is wrong with a page, and which documents it holds by the index."""
         first = int(self._ends[shard - 1]) if shard else 0
-        rows = self._index.read((first, int(self._ends[shard])))
+        (rows,) = self._source.index([(first, int(self._ends[shard]))])
         mine = np.flatnonzero(rows["page"] == page)
         holds = f"documents {mine[0]} to {mine[-1]}" if len(mine) else "no documents"
         return (
