@@ -103,19 +103,16 @@ class TokenDocument(msgspec.Struct, omit_defaults=True):
 class TokenPage(msgspec.Struct):
     """Consecutive TokenDocuments of a shard, column by column: what one read of a disk brings, under one hash.
 
-    Columns of numbers are little-endian bytes, so that a reader of rows makes no object a document. `first` is the
-    number in its shard of the first; `tokens` are the ids of all, joined; `runs` are loss runs (start, stop) within
-    their document, `run_counts` of each. `parents` stand under the place of their document, where it has any.
+    What a loader needs is little-endian bytes, so that it makes no object a document: the joined `tokens`, a row of
+    data.pages ROW a document, and loss `runs` (start, stop within the document; uint32). `first` is the number in the
+    shard of the first document. `parents` stand under the place of their document, where it has any.
     """
 
     first: int
     dtype: TokenType
     tokens: bytes
-    lengths: bytes  # uint32
-    keys: bytes  # uint64, the keys of the ids (data.lengths)
-    kinds: bytes  # uint8, KIND_CODES
-    run_counts: bytes  # uint32
-    runs: bytes  # uint32, two a run
+    rows: bytes
+    runs: bytes
     ids: list[str]
     sources: list[str]
     parents: dict[int, list[Parent]]

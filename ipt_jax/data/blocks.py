@@ -65,14 +65,14 @@ class SourceDocuments:
     """The documents of one source, by block."""
 
     def __init__(self, table: Table, index: Index, records: int, name: str):
-        self.table, self.index, self._records, self._name = table, index, records, name
+        self.table, self.index, self.records, self._name = table, index, records, name
         self.tokens = int(table.tokens.sum())
         self.documents = int(table.documents.sum())
 
     def of_blocks(self, blocks: np.ndarray) -> np.ndarray:
         """The documents of some blocks, block after block, each in corpus order."""
         size = self.table.size
-        ranges = [(block * size, min((block + 1) * size, self._records)) for block in blocks.tolist()]
+        ranges = [(block * size, min((block + 1) * size, self.records)) for block in blocks.tolist()]
         rows = np.concatenate(self.index(ranges))
         counts = np.array([stop - first for first, stop in ranges])
         documents = np.zeros(len(rows), DOCUMENT)

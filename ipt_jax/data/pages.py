@@ -18,6 +18,8 @@ from ipt_jax.data.lengths import id_key
 from ipt_jax.data.sides import SideWriter
 
 PAGE_TOKENS = 1 << 13
+# A document of a page: its kind by KIND_CODES, how many loss runs and tokens it has, the key of its id (data.lengths).
+ROW = np.dtype([("kind", "<u4"), ("runs", "<u4"), ("tokens", "<u4"), ("id", "<u8")])
 RECORDS = "pages 1"  # what the records of a token directory are, in its identity: raised when they change
 
 
@@ -38,31 +40,29 @@ def write_token_shard(temporary: Path, documents: Iterable[Written]) -> tuple[in
 def _pages(documents: Iterable[Written], side: SideWriter) -> Iterator[bytes]:
     page, first, tokens = 0, 0, 0
     held: list[TokenDocument] = []
-    keys: list[int] = []
     for document, characters in documents:
-        size, key = len(document.tokens) // np.dtype(document.dtype).itemsize, id_key(document.id)
+        size = len(document.tokens) // np.dtype(document.dtype).itemsize
         if held and tokens + size > PAGE_TOKENS:
-            yield _page(first, held, keys)
-            page, first, tokens = page + 1, first + len(held), 0
-            held, keys = [], []
-        side.add(key, page, size, characters, document.parents)
+            yield encode_page(first, held)
+            page, first, tokens, held = page + 1, first + len(held), 0, []
+        side.add(document.id, page, size, characters, document.parents)
         held.append(document)
-        keys.append(key)
         tokens += size
     if held:
-        yield _page(first, held, keys)
+        yield encode_page(first, held)
 
 
-def _page(first: int, documents: list[TokenDocument], keys: list[int]) -> bytes:
+def encode_page(first: int, documents: list[TokenDocument]) -> bytes:
+    """The record of a page whose first document has number `first` in its shard."""
     width = np.dtype(documents[0].dtype).itemsize
+    rows = [
+        (KIND_CODES[one.kind], len(one.loss_runs), len(one.tokens) // width, id_key(one.id)) for one in documents
+    ]
     page = TokenPage(
         first=first,
         dtype=documents[0].dtype,
         tokens=b"".join([one.tokens for one in documents]),
-        lengths=np.array([len(one.tokens) // width for one in documents], "<u4").tobytes(),
-        keys=np.array(keys, "<u8").tobytes(),
-        kinds=bytes([KIND_CODES[one.kind] for one in documents]),
-        run_counts=np.array([len(one.loss_runs) for one in documents], "<u4").tobytes(),
+        rows=np.array(rows, ROW).tobytes(),
         runs=np.array([run for one in documents for run in one.loss_runs], "<u4").tobytes(),
         ids=[one.id for one in documents],
         sources=[one.source for one in documents],
@@ -89,18 +89,16 @@ def read_token_documents(path: str | Path) -> Iterator[TokenDocument]:
 
 
 def documents_of(page: TokenPage) -> Iterator[TokenDocument]:
-    lengths, counts = np.frombuffer(page.lengths, "<u4"), np.frombuffer(page.run_counts, "<u4")
-    ends, run_ends = np.cumsum(lengths).tolist(), np.cumsum(counts).tolist()
-    runs = np.frombuffer(page.runs, "<u4").reshape(-1, 2).tolist()
-    width, start, first_run = np.dtype(page.dtype).itemsize, 0, 0
-    for place, (stop, last_run) in enumerate(zip(ends, run_ends, strict=True)):
+    rows, runs = np.frombuffer(page.rows, ROW), np.frombuffer(page.runs, "<u4").reshape(-1, 2).tolist()
+    width, start, run = np.dtype(page.dtype).itemsize, 0, 0
+    for place, (kind, run_count, tokens, _) in enumerate(rows.tolist()):
         yield TokenDocument(
             page.ids[place],
-            KINDS[page.kinds[place] - 1],
+            KINDS[kind - 1],
             page.dtype,
-            page.tokens[start * width : stop * width],
-            [(low, high) for low, high in runs[first_run:last_run]],
+            page.tokens[start : start + tokens * width],
+            [(low, high) for low, high in runs[run : run + run_count]],
             page.parents.get(place, []),
             page.sources[place],
         )
-        start, first_run = stop, last_run
+        start, run = start + tokens * width, run + run_count

@@ -23,7 +23,7 @@ from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data.blocks import SourceDocuments
 from ipt_jax.data.kept import Kept
 from ipt_jax.data.lengths import document_count, shards_of
-from ipt_jax.data.pages import PAGE_TOKENS
+from ipt_jax.data.pages import PAGE_TOKENS, ROW
 
 READER_OPTIONS = (
     "readahead_buffer_size:1M,max_parallelism:0,footer_prefetch_bytes:256K"  # a range is one read of the disk
@@ -34,7 +34,7 @@ WINDOWS_KEPT = 4  # of blocks: those that are read ahead of the one in use, and 
 PAGES_KEPT = 1 << 12
 
 # A document found: its tokens begin at token `start` of buffer `buffer`; its loss runs are runs [run, run + runs).
-FOUND = np.dtype([("buffer", "<i4"), ("start", "<i4"), ("kind", "u1"), ("run", "<i4"), ("runs", "<i4")])
+FOUND = np.dtype([("buffer", "<i8"), ("start", "<i8"), ("kind", "<u4"), ("run", "<i8"), ("runs", "<i8")])
 
 
 class Found(NamedTuple):
@@ -51,26 +51,20 @@ class Columns(msgspec.Struct):
     first: int
     dtype: TokenType
     tokens: memoryview
-    lengths: bytes
-    keys: bytes
-    kinds: bytes
-    run_counts: bytes
-    runs: bytes
+    rows: memoryview
+    runs: memoryview
 
 
 class Stretch(NamedTuple):
-    """Documents `first`, first + 1, … of a source, from neighbouring pages: their tokens, and the rest by document."""
+    """`documents` of a source from number `first` on, out of neighbouring pages: the pages' columns, joined."""
 
     first: int
-    tokens: memoryview
-    documents: np.ndarray
-    runs: np.ndarray
+    documents: int
+    tokens: bytes
+    rows: bytes
+    runs: bytes
 
 
-# A document of a Stretch: FOUND but for the buffer, and what tells that it is the one that the plan means.
-HELD = np.dtype(
-    [("start", "<i4"), ("kind", "u1"), ("run", "<i4"), ("runs", "<i4"), ("tokens", "<u4"), ("id", "<u8")]
-)
 _DECODER = msgspec.msgpack.Decoder(Columns)
 
 
@@ -98,18 +92,9 @@ class RecordReader:
         else:
             units, which = np.unique(self._page_numbers(documents), return_inverse=True)
             stretches = self._pages.many(units.tolist())
-        held, runs = _joined(stretches)
-        starts = np.array([len(one.documents) for one in stretches]).cumsum()
-        counts = np.diff(starts, prepend=0)
-        place = documents["record"] - np.array([one.first for one in stretches])[which]
-        outside = (place < 0) | (place >= counts[which])
-        mine = held[np.where(outside, 0, place + (starts - counts)[which])]
-        self._check(documents, mine, outside)
-        places = np.empty(len(documents), FOUND)
-        for name in ("start", "kind", "run", "runs"):
-            places[name] = mine[name]
-        places["buffer"] = which
-        return Found(places, [one.tokens for one in stretches], runs)
+        found, rows, there = _find(documents["record"], stretches, which)
+        self._check(documents, rows, there)
+        return found
 
     def load_blocks(self, documents: np.ndarray) -> None:
         """Reads the blocks that hold the documents of these numbers."""
@@ -145,7 +130,9 @@ class RecordReader:
             found = [self._decode(record, shard, number) for number, record in enumerate(records, start)]
             first = found[0].first + int(self._ends[shard - 1] if shard else 0) if first < 0 else first
             pages += found
-        return _stretch(first, pages)
+        columns = ([getattr(page, name) for page in pages] for name in ("tokens", "rows", "runs"))
+        tokens, rows, runs = (b"".join(column) for column in columns)
+        return Stretch(first, len(rows) // ROW.itemsize, tokens, rows, runs)
 
     def _open(self, shard: int) -> ArrayRecordReader:
         path = self._paths[shard]
@@ -175,16 +162,20 @@ class RecordReader:
             raise UserError(self._damaged(shard, number, f"its tokens are {page.dtype}, not {self._dtype}"))
         return page
 
-    def _check(self, documents: np.ndarray, held: np.ndarray, outside: np.ndarray) -> None:
+    def _check(self, documents: np.ndarray, rows: np.ndarray, there: np.ndarray) -> None:
         """Every document is where the index says, of the length that the plan counts on, and of the very id."""
-        other = outside | (held["tokens"] != documents["tokens"]) | (held["id"] != documents["id"])
-        if other.any():
-            at = int(np.argmax(other))
-            ((shard, local, _),) = shards_of(self._ends, *(documents["record"][at] + np.arange(2)).tolist())
-            length = f"it holds {held['tokens'][at]} tokens, its index says {documents['tokens'][at]}"
-            what = "it is not there" if outside[at] else length if held["tokens"][at] != documents["tokens"][at] else ""
-            said = f"document {local}: {what or 'its id is not that of its index'}"
-            raise UserError(self._damaged(shard, int(documents["page"][at]), said))
+        length, key = rows["tokens"] == documents["tokens"], rows["id"] == documents["id"]
+        if (there & length & key).all():
+            return
+        at = int(np.argmin(there & length & key))
+        number = int(documents["record"][at])
+        ((shard, local, _),) = shards_of(self._ends, number, number + 1)
+        said = "its id is not that of the index"
+        if not there[at]:
+            said = "it is not there"
+        elif not length[at]:
+            said = f"it holds {rows['tokens'][at]} tokens, its index says {documents['tokens'][at]}"
+        raise UserError(self._damaged(shard, int(documents["page"][at]), f"document {local}: {said}"))
 
     def _damaged(self, shard: int, page: int, what: object) -> str:
         """`what` is wrong with a page, and which documents it holds by the index."""
@@ -198,27 +189,20 @@ class RecordReader:
         )
 
 
-def _stretch(first: int, pages: Sequence[Columns]) -> Stretch:
-    lengths = np.frombuffer(b"".join([page.lengths for page in pages]), "<u4")
-    documents = np.empty(len(lengths), HELD)
-    documents["tokens"] = lengths
-    documents["start"] = np.cumsum(lengths) - lengths
-    documents["id"] = np.frombuffer(b"".join([page.keys for page in pages]), "<u8")
-    documents["kind"] = np.frombuffer(b"".join([page.kinds for page in pages]), np.uint8)
-    documents["runs"] = counts = np.frombuffer(b"".join([page.run_counts for page in pages]), "<u4")
-    documents["run"] = np.cumsum(counts) - counts
-    tokens = b"".join([page.tokens for page in pages])
-    assert len(tokens) == int(lengths.sum()) * np.dtype(pages[0].dtype).itemsize, "a page's columns differ"
-    runs = np.frombuffer(b"".join([page.runs for page in pages]), "<u4").reshape(-1, 2)
-    return Stretch(first, tokens, documents, runs)
-
-
-def _joined(stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray]:
-    """The documents and the runs of all."""
-    documents = np.frombuffer(bytearray().join([one.documents for one in stretches]), HELD)  # concatenate is slow here
-    counts = np.array([len(one.runs) for one in stretches])
-    documents["run"] += np.repeat(np.cumsum(counts) - counts, [len(one.documents) for one in stretches])
-    return documents, np.concatenate([one.runs for one in stretches])
+def _find(numbers: np.ndarray, stretches: Sequence[Stretch], which: np.ndarray) -> tuple[Found, np.ndarray, np.ndarray]:
+    """Where the documents of these numbers are in their stretches, what ROW they have, and whether they are there."""
+    rows = np.frombuffer(b"".join([one.rows for one in stretches]), ROW)
+    runs = np.frombuffer(b"".join([one.runs for one in stretches]), "<u4").reshape(-1, 2)
+    counts = np.array([one.documents for one in stretches])
+    begins = np.cumsum(counts) - counts  # of each stretch among all rows
+    place = numbers - np.array([one.first for one in stretches])[which]
+    there = (place >= 0) & (place < counts[which])
+    place = np.where(there, place, 0) + begins[which]
+    token, run = (np.cumsum(rows[name], dtype=np.int64) - rows[name] for name in ("tokens", "runs"))
+    places = np.empty(len(numbers), FOUND)
+    places["buffer"], places["start"] = which, token[place] - token[begins][which]
+    places["kind"], places["run"], places["runs"] = rows["kind"][place], run[place], rows["runs"][place]
+    return Found(places, [one.tokens for one in stretches], runs), rows[place], there
 
 
 def _first_damaged(reader: ArrayRecordReader, first: int, stop: int) -> int:

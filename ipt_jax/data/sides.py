@@ -31,16 +31,17 @@ class SideWriter:
         self._kept: list[np.ndarray] = []
         self._any_characters = False
 
-    def add(self, key: int, page: int, tokens: int, characters: np.ndarray | None, parents: list[Parent]) -> None:
-        """A document whose id has the key `key`, in record `page` of the shard. `characters`: how many characters of
-        its text each token covers, for a raw document."""
+    def add(
+        self, document_id: str, page: int, tokens: int, characters: np.ndarray | None, parents: list[Parent]
+    ) -> None:
+        """`page`: the record that holds it. `characters`: how many of its text each token covers, for a raw document."""
         covered = 0
         if characters is None:
             characters = np.zeros(tokens, np.uint8)
         else:
             covered, self._any_characters = int(characters.sum()), True
         self._kept.append(characters)
-        self._rows.append((tokens, covered, page, key))
+        self._rows.append((tokens, covered, page, id_key(document_id)))
         self._parent_rows += [(id_key(parent.id), parent.start, parent.end) for parent in parents]
         if len(self._rows) == KEPT_ROWS:
             self._write_kept()
