@@ -45,9 +45,9 @@ class Table(NamedTuple):
 
 
 class Index(Protocol):
-    """Index rows of ranges [first, stop) of records."""
+    """Index rows of ranges [first, stop) of records, joined."""
 
-    def __call__(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]: ...
+    def __call__(self, ranges: Sequence[tuple[int, int]]) -> np.ndarray: ...
 
 
 def contents(manifest: Manifest) -> str:
@@ -73,7 +73,7 @@ class SourceDocuments:
         """The documents of some blocks, block after block, each in corpus order."""
         size = self.table.size
         ranges = [(block * size, min((block + 1) * size, self.records)) for block in blocks.tolist()]
-        rows = np.concatenate(self.index(ranges))
+        rows = self.index(ranges)
         counts = np.array([stop - first for first, stop in ranges])
         documents = np.zeros(len(rows), DOCUMENT)
         starts = np.cumsum(counts) - counts
@@ -215,8 +215,8 @@ def documents_in_memory(lengths: Sequence[int], name: str = "memory") -> SourceD
     tokens = np.add.reduceat(index["tokens"].astype(np.int64), firsts)
     documents = np.diff(np.append(firsts, len(lengths)))
 
-    def read(ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        return [index[first:stop] for first, stop in ranges]
+    def read(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        return np.concatenate([index[first:stop] for first, stop in ranges])
 
     pages = np.zeros((len(firsts), 2), np.uint32)
     return SourceDocuments(Table(size, tokens, documents, pages, Remains.nothing()), read, len(lengths), name)

@@ -8,6 +8,7 @@ manifest's digests and counts; the characters of a document are checked against 
 A key is the first 64 bits of BLAKE2b of the id: among 2e8 ids two share a key with probability 1e-3.
 """
 
+import bisect
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -53,13 +54,14 @@ class IndexFiles:
 
     def __init__(self, directory: Path, manifest: Manifest):
         self._paths = [side_path(directory, entry.name, "index") for entry in manifest.shards]
-        self._ends = np.cumsum([document_count(entry) for entry in manifest.shards])
+        self._ends = np.cumsum([document_count(entry) for entry in manifest.shards]).tolist()
         self._files = Kept(self._open, OPEN_FILES)
 
-    def __call__(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        return in_threads(self._read, ranges)
+    def __call__(self, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The rows of all ranges, joined."""
+        return np.frombuffer(b"".join(in_threads(self._read, ranges)), INDEX)
 
-    def _read(self, span: tuple[int, int]) -> np.ndarray:
+    def _read(self, span: tuple[int, int]) -> bytes:
         first, stop = span
         found = []
         for shard, low, high in shards_of(self._ends, first, stop):
@@ -68,13 +70,13 @@ class IndexFiles:
             data = os.pread(file.fileno(), size, start + low * INDEX.itemsize)
             if len(data) != size:
                 raise UserError(_damaged(self._paths[shard]))
-            found.append(np.frombuffer(data, INDEX))
-        return np.concatenate(found) if len(found) > 1 else found[0]
+            found.append(data)
+        return b"".join(found)
 
     def _open(self, shard: int) -> tuple[BinaryIO, int]:
         """The file, which closes when its last user lets go of it, and where its rows begin."""
         path = self._paths[shard]
-        documents = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+        documents = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
         try:
             file = path.open("rb", buffering=0)
         except OSError as error:
@@ -82,12 +84,12 @@ class IndexFiles:
         return file, os.fstat(file.fileno()).st_size - documents * INDEX.itemsize  # rows end the file
 
 
-def shards_of(ends: np.ndarray, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def shards_of(ends: Sequence[int], first: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """(shard, first, stop within it) of what has numbers [first, stop) in a directory whose shards end at `ends`."""
-    shard = int(np.searchsorted(ends, first, side="right"))
+    shard = bisect.bisect_right(ends, first)
     while first < stop:
-        start = int(ends[shard - 1]) if shard else 0
-        high = min(stop, int(ends[shard]))
+        start = ends[shard - 1] if shard else 0
+        high = min(stop, ends[shard])
         if first < high:
             yield shard, first - start, high - start
         first, shard = high, shard + 1

@@ -9,6 +9,7 @@ On one host a block of neighbouring documents is one read and is kept until its 
 reads and keeps the pages of its own rows.
 """
 
+import bisect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,8 +74,8 @@ class RecordReader:
 
     def __init__(self, directory: Path, manifest: Manifest, source: SourceDocuments, *, window: int, dtype: TokenType):
         self._paths = [directory / entry.name for entry in manifest.shards]
-        self._ends = np.cumsum([document_count(entry) for entry in manifest.shards])
-        self._page_ends = np.cumsum([entry.records for entry in manifest.shards])
+        self._ends = np.cumsum([document_count(entry) for entry in manifest.shards]).tolist()
+        self._page_ends = np.cumsum([entry.records for entry in manifest.shards]).tolist()
         self._bytes = [entry.bytes for entry in manifest.shards]
         self._source, self._dtype = source, dtype
         self._block = source.table.size
@@ -103,16 +104,20 @@ class RecordReader:
     def _page_numbers(self, documents: np.ndarray) -> np.ndarray:
         """The page of each document, counted through all shards."""
         shards = np.searchsorted(self._ends, documents["record"], side="right")
-        return np.concatenate([[0], self._page_ends])[shards] + documents["page"]
+        return np.array([0, *self._page_ends])[shards] + documents["page"]
 
     def _read_block(self, block: int) -> Stretch:
         """The pages that hold a block, or several where they are smaller than a page."""
         table, blocks = self._source.table, self._block // self._source.table.size
-        first, last = block * self._block, min((block + 1) * self._block, int(self._ends[-1])) - 1
-        pages = table.pages[[block * blocks, last // table.size], [0, 1]]
-        shards = np.searchsorted(self._ends, [first, last], side="right")
-        low, high = (np.concatenate([[0], self._page_ends])[shards] + pages).tolist()
+        first, last = block * self._block, min((block + 1) * self._block, self._ends[-1]) - 1
+        pages = int(table.pages[block * blocks, 0]), int(table.pages[last // table.size, 1])
+        low, high = (self._pages_before(number) + page for number, page in zip((first, last), pages, strict=True))
         return self._read_span(low, high + 1)
+
+    def _pages_before(self, document: int) -> int:
+        """The pages of the shards before that of a document."""
+        shard = bisect.bisect_right(self._ends, document)
+        return self._page_ends[shard - 1] if shard else 0
 
     def _read_page(self, page: int) -> Stretch:
         return self._read_span(page, page + 1)
@@ -128,7 +133,7 @@ class RecordReader:
             except (RuntimeError, IndexError) as error:
                 raise UserError(self._damaged(shard, _first_damaged(reader, start, stop), error)) from error
             found = [self._decode(record, shard, number) for number, record in enumerate(records, start)]
-            first = found[0].first + int(self._ends[shard - 1] if shard else 0) if first < 0 else first
+            first = found[0].first + (self._ends[shard - 1] if shard else 0) if first < 0 else first
             pages += found
         columns = ([getattr(page, name) for page in pages] for name in ("tokens", "rows", "runs"))
         tokens, rows, runs = (b"".join(column) for column in columns)
@@ -145,7 +150,7 @@ class RecordReader:
                 "delete it and run ipt tokenize again"
             )
         reader = ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=BUFFER_BYTES)
-        expected = int(self._page_ends[shard] - (self._page_ends[shard - 1] if shard else 0))
+        expected = self._page_ends[shard] - (self._page_ends[shard - 1] if shard else 0)
         if not reader.ok() or reader.num_records() != expected:
             raise UserError(
                 f"{path}: damaged (holds {reader.num_records()} records, the manifest says {expected}); "
@@ -179,8 +184,8 @@ class RecordReader:
 
     def _damaged(self, shard: int, page: int, what: object) -> str:
         """`what` is wrong with a page, and which documents it holds by the index."""
-        first = int(self._ends[shard - 1]) if shard else 0
-        (rows,) = self._source.index([(first, int(self._ends[shard]))])
+        first = self._ends[shard - 1] if shard else 0
+        rows = self._source.index([(first, self._ends[shard])])
         mine = np.flatnonzero(rows["page"] == page)
         holds = f"documents {mine[0]} to {mine[-1]}" if len(mine) else "no documents"
         return (
