@@ -30,7 +30,9 @@ VERSION = 3  # raised when the same shards would give another table
 
 # One document: tokens [start, start + length) of a record, which holds `tokens` in all, lies in record `page` of its
 # shard, and whose id has the key `id`.
-DOCUMENT = np.dtype([("record", "<i8"), ("start", "<u4"), ("length", "<u4"), ("tokens", "<u4"), ("page", "<u4"), ("id", "<u8")])
+DOCUMENT = np.dtype(
+    [("record", "<i8"), ("start", "<u4"), ("length", "<u4"), ("tokens", "<u4"), ("page", "<u4"), ("id", "<u8")]
+)
 
 
 class Table(NamedTuple):
@@ -125,7 +127,8 @@ def check_manifest(directory: Path, manifest: Manifest) -> None:
             for number, entry in enumerate(manifest.shards)
         ),
         "its records are not the sum of its shards'": manifest.records != sum(one.records for one in manifest.shards),
-        "its counts are not the sums of its shards'": document_count(manifest) != sum(map(document_count, manifest.shards)),
+        "its counts are not the sums of its shards'": document_count(manifest)
+        != sum(map(document_count, manifest.shards)),
         "its tokens are not the sum of its shards'": manifest.tokens != sum(one.tokens for one in manifest.shards),
     }
     for fault, found in faults.items():

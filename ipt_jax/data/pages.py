@@ -55,9 +55,7 @@ def _pages(documents: Iterable[Written], side: SideWriter) -> Iterator[bytes]:
 def encode_page(first: int, documents: list[TokenDocument]) -> bytes:
     """The record of a page whose first document has number `first` in its shard."""
     width = np.dtype(documents[0].dtype).itemsize
-    rows = [
-        (KIND_CODES[one.kind], len(one.loss_runs), len(one.tokens) // width, id_key(one.id)) for one in documents
-    ]
+    rows = [(KIND_CODES[one.kind], len(one.loss_runs), len(one.tokens) // width, id_key(one.id)) for one in documents]
     page = TokenPage(
         first=first,
         dtype=documents[0].dtype,

@@ -35,22 +35,21 @@ class SideWriter:
         self, document_id: str, page: int, tokens: int, characters: np.ndarray | None, parents: list[Parent]
     ) -> None:
         """`page`: the record that holds it. `characters`: how many of its text each token covers, for a raw document."""
-        covered = 0
-        if characters is None:
-            characters = np.zeros(tokens, np.uint8)
-        else:
-            covered, self._any_characters = int(characters.sum()), True
-        self._kept.append(characters)
-        self._rows.append((tokens, covered, page, id_key(document_id)))
+        self._any_characters |= characters is not None
+        self._kept.append(np.zeros(tokens, np.uint8) if characters is None else characters)
+        self._rows.append((tokens, 0, page, id_key(document_id)))
         self._parent_rows += [(id_key(parent.id), parent.start, parent.end) for parent in parents]
         if len(self._rows) == KEPT_ROWS:
             self._write_kept()
 
     def _write_kept(self) -> None:
         if self._rows:
-            self._index.write(np.array(self._rows, INDEX))
+            rows, characters = np.array(self._rows, INDEX), np.concatenate(self._kept)
+            starts = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
+            rows["characters"] = np.add.reduceat(characters, starts, dtype=np.uint32)
+            self._index.write(rows)
             self._parents.write(np.array(self._parent_rows, PARENTS))
-            self._chars.write(np.concatenate(self._kept))
+            self._chars.write(characters)
         self._rows, self._parent_rows, self._kept = [], [], []
 
     def close(self) -> dict[str, str]:
