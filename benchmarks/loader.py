@@ -4,8 +4,8 @@ Every contestant runs in a fresh process that shuffles one corpus of documents, 
 2,048 tokens; the clock starts before the first file is opened and stops after the last batch, imports excluded. All
 run in turn, round after round; the table gives medians. This project gives six checked fields a row, Grain tokens,
 segment ids and positions, the others tokens alone. Grain cannot read this project's pages, so it has ArrayRecord files
-of its own, a document a record, whose records are the token ids and nothing else, uncompressed too. The last line runs this project with 10 ms added to every read
-(`cc` is needed for it).
+of its own: a document a record, its token ids and nothing else, uncompressed too. The last line runs this project with
+10 ms added to every read (`cc` is needed for it).
 
     python benchmarks/loader.py [--tokens 40e6] [--rounds 3] [--directory DIR]
 """

@@ -72,7 +72,9 @@ class _Pool:
     def __init__(self, first: list[str], later: list[str], tokenizer: Tokenizer, raw: bool):
         """`raw`: whether characters are wanted."""
         dtype = token_dtype(tokenizer)
-        controls = {name: one for name, one in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)) if one is not None}
+        controls = {
+            name: one for name, one in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)) if one is not None
+        }
         found = [np.array(list(controls.values()), dtype)]
         covered = [np.zeros(len(controls), np.uint32)]
         self._places: dict[str, Iterator[tuple[int, int]]] = {

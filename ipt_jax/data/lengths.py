@@ -1,9 +1,9 @@
 """Side files of token shards: what planning must know about each document without opening a shard.
 
 Beside `tokens-00000-of-00010.array_record` lie `….index.npy` (a row a document: tokens, characters, the record of the
-shard that holds it, a key of its id), `….parents.npy` (a row a parent: key of the raw id, character span) and, where the shard holds raw documents,
-`….chars.npy` (characters that each token covers, control tokens none). Index and parents are checked against the
-manifest's digests and counts; the characters of a document are checked against its row when they are used.
+shard that holds it, a key of its id), `….parents.npy` (a row a parent: key of the raw id, character span) and, where
+the shard holds raw documents, `….chars.npy` (characters that each token covers, control tokens none). Index and parents
+are checked against the manifest's digests and counts; the characters of a document against its row when they are used.
 
 A key is the first 64 bits of BLAKE2b of the id: among 2e8 ids two share a key with probability 1e-3.
 """

@@ -31,7 +31,7 @@ class Written(NamedTuple):
 
 
 def write_token_shard(temporary: Path, documents: Iterable[Written]) -> tuple[int, dict[str, str]]:
-    """Writes a shard and its side files under temporary names; returns its records and the SHA-256 of each side file."""
+    """Writes a shard and its side files under temporary names; returns its records and the side files' SHA-256."""
     side = SideWriter(temporary)
     records = write_shard(temporary, _pages(documents, side), UNPACKED)
     return records, side.close()

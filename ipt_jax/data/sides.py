@@ -34,7 +34,7 @@ class SideWriter:
     def add(
         self, document_id: str, page: int, tokens: int, characters: np.ndarray | None, parents: list[Parent]
     ) -> None:
-        """`page`: the record that holds it. `characters`: how many of its text each token covers, for a raw document."""
+        """`page`: the record that holds it. `characters`: how many of its text each token covers, if it is raw."""
         self._any_characters |= characters is not None
         self._kept.append(np.zeros(tokens, np.uint8) if characters is None else characters)
         self._rows.append((tokens, 0, page, id_key(document_id)))
