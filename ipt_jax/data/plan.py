@@ -156,11 +156,11 @@ class Plan:
 
     def _pieces(self, rows: Sequence[int]) -> np.ndarray:
         """The pieces of some rows; `row` counts from 0."""
-        found = [np.zeros(0, PIECE)]
+        found = []
         for slot, first, stop in _runs(rows, self.rows):
-            found.append(self._packing.pieces(first, stop))
+            found.append(self._packing.pieces(first, stop).copy())
             found[-1]["row"] += slot - first
-        return np.concatenate(found)
+        return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, PIECE), *found])
 
     def _read(self, pieces: np.ndarray, whole_blocks: bool) -> Found:
         """The document of each piece."""
