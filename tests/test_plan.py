@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
@@ -287,10 +287,10 @@ def test_ids_that_cannot_be_matched(corpora: Path, tmp_path: Path) -> None:
         excluding(write_tokens(tmp_path / "other", random_documents([5])), corpora / "augmented")
 
 
-def table_lines(plan: Plan) -> list[str]:
-    console = Console(width=200)
+def table_lines(summary: dict[str, Any], width: int = 200) -> list[str]:
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(plan_summary_table(plan.summary()))
+        console.print(plan_summary_table(summary))
     return [" ".join(line.split()) for line in capture.get().splitlines()]
 
 
@@ -311,13 +311,20 @@ def test_summary_fingerprint_and_table(corpora: Path) -> None:
     others: list[dict] = [{"seed": 1}, {"packing": "best_fit"}, {"rows_per_step": 4}, {"tokens": 59}]
     prints = {plan_of(corpora, **({"tokens": 60, "sources": sources} | change)).fingerprint for change in others}
     assert len(prints | {plan.fingerprint}) == 5
-    lines = table_lines(plan)
+    lines = table_lines(summary)
     assert lines[0] == "60 tokens in 8 rows of 8 (concat)"
     assert lines[4:6] == ["raw raw the rest 3 36 60.00% 0.8372 of 1", "[/tasks] task epochs 0.5 2 24 40.00% 0.4898"]
     assert lines[7].startswith("4 steps of 2 rows, padding 6.250%, 17 tokens cut from last documents")
     repeated = {"name": "raw", "path": str(corpora / "raw"), "tokens": 86}
-    assert table_lines(plan_of(corpora, sources=[repeated]))[4] == "raw raw tokens 86 8 86 100.00% 2 (no cap)"
+    assert table_lines(plan_of(corpora, sources=[repeated]).summary())[4] == "raw raw tokens 86 8 86 100.00% 2 (no cap)"
     assert (plan.vocab_size, plan.tokenizer_dir) == (100, corpora / "raw" / "tokenizer")
+
+
+def test_a_plan_of_100b_tokens_fits_a_narrow_terminal(corpora: Path) -> None:
+    summary = plan_of(corpora).summary()
+    large = {"tokens": 80_000_000_000, "documents": 160_000_000, "epochs": 1.25, "max_epochs": 16}
+    summary["sources"] = [summary["sources"][0] | large | {"asked": "tokens 80,000,000,000"}]
+    assert "160,000,000 80,000,000,000 100.00% 1.25 of 16" in "\n".join(table_lines(summary, width=80))
 
 
 def test_another_tokenizer_is_refused(corpora: Path) -> None:

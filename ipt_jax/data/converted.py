@@ -122,8 +122,8 @@ class Exclusion:
             )
         if not len(self._parents):
             raise UserError(
-                f"source {self._name!r}: exclude_converted names documents that were made from no other text (they have "
-                "no parents); name what synth render wrote, or take exclude_converted out"
+                f"source {self._name!r}: exclude_converted names documents that have no parents (nothing was converted "
+                "into them); name what synth render wrote, or take exclude_converted out"
             )
         if not self._found.any():
             raise UserError(

@@ -3,9 +3,9 @@
 A source's records lie in blocks of at most about 131,072 tokens. An epoch deals the blocks out to windows, of every W
 neighbours one to each of the W windows, and shuffles the documents of each window among themselves: every window is
 drawn evenly from the whole corpus, and reads stay near. A corpus of up to 16.8M tokens is one window: its epochs are
-full shuffles. Sources are merged by tokens: a document stands at the fraction of its source's tokens that its middle has
-reached, so every source keeps within one document of its share at every point. The merged order is cut into chunks at
-fractions c / chunks, and any chunk is computed alone.
+full shuffles. Sources are merged by tokens: a document stands at the fraction of its source's tokens that its middle
+has reached, so every source keeps within one document of its share at every point. The merged order is cut into chunks
+at fractions c / chunks, and any chunk is computed alone.
 
 Held in memory: 16 bytes a block and epoch in use, and the latest windows. No table of documents, no state.
 """

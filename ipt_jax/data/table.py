@@ -13,11 +13,13 @@ def plan_summary_table(summary: dict[str, Any]) -> Table:
     table = Table(
         title="{tokens:,} tokens in {rows:,} rows of {seq_len:,} ({packing})".format(**summary),
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # a plan of 100B tokens fits 80 columns
+        pad_edge=False,
         caption=Text(_caption(summary)),
         caption_justify="left",
     )
     for heading in ("source", "kind", "asked"):
-        table.add_column(heading)
+        table.add_column(heading, min_width=6, overflow="fold")
     for heading in ("documents", "tokens", "share", "epochs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for source in summary["sources"]:
