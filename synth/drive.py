@@ -1,56 +1,59 @@
 """Keeps many groups going on one engine, a bounded number at a time, and hands each on as soon as it is whole.
 
-One group has one request at a time, so as many groups as the engine takes sequences keep it full, and a group that goes
-on finds its prefix in the cache. SIGINT and SIGTERM let what is whole be stored and give up the rest; anything that an
-engine raises but `RequestFailed` ends the drive.
+One group has one request at a time. There are more groups than the engine has places, so that a queue always waits in
+front of it and no place stands empty while an answer is read and the next prompt is built; a group that goes on is
+served before one that begins, so its prefix is still in the cache. The corpus is read as groups are taken. SIGINT and
+SIGTERM let what is whole be stored and give up the rest; anything that an engine raises but `RequestFailed` ends the
+drive.
 """
 
 import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ipt_jax.corpus.records import SynthGroup
-from synth.chain import Chain
 from synth.engine import Engine
-from synth.grouping import Group
 
-Put = Callable[[Group, SynthGroup], None]
-Running = dict[asyncio.Task[SynthGroup], Group]
+Item = TypeVar("Item")  # what becomes a group: texts, or a group without scores
+Held = TypeVar("Held", contravariant=True)
+Put = Callable[[Item, SynthGroup], None]
 
 
-async def drive(
-    engine: Engine, chain: Chain, groups: Iterator[Group], put: Put, in_flight: int
-) -> signal.Signals | None:
+class Answers(Protocol[Held]):
+    """What makes a group of an item: a chain asks for pairs, a verifier for scores."""
+
+    async def run(self, engine: Engine, item: Held, /) -> SynthGroup: ...
+
+
+async def drive(engine: Engine, chain: Answers[Item], groups: Iterator[Item], put: Put[Item]) -> signal.Signals | None:
     """Answers all groups; the signal that ended it before that, if one did."""
     stop = stop_on_signals()
-    running: Running = {}
+    tasks = [asyncio.create_task(answer(engine, chain, groups, put)) for _ in range(in_flight(engine.places))]
+    done = asyncio.gather(*tasks)
+    either: set[asyncio.Future[Any]] = {done, stop}
     try:
-        for group in groups:
-            running[asyncio.create_task(chain.run(engine, group))] = group
-            while len(running) >= in_flight and not stop.done():
-                await settle(running, stop, put)
-            if stop.done():
-                return stop.result()
-        while running and not stop.done():
-            await settle(running, stop, put)
-        return stop.result() if stop.done() else None
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():  # whatever else is wrong by now: Ctrl-C in a terminal reaches an engine's processes too
+            return stop.result()
+        done.result()
+        return None
     finally:
-        for task in running:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(done, *tasks, return_exceptions=True)
 
 
-async def settle(running: Running, stop: asyncio.Future[signal.Signals], put: Put) -> None:
-    """Waits until a group is whole, or a signal has come, and hands on what is whole."""
-    waiting: set[asyncio.Future[Any]] = {*running, stop}
-    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    for task in [task for task in running if task in done]:
-        group = running.pop(task)
-        if stop.done() and task.exception() is not None:  # Ctrl-C in a terminal reaches an engine's processes too
-            continue
-        put(group, task.result())
+def in_flight(places: int) -> int:
+    """How many groups there are at once: half as many again as the engine works on, four more at least."""
+    return places + max(4, places // 2)
+
+
+async def answer(engine: Engine, chain: Answers[Item], groups: Iterator[Item], put: Put[Item]) -> None:
+    """One group after the other, from an iterator that many share."""
+    for group in groups:
+        put(group, await chain.run(engine, group))
 
 
 def stop_on_signals() -> asyncio.Future[signal.Signals]:

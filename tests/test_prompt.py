@@ -249,6 +249,15 @@ def test_kept_tokens_are_the_accepted_pairs(tiny: Tokenizer, mistral: Tokenizer,
             assert kept == completion[: len(kept)]
 
 
+@given(whole=st.integers(1, 6), tail=st.text("ab <QUE>", max_size=60))
+def test_the_fewest_tokens_are_kept(tiny: Tokenizer, mistral: Tokenizer, whole: int, tail: str) -> None:
+    text = "\n\n".join(f"<QUE> a{number} <ANS> b </END>" for number in range(whole)) + f"\n\n<QUE> {tail}"
+    for tokenizer in (tiny, mistral):
+        ids = tokenizer.encode(text, continuing=True)
+        fewest = next(n for n in range(len(ids)) if tokenizer.decode(ids[:n]).count("</END>") == whole)
+        assert keep_accepted(tokenizer, ids, parse_completion(text, False)) == (ids[:fewest], False)
+
+
 @pytest.mark.parametrize("build", [lambda n: "A sentence. " * (n // 12), lambda n: "x" * n, lambda n: "\n" * n])
 def test_a_text_longer_than_any_budget(tiny: Tokenizer, build: Callable[[int], str]) -> None:
     fits(tiny, build(200_000), 64)

@@ -23,6 +23,10 @@ class UserError(ValueError):
     """A user's mistake, told in one line. The command line turns it into exit code 2."""
 
 
+class Fault(RuntimeError):
+    """What went wrong outside of this program and is no mistake of its user's, told in one line: exit code 1."""
+
+
 class Settings(pydantic.BaseModel):
     """Base of every settings block: frozen, unknown keys and numbers that are not finite refused."""
 

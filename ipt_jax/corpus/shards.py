@@ -146,13 +146,19 @@ class Output:
         return damage(self.path, self._entries[index])
 
     def drop(self, index: int) -> None:
-        """Takes a damaged shard off the list; the directory is complete no more."""
+        """Takes a shard off the list, its file stays; the directory is complete no more."""
         del self._entries[index]
         self.manifest.complete = False
+        self._save()
 
     @property
     def complete(self) -> bool:
         return self.manifest.complete
+
+    @property
+    def held(self) -> list[int]:
+        """The numbers of the shards that are whole."""
+        return sorted(self._entries)
 
     def has(self, index: int) -> bool:
         return index in self._entries
@@ -413,6 +419,15 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": {}}  # readers do not travel between processes
+
+
+def read_shard(path: Path) -> Iterator[bytes]:
+    """The records of one shard's file in order, whether or not its directory is finished."""
+    reader = ArrayRecordReader(str(path))
+    count = reader.num_records()
+    for start in range(0, count, READ_RECORDS):
+        yield from reader.read(start, min(start + READ_RECORDS, count))
+    reader.close()
 
 
 def verify_shard(path: Path, entry: ShardEntry, *, checksum: bool) -> None:

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +134,11 @@ def _inputs(settings: SourceSettings) -> list[_Input]:
     return inputs
 
 
+def input_paths(settings: SourceSettings) -> list[str]:
+    """The paths of a source's units, in reading order, without a look into the files."""
+    return [str(one.path) for one in _inputs(settings)]
+
+
 def plan_units(settings: SourceSettings, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     """The source's units in reading order. Raises UserError for absent, empty and unknown files."""
     return [unit for one in _inputs(settings) for unit in _units(one, unit_bytes)]
@@ -227,20 +232,23 @@ def read_source(settings: SourceSettings) -> Iterator[Document | Dropped]:
         yield from read_unit(unit, settings)
 
 
-def source_identity(settings: SourceSettings) -> dict[str, Any]:
-    """What the source means for a fingerprint: contents and columns, never where the files lie."""
+def source_identity(settings: SourceSettings, digest_of: Callable[[Path], str] = file_digest) -> dict[str, Any]:
+    """What the source means for a fingerprint: contents and columns, never where the files lie.
+
+    `digest_of` hashes a file; `corpus.digests.KnownDigests` spares those that it hashed before.
+    """
     inputs = _inputs(settings)
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
-        contents = list(pool.map(_contents, inputs))
+        contents = list(pool.map(lambda one: _contents(one, digest_of), inputs))
     return {**settings.model_dump(exclude={"path"}), "contents": contents}
 
 
-def _contents(one: _Input) -> str | list[str]:
+def _contents(one: _Input, digest_of: Callable[[Path], str]) -> str | list[str]:
     if one.form == "shards":
         return read_manifest(one.path).fingerprint
     if one.form == "tfds":
-        return [file_digest(file) for file, _ in tfds_files(one.path, one.split)]
-    return file_digest(one.path)
+        return [digest_of(file) for file, _ in tfds_files(one.path, one.split)]
+    return digest_of(one.path)
 
 
 def _read_shard(path: Path, unit: Unit, settings: SourceSettings) -> Iterator[Document | Dropped]:
