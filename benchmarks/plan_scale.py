@@ -170,13 +170,15 @@ def measure(what: str, root: Path) -> dict[str, Any]:
         next(batches(plan, start_step=plan.steps - LAST_STEPS, rows_per_step=ROWS))
         result = {"first_batch_s": time.perf_counter() - started}
     else:
-        seconds = []
+        seconds, cpu = [], []
         for row in timed_rows(plan):
-            at = time.perf_counter()
+            at, used = time.perf_counter(), time.process_time()
             plan.row(row)
             seconds.append(time.perf_counter() - at)
+            cpu.append(time.process_time() - used)
             result = {"first_row_s": at - started + seconds[0]} if len(seconds) == 1 else result
         result["random_row_ms"] = 1000 * statistics.median(seconds[1:])
+        result["row_cpu_ms"] = 1000 * statistics.median(cpu[1:])
         result["slowest_row_ms"] = 1000 * max(seconds[1:])
     return result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
@@ -213,6 +215,7 @@ def cost(root: Path, documents: int) -> dict[str, Any]:
 COLUMNS = {
     "documents": "{:,}", "tokens": "{:,}", "plan_s": "{:.1f}", "plan_cpu_s": "{:.1f}", "peak_gib": "{:.2f}",
     "again_s": "{:.2f}", "first_row_s": "{:.2f}", "first_batch_s": "{:.2f}", "random_row_ms": "{:.1f}",
+    "row_cpu_ms": "{:.1f}",
     "slowest_row_ms": "{:.1f}", "loader_gib": "{:.2f}",
 }  # fmt: skip
 

@@ -31,8 +31,7 @@ READER_OPTIONS = (
 )
 BUFFER_BYTES = 1 << 14  # what a single page costs; the default of 1 MiB reads that much for each
 OPEN_SHARDS = 128  # an open reader holds eight bytes a page of its shard
-WINDOWS_KEPT = 4  # of blocks: those that are read ahead of the one in use, and a part of one
-PAGES_KEPT = 1 << 12
+WINDOWS_KEPT = 4  # those that are read ahead of the one in use, and a part of one
 
 # A document found: its tokens begin at token `start` of buffer `buffer`; its loss runs are runs [run, run + runs).
 FOUND = np.dtype([("buffer", "<i8"), ("start", "<i8"), ("kind", "<u4"), ("run", "<i8"), ("runs", "<i8")])
@@ -76,6 +75,7 @@ class RecordReader:
         self._paths = [directory / entry.name for entry in manifest.shards]
         self._ends = np.cumsum([document_count(entry) for entry in manifest.shards]).tolist()
         self._page_ends = np.cumsum([entry.records for entry in manifest.shards]).tolist()
+        self._arrays = np.array(self._ends), np.array([0, *self._page_ends])  # the same, to look up many at once
         self._bytes = [entry.bytes for entry in manifest.shards]
         self._source, self._dtype = source, dtype
         self._block = source.table.size
@@ -83,7 +83,8 @@ class RecordReader:
             self._block *= 2
         self._readers = Kept(self._open, OPEN_SHARDS)
         self._blocks = Kept(self._read_block, WINDOWS_KEPT * window)
-        self._pages = Kept(self._read_page, PAGES_KEPT)
+        pages = WINDOWS_KEPT * window * source.table.size * manifest.records // self._ends[-1]
+        self._pages = Kept(self._read_page, pages + 1)
 
     def read(self, documents: np.ndarray, *, whole_blocks: bool) -> Found:
         """The documents of DOCUMENT rows."""
@@ -103,8 +104,8 @@ class RecordReader:
 
     def _page_numbers(self, documents: np.ndarray) -> np.ndarray:
         """The page of each document, counted through all shards."""
-        shards = np.searchsorted(self._ends, documents["record"], side="right")
-        return np.array([0, *self._page_ends])[shards] + documents["page"]
+        ends, pages_before = self._arrays
+        return pages_before[np.searchsorted(ends, documents["record"], side="right")] + documents["page"]
 
     def _read_block(self, block: int) -> Stretch:
         """The pages that hold a block, or several where they are smaller than a page."""
