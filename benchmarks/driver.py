@@ -26,16 +26,18 @@ from typing import Any
 from synthesis import write_corpus
 from tokenizing import mistral
 
+from ipt_jax.corpus.digests import KnownDigests
 from ipt_jax.corpus.settings import check_settings
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import RunSettings
 from synth.drive import in_flight
 from synth.engine import Completion, Engine, synthesizer_tokenizer
-from synth.engine.scripted import Places, ScriptedEngine, quote_pairs
-from synth.grouping import survey_corpus
+from synth.engine.base import Places
+from synth.engine.scripted import ScriptedEngine, quote_pairs
 from synth.prompt import pairs_text
 from synth.run import fill, make_chain, open_output, run_identity
 from synth.store import Store
+from synth.worklist import list_work
 
 IN_FLIGHT = 512
 CANNED = 64
@@ -79,12 +81,12 @@ def measure(folder: Path, name: str, texts: int, rounds: int, latency: float) ->
     """In a process of its own: one run from start to end, then one line of JSON."""
     settings = recipe(folder, name, texts, rounds, latency)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
-    chain = make_chain(settings, tokenizer, run_identity(settings, tokenizer))
+    chain = make_chain(settings, tokenizer, run_identity(settings, tokenizer, KnownDigests(folder / "digests.json")))
     used = [time.process_time()]
-    survey = survey_corpus(settings)
+    work = list_work(settings, tokenizer, chain.fingerprint)
     used.append(time.process_time())
     with open_output(settings.output, {}) as output:
-        store = Store(output, survey, settings.groups_per_shard)
+        store = Store(output, work, settings.groups_per_shard)
         engine: Engine
         if name == "canned":
             engine = CannedEngine(tokenizer, settings.synthesizer.max_num_seqs, latency)

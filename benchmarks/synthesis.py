@@ -41,6 +41,7 @@ from typing import Any
 import psutil
 from walking_model import write_walking_model
 
+from ipt_jax.corpus.digests import KnownDigests
 from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.settings import check_settings
 from synth.chain import Chain
@@ -48,11 +49,11 @@ from synth.config import RunSettings
 from synth.drive import in_flight
 from synth.engine import Completion, open_engine, synthesizer_tokenizer
 from synth.engine.scripted import common_prefix
-from synth.grouping import survey_corpus
 from synth.prompt import context_block, pairs_text
 from synth.run import fill, make_chain, open_output, run_identity
 from synth.seeds import load_seed_examples
 from synth.store import Store
+from synth.worklist import list_work
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT.parent / "shared" / "data" / "fairytaleqa" / "train.jsonl"
@@ -123,7 +124,7 @@ class Recorder:
 async def chains(engine: Any, settings: RunSettings, chain: Chain) -> Run:
     recorder = Recorder(engine)
     with tempfile.TemporaryDirectory(prefix="ipt-chains-") as folder, open_output(f"{folder}/groups", {}) as output:
-        store = Store(output, survey_corpus(settings), settings.groups_per_shard)
+        store = Store(output, list_work(settings, engine.tokenizer, chain.fingerprint), settings.groups_per_shard)
         run = await timed(lambda: fill(recorder, settings, chain, store), engine)
         store.close()
     run.requests = recorder.requests
@@ -328,7 +329,7 @@ async def compare(arguments: argparse.Namespace, folder: Path) -> None:
     await asyncio.gather(*(write(engine, first, ids, f"warm {n}", 0, 32) for n, ids in enumerate(warm)))
     for rounds, one in settings.items():
         texts = write_corpus(folder / f"{rounds}.jsonl", groups * rounds, least, most, tokenizer)
-        chain = make_chain(one, tokenizer, run_identity(one, tokenizer))
+        chain = make_chain(one, tokenizer, run_identity(one, tokenizer, KnownDigests(folder / "digests.json")))
         held: dict[str, list[Run]] = {}
         for _ in range(arguments.repeats):
             ours = await chains(engine, one, chain)

@@ -5,12 +5,13 @@
 #
 # Several GPUs here: a Ray of this machine runs one engine on each; synthesizer.tensor_parallel_size=K makes groups of K.
 # RAY_ADDRESS=HOST:PORT (or auto) uses that cluster's GPUs instead. No GPU: one engine on the CPU.
+# Under SLURM with a task a host (launch/slurm/synthesize.sbatch), the hosts form a Ray for the time of the run.
 # Started again after a stop it goes on where it was. What it sets, it prints; what you set, it keeps.
 set -euo pipefail
 
 say() { printf 'synthesize: %s\n' "$*" >&2; }
 mistake() { say "$*"; exit 2; }
-usage() { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 case ${1:-} in
   "") usage >&2; exit 2 ;;
@@ -33,8 +34,12 @@ if [ "$gpus" -gt 0 ] && "$venv/bin/python" -c 'import importlib.metadata as m; m
 fi
 
 executor= # empty: what the config says
+hosts=${SLURM_STEP_NUM_TASKS:-1}
 case " $* " in *" executor="*) say "executor as given on the command line" ;; *)
-  if [ -n "${RAY_ADDRESS:-}" ]; then
+  if [ "$hosts" -gt 1 ]; then
+    say "SLURM: host ${SLURM_PROCID:-?} of $hosts; the first one leads"
+    executor=ray
+  elif [ -n "${RAY_ADDRESS:-}" ]; then
     say "the Ray cluster at $RAY_ADDRESS"
     executor=ray
   elif [ "$gpus" -gt 1 ]; then
@@ -52,6 +57,14 @@ if [ "$executor" = ray ]; then
   export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
   say "RAY_USAGE_STATS_ENABLED=$RAY_USAGE_STATS_ENABLED  (0: Ray reports nothing to its makers)"
   set -- "$@" executor=ray
+fi
+if [ "$executor" = ray ] && [ "$hosts" -gt 1 ]; then
+  [ -n "${RAY_AUTH_TOKEN:-}" ] || mistake "hosts that form a Ray need one RAY_AUTH_TOKEN: launch/slurm/synthesize.sbatch makes it"
+  first=$(scontrol show hostnames "$SLURM_STEP_NODELIST")
+  first=${first%%$'\n'*}:${IPT_RAY_PORT:-6379}
+  say "a Ray of $hosts hosts at $first; synth run $*  (on the first)"
+  export PATH="$venv/bin:$PATH" RAY_AUTH_MODE=token
+  exec ray symmetric-run --address "$first" --min-nodes "$hosts" -- env "RAY_ADDRESS=$first" "$venv/bin/synth" run "$@"
 fi
 say "synth run $*"
 exec "$venv/bin/synth" run "$@"

@@ -14,11 +14,12 @@ from ipt_jax.corpus.settings import digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine import Completion, Engine, RequestFailed
-from synth.grouping import Group
+from synth.grouping import Group, whole
 from synth.parse import parse_completion
-from synth.prompt import Prompt, context_tokens, fit_text
+from synth.prompt import Prompt, Span, context_tokens, fit_text
+from synth.verify.verifier import Verifier
 
-ATTEMPTS = 3  # a request that fails so often yields a text without pairs
+ATTEMPTS = 3  # a request that fails so often yields a text without pairs, and so does one that fails for good
 log = logging.getLogger(__name__)
 
 
@@ -33,29 +34,34 @@ class Chain:
     name: str
     weights: str
     fingerprint: str
+    verifier: Verifier | None = None
 
     async def run(self, engine: Engine, group: Group) -> SynthGroup:
         """The group's record. A text of which nothing fits the budget is left out and counted."""
         prompt = Prompt(self.tokenizer)
         prompt.examples = list(self.examples)
         texts: list[GroupText] = []
-        meta = {"texts_cut": 0, "examples_dropped": 0, "cache_lost_tokens": 0, "no_room": 0}
-        for number, text in enumerate(group.texts, start=1):
-            span = self.fit(text.text)
+        meta = {"number": group.number, "texts_cut": 0, "texts_split": 0, "examples_dropped": 0}
+        meta |= {"cache_lost_tokens": 0, "recoded_tokens": 0, "no_room": 0}
+        for number, (text, part) in enumerate(zip(group.texts, group.spans, strict=True), start=1):
+            span = self.fit(text.text, part)
             if span is None:
                 meta["no_room"] += 1
                 continue
-            meta["texts_cut"] += span != (0, len(text.text))
+            meta["texts_cut"] += span != part
+            meta["texts_split"] += part != whole(text)
             texts.append(await self.ask(engine, prompt, group.id, text, span, number, meta))
-        return SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
+        answer = SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
+        return await self.verifier.run(engine, answer) if self.verifier else answer
 
-    def fit(self, text: str) -> tuple[int, int] | None:
-        """The span that a prompt of its own can hold; None where not even one character can."""
+    def fit(self, text: str, part: Span) -> Span | None:
+        """As much of the part as a prompt of its own can hold; None where not even one character can."""
         limit = self.synthesizer.max_prompt_tokens
-        start, end = fit_text(text, self.tokenizer, limit)
-        if end - start < len(text) and context_tokens(text[start:end], self.tokenizer) > limit:
+        asked = text[slice(*part)]
+        size = fit_text(asked, self.tokenizer, limit)[1]
+        if size < len(asked) and context_tokens(asked[:size], self.tokenizer) > limit:
             return None
-        return start, end
+        return part[0], part[0] + size
 
     async def ask(
         self,
@@ -63,7 +69,7 @@ class Chain:
         prompt: Prompt,
         group_id: str,
         text: Document,
-        span: tuple[int, int],
+        span: Span,
         number: int,
         meta: dict[str, int],
     ) -> GroupText:
@@ -73,6 +79,7 @@ class Chain:
         prompt_ids = prompt.open(context, self.synthesizer.max_prompt_tokens)
         meta["examples_dropped"] += shown - len(prompt.examples)
         completion = await self.generate(engine, prompt_ids, group_id, number)
+        meta["recoded_tokens"] += len(completion.ids) if completion.recoded else 0
         pairs = parse_completion(self.tokenizer.decode(completion.ids), finished=completion.finish_reason == "stop")
         meta["cache_lost_tokens"] += close(prompt, completion.ids, pairs)
         return GroupText(
@@ -90,10 +97,9 @@ class Chain:
         )
 
     async def generate(self, engine: Engine, prompt_ids: list[int], group_id: str, number: int) -> Completion:
-        """The engine's completion; an empty one with finish reason 'error' when it failed every time."""
+        """The engine's completion; when it failed every time, an empty one that was finished by the failure."""
         seed = int(digest([self.seed, "generate", group_id, number])[:8], 16)
-        failure: RequestFailed | None = None
-        for attempt in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
                 return await engine.generate(
                     prompt_ids,
@@ -105,8 +111,10 @@ class Chain:
                 )
             except RequestFailed as error:
                 failure = error
-        log.warning("group %s, text %d: failed %d times, kept without pairs: %s", group_id, number, ATTEMPTS, failure)
-        return Completion([], "error", len(prompt_ids), 0)
+            if failure.lasting:
+                break
+        log.warning("group %s, text %d: failed %d times, kept without pairs: %s", group_id, number, attempt, failure)
+        return Completion([], failure.reason, len(prompt_ids), 0)
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The `synth` command: collect, run, render, miniworld, inspect.
+"""The `synth` command: collect, run, mine, verify, decontaminate, render, miniworld, inspect.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `synth collect` starts without an engine.
@@ -6,12 +6,15 @@ runs, so that `synth collect` starts without an engine.
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ipt_jax.corpus.command import AsJson, Config, Overrides, quiet_stdout, run_app, show
-from ipt_jax.corpus.settings import load_settings
+from ipt_jax.corpus.settings import UserError, load_settings
+
+if TYPE_CHECKING:
+    from synth.config import RunSettings
 
 app = typer.Typer(
     name="synth",
@@ -20,6 +23,12 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+Estimate = Annotated[
+    int | None,
+    typer.Option(help="Write nothing; run so many texts for M = 1, 2, 3 each and tell what all would cost.", min=3),
+]
+PricePerHour = Annotated[float | None, typer.Option(help="Dollars a GPU and hour, for --estimate.", min=0)]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Ask again for groups that hold a failed text.")]
 
 
 def main() -> None:
@@ -38,15 +47,34 @@ def collect(config: Config, overrides: Overrides = None, as_json: AsJson = False
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    estimate: Estimate = None,
+    price_per_hour: PricePerHour = None,
+    retry_failed: RetryFailed = False,
+    as_json: AsJson = False,
+) -> None:
     """Raw text and a synthesizer make groups of texts with pairs; run again, it goes on."""
     from synth.config import RunSettings
     from synth.run import run_synth
 
     settings = load_settings(RunSettings, config, overrides)
+    if estimate is not None or price_per_hour is not None:
+        return show_costs(settings, estimate, price_per_hour, as_json)
     with quiet_stdout():
-        result = run_synth(settings)
+        result = run_synth(settings, retry_failed=retry_failed)
     show(result, as_json)
+
+
+def show_costs(settings: "RunSettings", size: int | None, price_per_hour: float | None, as_json: bool) -> None:
+    from synth.estimate import run_estimate, show_estimate
+
+    if size is None:
+        raise UserError("--price-per-hour: is for --estimate N; add it, or leave the price out")
+    with quiet_stdout():
+        result = run_estimate(settings, size, price_per_hour)
+    show(result, as_json) if as_json else show_estimate(result)
 
 
 @app.command()
@@ -57,6 +85,42 @@ def render(config: Config, overrides: Overrides = None, as_json: AsJson = False)
     settings = load_settings(RenderSettings, config, overrides)
     with quiet_stdout():
         result = run_render(settings)
+    show(result, as_json)
+
+
+@app.command()
+def decontaminate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Pairs and texts that share words with benchmarks are listed, marked and kept out."""
+    from synth.decontaminate.run import DecontaminateSettings, run_decontaminate, show_report
+
+    settings = load_settings(DecontaminateSettings, config, overrides)
+    with quiet_stdout():
+        result = run_decontaminate(settings)
+    show(result, as_json, hide=("benchmarks",))
+    if not as_json:
+        show_report(result)
+
+
+@app.command()
+def mine(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Pairs by rules instead of a synthesizer, the paper's baseline; output as of `synth run`."""
+    from synth.mine.run import MineSettings, run_mine
+
+    settings = load_settings(MineSettings, config, overrides)
+    with quiet_stdout():
+        result = run_mine(settings)
+    show(result, as_json)
+
+
+@app.command()
+def verify(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Groups get scores on their pairs, in new shards; nothing is deleted."""
+    from synth.verify.run import run_verify
+    from synth.verify.settings import VerifySettings
+
+    settings = load_settings(VerifySettings, config, overrides)
+    with quiet_stdout():
+        result = run_verify(settings)
     show(result, as_json)
 
 
@@ -81,6 +145,7 @@ def inspect(
     groups: Annotated[Path, typer.Argument(help="Output of `synth run`.", show_default=False)],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="An HTML page instead of the terminal.")] = None,
     limit: Annotated[int, typer.Option(help="Groups to show.", min=1)] = 5,
+    sample: Annotated[int, typer.Option(help="Groups that a page's distributions count.", min=1)] = 10_000,
     rejected: Annotated[bool, typer.Option(help="Show rejected pairs with their reasons.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -88,6 +153,6 @@ def inspect(
     from synth.inspect import run_inspect
 
     with quiet_stdout() if as_json else nullcontext():
-        result = run_inspect(groups, output, limit, rejected)
+        result = run_inspect(groups, output, limit, sample, rejected)
     if as_json or output:
         show(result, as_json)

@@ -2,11 +2,15 @@
 
 An actor takes the GPUs of one engine where the cluster has any (`tensor_parallel_size` of them), else one CPU. It fills
 the shard's spool; the driver seals. Groups and bytes are those of `executor: local`. Corpus, model and output must lie
-on a file system that all nodes share. An actor that dies ends the run; what is spooled stays for the next.
+on a file system that all nodes share.
+
+An actor that is lost, alone or with its node, costs its unfinished groups: another one takes its shard's spool over, as
+soon as the lock on it is free. Each loss is told; too many in a row, with no shard done between them, end the run.
 """
 
+import logging
 import os
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,17 @@ from ipt_jax.corpus.settings import UserError
 from synth.chain import Chain
 from synth.config import RunSettings
 from synth.drive import drive
-from synth.engine import Engine, open_engine
-from synth.grouping import Group, form_groups
+from synth.engine import Engine, EngineDied, open_engine
+from synth.grouping import Group
 from synth.live import Live
 from synth.spool import Spool
 from synth.store import Store
+from synth.worklist import WorkList, form_groups
+
+LOSSES = 3  # in a row, an engine's; a node takes all of its engines with it
+# A node that is cut off ends its actors after a minute, and their locks with them.
+LOST_LOCK_SECONDS = 150.0
+log = logging.getLogger(__name__)
 
 
 def with_absolute_paths(settings: RunSettings) -> RunSettings:
@@ -31,79 +41,125 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
 
 
 class Worker:
-    """An engine and a reader of the corpus that only goes forward: shards are handed out in rising order."""
+    """An engine and the work list, by which the corpus is read from each shard's own place on."""
 
-    def __init__(self, settings: RunSettings, chain: Chain) -> None:
-        self.settings, self.chain = settings, chain
-        self.groups = form_groups(settings)
+    def __init__(self, settings: RunSettings, chain: Chain, work: WorkList) -> None:
+        self.settings, self.chain, self.work = settings, chain, work
         self.engine: Engine | None = None
+
+    def is_up(self) -> None:
+        """Returns when the actor has found its place."""
 
     async def fill(self, shard: int, path: Path) -> int:
         """Completes the shard's spool; returns the shard."""
         if self.engine is None:
             self.engine = open_engine(self.settings.synthesizer, self.chain.tokenizer)
         first = shard * self.settings.groups_per_shard
-        spool = Spool(path)
+        spool = Spool(path, LOST_LOCK_SECONDS)
 
         def put(group: Group, answer: SynthGroup) -> None:
             spool.append(group.number - first, encode(answer))
 
-        missing = (group for group in self._groups_of(first) if group.number - first not in spool)
+        groups = form_groups(self.settings, self.chain.tokenizer, self.work, [shard])
+        missing = (group for group in groups if group.number - first not in spool)
         try:
             await drive(self.engine, self.chain, missing, put)
         finally:
             spool.close()
         return shard
 
-    def _groups_of(self, first: int) -> Iterator[Group]:
-        last = first + self.settings.groups_per_shard - 1
-        for group in self.groups:
-            if group.number >= first:
-                yield group
-            if group.number == last:
-                return
-
-    async def close(self) -> None:
-        if self.engine is not None:
-            await self.engine.close()
-
 
 def fill_with_ray(settings: RunSettings, chain: Chain, store: Store) -> None:
     """Hands the open shards to actors, each the next when it is done with one, and seals what comes back."""
     ray = connect()
     store.release()
-    shards = iter(store.open_shards)
-    workers = start_workers(ray, settings, chain, len(store.open_shards))
-    running = {worker.fill.remote(first := next(shards), store.spool_path(first)): worker for worker in workers}
-    with Live(store, engines=len(workers)) as live:
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            worker = running.pop(done)
-            store.resume(finished(ray, done))
-            live.refresh()
-            if (shard := next(shards, None)) is not None:
-                running[worker.fill.remote(shard, store.spool_path(shard))] = worker
-    ray.get([worker.close.remote() for worker in workers])
-
-
-def finished(ray: Any, reference: Any) -> int:
+    crew = Crew(ray, settings, chain, store)
     try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from None
+        with Live(store, engines=crew.size) as live:
+            while crew.is_busy:
+                if (shard := crew.next_done()) is not None:
+                    store.resume(shard)
+                    live.refresh()
+    finally:
+        crew.end()
 
 
-def start_workers(ray: Any, settings: RunSettings, chain: Chain, shards: int) -> list[Any]:
-    """As many actors as the cluster has places for an engine, at most one a shard."""
+class Crew:
+    """Actors with an engine each, and the shards that they fill; lost ones are replaced."""
+
+    def __init__(self, ray: Any, settings: RunSettings, chain: Chain, store: Store) -> None:
+        self.ray, self.settings, self.chain, self.store = ray, settings, chain, store
+        self.shards = deque(store.open_shards)
+        resources, places = engine_places(ray, settings)
+        self.actor, self.work = ray.remote(**resources)(Worker), ray.put(store.survey)
+        self.size = min(places, len(self.shards))
+        self.lost = self.lost_in_a_row = 0
+        self.running: dict[Any, tuple[Any, int | None]] = {}  # by what is waited for: the actor, its shard
+        for _ in range(self.size):
+            self._start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether shards are open. An actor that waits for a place then is not waited for."""
+        return bool(self.shards) or any(shard is not None for _, shard in self.running.values())
+
+    def _start(self) -> None:
+        actor = self.actor.remote(self.settings, self.chain, self.work)
+        self.running[actor.is_up.remote()] = (actor, None)
+
+    def next_done(self) -> int | None:
+        """Waits for the next of the actors, and gives it a shard; the shard that it has filled, if it has."""
+        (done,), _ = self.ray.wait(list(self.running), num_returns=1)
+        actor, shard = self.running.pop(done)
+        try:
+            self.ray.get(done)
+        except self.ray.exceptions.RayActorError as error:
+            self._replace(actor, shard, error)
+            return None
+        except self.ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, EngineDied) or self.settings.synthesizer.engine == "openai":
+                raise error.cause from None  # its message; Ray would bury it in a traceback
+            self._replace(actor, shard, error.cause)
+            return None
+        if shard is not None:
+            self.lost_in_a_row = 0
+        self._give_shard(actor)
+        return shard
+
+    def _give_shard(self, actor: Any) -> None:
+        if self.shards:
+            shard = self.shards.popleft()
+            self.running[actor.fill.remote(shard, self.store.spool_path(shard))] = (actor, shard)
+        else:  # makes room for one that takes a lost shard over; the watchdog ends what the engine has started
+            self.ray.kill(actor)
+
+    def _replace(self, actor: Any, shard: int | None, error: Exception) -> None:
+        """Starts another actor, and puts the lost one's shard before all others."""
+        self.lost += 1
+        self.lost_in_a_row += 1
+        if shard is not None:
+            self.shards.appendleft(shard)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if self.lost_in_a_row > LOSSES * self.size:
+            raise EngineDied(f"{self.lost} engines were lost, the last {self.lost_in_a_row} in a row ({reason})")
+        log.warning("lost engine %d at shard %s, another is started: %s", self.lost, shard, reason)
+        self.ray.kill(actor)  # it may live on behind a network that is down
+        self._start()
+
+    def end(self) -> None:
+        for actor, _ in self.running.values():
+            self.ray.kill(actor)
+
+
+def engine_places(ray: Any, settings: RunSettings) -> tuple[dict[str, int], int]:
+    """What an engine takes of the cluster, and for how many there is room."""
     found = ray.cluster_resources()
-    kind = "GPU" if found.get("GPU") and settings.synthesizer.engine != "scripted" else "CPU"
+    kind = "GPU" if found.get("GPU") and settings.synthesizer.engine not in ("scripted", "openai") else "CPU"
     each = settings.synthesizer.tensor_parallel_size if kind == "GPU" else 1
     places = int(found.get(kind, 0)) // each
     if not places:
         raise UserError(f"executor ray: {found.get(kind, 0)} {kind}s in the cluster, an engine takes {each}; add nodes")
-    resources = {"num_gpus": each} if kind == "GPU" else {"num_cpus": each}
-    actor = ray.remote(**resources)(Worker)
-    return [actor.remote(settings, chain) for _ in range(min(places, shards))]
+    return ({"num_gpus": each} if kind == "GPU" else {"num_cpus": each}), places
 
 
 def connect() -> Any:

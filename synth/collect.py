@@ -22,7 +22,7 @@ from ipt_jax.corpus.shards import Manifest, Output
 from ipt_jax.corpus.sources import JSONL, find_files, read_jsonl
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.parse import parse_completion, question_key
-from synth.prompt import context_block, example_segments, pair_text, pairs_text, wire_pair
+from synth.prompt import context_block, example_segments, pair_text, pairs_text, shown, wire_pair
 
 BATCH = 1000  # examples tokenized at once: the tokenizer's threads share them
 
@@ -192,9 +192,13 @@ def _pair(entry: Any, where: str) -> Pair:
 
 
 def read_back(pair: Pair) -> Pair:
-    """The pair as a synthesizer's output would be parsed; rejected where it would not survive as it is."""
+    """The pair as a synthesizer's output would be parsed; rejected where it would not survive as it is.
+
+    What a tokenizer might turn into a tag is refused here too: in tuning data it would teach to end a pair early.
+    """
     parsed = parse_completion(pair_text(pair), finished=True)
-    if len(parsed) == 1 and (parsed[0].verdict == "rejected" or parsed[0] == pair):
+    plain = shown(pair.question) == pair.question and shown(pair.answer) == pair.answer
+    if len(parsed) == 1 and (parsed[0].verdict == "rejected" or (parsed[0] == pair and plain)):
         return parsed[0]
     return Pair(pair.question, pair.answer, verdict="rejected", reason="nested_tag")
 

@@ -12,24 +12,34 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ipt_jax.corpus.records import SynthGroup
-from synth.chain import Chain
 from synth.engine import Engine
-from synth.grouping import Group
 
-Put = Callable[[Group, SynthGroup], None]
+Item = TypeVar("Item")  # what becomes a group: texts, or a group without scores
+Held = TypeVar("Held", contravariant=True)
+Put = Callable[[Item, SynthGroup], None]
 
 
-async def drive(engine: Engine, chain: Chain, groups: Iterator[Group], put: Put) -> signal.Signals | None:
+class Answers(Protocol[Held]):
+    """What makes a group of an item: a chain asks for pairs, a verifier for scores."""
+
+    async def run(self, engine: Engine, item: Held, /) -> SynthGroup: ...
+
+
+async def drive(engine: Engine, chain: Answers[Item], groups: Iterator[Item], put: Put[Item]) -> signal.Signals | None:
     """Answers all groups; the signal that ended it before that, if one did."""
     with signals() as stop:
         return await answer_all(engine, chain, groups, put, stop)
 
 
 async def answer_all(
-    engine: Engine, chain: Chain, groups: Iterator[Group], put: Put, stop: asyncio.Future[signal.Signals]
+    engine: Engine,
+    chain: Answers[Item],
+    groups: Iterator[Item],
+    put: Put[Item],
+    stop: asyncio.Future[signal.Signals],
 ) -> signal.Signals | None:
     tasks = [asyncio.create_task(answer(engine, chain, groups, put)) for _ in range(in_flight(engine.places))]
     done = asyncio.gather(*tasks)
@@ -51,7 +61,7 @@ def in_flight(places: int) -> int:
     return places + max(4, places // 2)
 
 
-async def answer(engine: Engine, chain: Chain, groups: Iterator[Group], put: Put) -> None:
+async def answer(engine: Engine, chain: Answers[Item], groups: Iterator[Item], put: Put[Item]) -> None:
     """One group after the other, from an iterator that many share."""
     for group in groups:
         put(group, await chain.run(engine, group))

@@ -1,105 +1,148 @@
 """Which texts of a corpus are converted, and which of them share a few-shot group.
 
 Guaranteed: whether a text is converted depends on (seed, id) alone; the groups depend on the corpus and the settings
-alone; ids are unique. 'position' groups neighbours in corpus order, 'source' those of one source; a last group
-may be short. Memory does not grow with the corpus but for eight bytes a text while it is surveyed.
+alone. A shard of `groups_per_shard` groups is a run of neighbouring texts, and no group reaches beyond it, so that any
+shard can be made without the others. 'position' groups neighbours in corpus order, 'source' those of one source within
+the shard; the last groups of a source, or of the corpus, may be short. With `long_texts: split` a long text becomes
+several, each in a place of its own. Held in memory are the waiting groups of one shard.
 """
 
-import hashlib
-from array import array
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import numpy as np
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from ipt_jax.corpus.records import Document
-from ipt_jax.corpus.settings import UserError, digest, uniform
-from ipt_jax.corpus.sources import Dropped, read_source
+from ipt_jax.corpus.settings import digest, uniform
+from ipt_jax.corpus.sources import Dropped, Unit, read_unit
+from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
+from synth.prompt import Span, split_text, surely_fits
 
 ID_LETTERS = 24  # 96 bits: enough for billions of groups
 
 
 class Group(NamedTuple):
-    """The `number`-th group, from 0; its id follows from its texts' ids."""
+    """The `number`-th group, from 0; its id follows from its texts' ids, and from their spans where one was split."""
 
     number: int
     id: str
     texts: list[Document]
+    spans: list[Span]
 
 
-@dataclass
-class Survey:
-    """What a first pass over the corpus found."""
+class Place(NamedTuple):
+    """Where a text lies: a unit of the corpus, a row of the unit, a part of the row's text; all from 0."""
 
-    texts: int = 0
-    groups: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-
-
-def survey_corpus(settings: RunSettings) -> Survey:
-    """Counts texts and groups, and reads every row once. Raises UserError on a bad row, a doubled id, or no text."""
-    survey = Survey()
-    sources: Counter[str] = Counter()
-    marks = array("Q")
-    for text in kept_texts(settings, survey.dropped):
-        marks.append(mark(text.id))
-        sources[text.source if settings.grouping == "source" else ""] += 1
-    survey.texts = len(marks)
-    survey.groups = sum(-(-count // settings.rounds) for count in sources.values())
-    if not survey.texts:
-        raise UserError(
-            f"corpus {settings.corpus.path}: no text to convert (fraction {settings.corpus.fraction}, dropped "
-            f"{dict(survey.dropped) or 'none'}); raise the fraction or give another corpus"
-        )
-    refuse_doubles(settings, marks)
-    return survey
+    unit: int
+    row: int
+    part: int
 
 
-def kept_texts(settings: RunSettings, dropped: Counter[str] | None = None) -> Iterator[Document]:
-    """The texts to convert, in corpus order; those that cannot be are counted in `dropped`."""
-    for row in read_source(settings.corpus):
-        if isinstance(row, Dropped):
-            if dropped is not None:
-                dropped[row.reason] += 1
-        elif uniform(settings.seed, "fraction", row.id) < settings.corpus.fraction:
-            yield row
+class Text(NamedTuple):
+    place: Place
+    document: Document
+    span: Span
+
+    def key(self, settings: RunSettings) -> str:
+        """Texts of one key may share a group."""
+        return group_key(self.document, settings.grouping)
 
 
-def form_groups(settings: RunSettings) -> Iterator[Group]:
-    """All groups in order. One waiting group a source is held in memory."""
-    waiting: dict[str, list[Document]] = {}
-    number = 0
-    for text in kept_texts(settings):
-        key = text.source if settings.grouping == "source" else ""
-        waiting.setdefault(key, []).append(text)
-        if len(waiting[key]) == settings.rounds:
-            yield make_group(number, waiting.pop(key))
-            number += 1
-    for texts in waiting.values():
-        yield make_group(number, texts)
-        number += 1
+BEGINNING = Place(0, 0, 0)
+AnyText = TypeVar("AnyText")
 
 
-def make_group(number: int, texts: list[Document]) -> Group:
-    return Group(number, digest([text.id for text in texts])[:ID_LETTERS], texts)
+def group_key(text: Document, grouping: str) -> str:
+    """What the texts of a group have in common: their source, or nothing."""
+    return text.source if grouping == "source" else ""
 
 
-def mark(text_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text_id.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+def read_texts(
+    settings: RunSettings,
+    tokenizer: Tokenizer,
+    units: list[Unit],
+    start: Place = BEGINNING,
+    dropped: Counter[str] | None = None,
+) -> Iterator[Text]:
+    """The texts to convert from `start` on, in corpus order; rows that cannot be are counted in `dropped`."""
+    for unit in range(start.unit, len(units)):
+        first = start.row if unit == start.unit else 0
+        rows = islice(read_unit(units[unit], settings.corpus), first, None)
+        for row, found in enumerate(rows, start=first):
+            if isinstance(found, Dropped):
+                if dropped is not None:
+                    dropped[found.reason] += 1
+            elif uniform(settings.seed, "fraction", found.id) < settings.corpus.fraction:
+                for part, span in enumerate(parts(settings, tokenizer, found)):
+                    if (place := Place(unit, row, part)) >= start:
+                        yield Text(place, found, span)
 
 
-def refuse_doubles(settings: RunSettings, marks: "array[int]") -> None:
-    """Raises UserError naming an id that stands twice: its pairs could not be told from the other's."""
-    ordered = np.sort(np.frombuffer(marks, dtype=np.uint64))
-    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if not suspects:
-        return
-    seen: set[str] = set()
-    for text in kept_texts(settings):
-        if mark(text.id) in suspects:
-            if text.id in seen:
-                raise UserError(f"corpus {settings.corpus.path}: id {text.id!r} stands twice; make the ids unique")
-            seen.add(text.id)
+def parts(settings: RunSettings, tokenizer: Tokenizer, text: Document) -> list[Span]:
+    """The spans of a text that get a place in a group each."""
+    limit = settings.synthesizer.max_prompt_tokens
+    if settings.long_texts == "cut" or surely_fits(text.text, tokenizer, limit):
+        return [whole(text)]
+    return split_text(text.text, tokenizer, limit)
+
+
+class Shard(NamedTuple):
+    """A run of neighbouring texts: where the first lies, and how many texts and groups there are."""
+
+    start: Place
+    texts: int
+    groups: int
+
+
+def cut_shards(settings: RunSettings, texts: Iterable[Text]) -> Iterator[Shard]:
+    """The shards of a corpus: each has `groups_per_shard` groups, the last one what is left."""
+    waiting: Counter[str] = Counter()  # texts of the open group of each key
+    start, count, groups = BEGINNING, 0, 0
+    for text in texts:
+        key = text.key(settings)
+        if not waiting[key]:
+            if groups == settings.groups_per_shard:
+                yield Shard(start, count, groups)
+                count, groups = 0, 0
+                waiting.clear()
+            groups += 1
+        if not count:
+            start = text.place
+        waiting[key] = (waiting[key] + 1) % settings.rounds
+        count += 1
+    if count:
+        yield Shard(start, count, groups)
+
+
+def group_shard(settings: RunSettings, shard: int, texts: Iterable[Text]) -> Iterator[Group]:
+    """The groups of one shard from its texts: full ones in the order in which they fill, then the short ones."""
+    together = neighbours(texts, settings.rounds, lambda text: text.key(settings))
+    for number, group in enumerate(together, start=shard * settings.groups_per_shard):
+        yield group_texts(number, group)
+
+
+def neighbours(texts: Iterable[AnyText], rounds: int, key: Callable[[AnyText], str]) -> Iterator[list[AnyText]]:
+    """Runs of `rounds` texts of one key in the order in which they fill, then the short ones of what is left."""
+    waiting: dict[str, list[AnyText]] = {}
+    for text in texts:
+        place = key(text)
+        waiting.setdefault(place, []).append(text)
+        if len(waiting[place]) == rounds:
+            yield waiting.pop(place)
+    yield from waiting.values()
+
+
+def group_texts(number: int, texts: list[Text]) -> Group:
+    return make_group(number, [text.document for text in texts], [text.span for text in texts])
+
+
+def make_group(number: int, texts: list[Document], spans: list[Span] | None = None) -> Group:
+    """`spans` are the whole texts unless given."""
+    spans = spans or [whole(text) for text in texts]
+    keys = [text.id if span == whole(text) else [text.id, *span] for text, span in zip(texts, spans, strict=True)]
+    return Group(number, digest(keys)[:ID_LETTERS], texts, spans)
+
+
+def whole(text: Document) -> Span:
+    return 0, len(text.text)

@@ -1,7 +1,8 @@
 """`synth inspect`: groups as a person reads them, in the terminal or as one self-contained HTML page.
 
-Guaranteed: texts and pairs are shown as they stand in the records, never read as markup; answers that occur in their
-text are marked there; rejected pairs carry their reason. Reads only as many groups as it shows.
+Guaranteed: texts and pairs are shown as they stand in the records, never read as markup; what grounds an answer is
+marked in its text; rejected pairs carry their reason. Reads only the groups that it shows and, for the page, a sample
+whose distributions it draws.
 """
 
 from collections import Counter
@@ -19,26 +20,29 @@ from rich.text import Text
 
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import read_manifest, write_whole, writing
-from synth.groups import read_groups
-from synth.page import answer_marks, html_page
+from ipt_jax.corpus.shards import Shards, write_whole, writing
+from synth.grounds import stretches
+from synth.groups import decode_group
+from synth.page import html_page
+from synth.survey import take_survey
 
 EXCERPT = 1200  # characters of a text in the terminal
 
 
-def run_inspect(path: Path, output: Path | None, limit: int, rejected: bool) -> dict[str, Any]:
-    """Shows the first `limit` groups and returns their figures."""
-    total = read_manifest(path).records
-    groups = list(islice(read_groups(path, verify=False), limit))
+def run_inspect(path: Path, output: Path | None, limit: int, sample: int, rejected: bool) -> dict[str, Any]:
+    """Shows the first `limit` groups and returns their figures. The page counts over `sample` groups."""
+    shards = Shards(path, verify=False)
+    groups = [decode_group(record, shards) for record in islice(shards, limit)]
     if not groups:
         raise UserError(f"{path}: holds no groups; run synth run on a corpus that is not empty")
     if output is None:
         show_groups(Console(), groups, rejected)
     else:
+        page = html_page(groups, take_survey(shards, sample), rejected)
         with writing(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(output, html_page(groups, total, rejected).encode("utf-8", "replace"))
-    return figures(groups, total, output)
+            write_whole(output, page.encode())
+    return figures(groups, len(shards), output)
 
 
 def figures(groups: Sequence[SynthGroup], total: int, output: Path | None) -> dict[str, Any]:
@@ -79,8 +83,8 @@ def token_line(text: GroupText) -> str:
 
 def text_panel(text: GroupText) -> Panel:
     shown = Text(text.text[:EXCERPT])
-    for start, end, _ in answer_marks(text.text[:EXCERPT], text.pairs):
-        shown.stylize("underline", start, end)
+    for part in stretches(text.text[:EXCERPT], text.pairs):
+        shown.stylize("underline" if part.exact else "dim underline", part.start, part.end)
     if len(text.text) > EXCERPT:
         shown.append(f" … {len(text.text) - EXCERPT:,} more characters", style="dim")
     title = Text(f"{text.raw_id} [{text.start:,}–{text.end:,}] · {text.source}")

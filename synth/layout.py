@@ -1,207 +1,146 @@
-"""Lays texts and pairs out as running text: templates from data files, one look for all texts of a group.
+"""Lays texts and pairs out as one running text in the look that was drawn, and says where each of them stands.
 
-Guaranteed: every choice is its own draw from (seed, group, epoch, purpose), so that any two choices combine freely;
-options are shuffled for each pair and the answer follows; values are put into templates in one pass, so that a text
-that holds '{answer}' stays as it is. The wording of the templates was written for this project.
+Guaranteed: every text and pair is shown once, in order; options are shuffled for each pair and the answer follows. In
+few_shot the last text with pairs is the test item, or, where only one text has pairs, its last pair is.
 """
 
-import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Literal, TypeVar
 
-import msgspec
-
-from ipt_jax.corpus.records import Format, Pair
-from ipt_jax.corpus.settings import directory_digest, draw, parse_yaml, uniform
+from ipt_jax.corpus.records import GroupText, Pair
+from synth.look import Draws, Look, OptionStyle
 from synth.parse import gold_option
+from synth.pieces import Mark, Part, Piece, Pieces, Spans, fill, fill_words, finish, join
 from synth.prompt import final_answer, question_stem
 
-Layout = Literal["text_first", "questions_first", "dialogue", "numbered"]
-FORMATS: tuple[Format, ...] = ("free", "free_cot", "choice", "choice_cot")
-FOLDER = Path(__file__).parent / "templates"
-FILES = tuple(FOLDER / f"{name}.yaml" for name in (*FORMATS, "turns", "options", "layouts"))
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
-Choice = TypeVar("Choice")
-
-
-class Turn(msgspec.Struct, frozen=True):
-    """A pattern in two parts."""
-
-    ask: str
-    reply: str
-
-
-class OptionStyle(msgspec.Struct, frozen=True):
-    labels: Literal["none", "upper", "lower", "numbers"]
-    mark: str
-    between: str
-    answer: str
-
-
-class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one layout draws from; the lists that it has no use for are empty."""
-
-    between: list[str]
-    openings: list[str]
-    bridges: list[str] = []
-    speakers: list[tuple[str, str]] = []
-    turns: list[str] = []
-    marks: list[tuple[str, str]] = []
-    headings: list[tuple[str, str]] = []
-
-
-class Layouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    bare: float
-    separators: list[str]
-    text_first: Frame
-    questions_first: Frame
-    dialogue: Frame
-    numbered: Frame
+BLOCKS = "\n\n"  # between a text, what leads on, and its pairs
 
 
 @dataclass(frozen=True)
-class Templates:
-    patterns: dict[Format, list[str]]
-    turns: dict[Format, list[Turn]]
-    options: list[OptionStyle]
-    layouts: Layouts
-    digest: str
+class Shot:
+    """A text, its place in the group, and the pairs that are shown for it, each with its index in the record."""
+
+    place: int
+    text: GroupText
+    pairs: list[tuple[int, Pair]]
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was drawn for one group; all its texts share it."""
+class Laid:
+    """One text as pieces, with what its pairs' placeholders stand for."""
 
-    layout: Layout
-    patterns: dict[Format, str]
-    turns: dict[Format, Turn]
-    options: OptionStyle
-    opening: str
-    bridge: str
-    between: str
-    separator: str
-    speakers: tuple[str, str]
-    turn: str
-    marks: tuple[str, str]
-    headings: tuple[str, str]
+    text: Pieces
+    pairs: list[Pair]
+    shown: list[dict[str, Pieces]]
 
 
-@cache
-def load_templates() -> Templates:
-    content = {path.stem: parse_yaml(path.read_text(encoding="utf-8")) for path in FILES}
-    return Templates(
-        patterns={name: msgspec.convert(content[name], list[str]) for name in FORMATS},
-        turns=msgspec.convert(content["turns"], dict[Format, list[Turn]]),
-        options=msgspec.convert(content["options"], list[OptionStyle]),
-        layouts=msgspec.convert(content["layouts"], Layouts),
-        digest=directory_digest(list(FILES)),
-    )
+def has_example(shots: Sequence[Shot]) -> bool:
+    """Whether something can stand before a test item: another text with pairs, or another pair of the only one."""
+    asked = [len(shot.pairs) for shot in shots if shot.pairs]
+    return len(asked) > 1 or asked[0] > 1
 
 
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with its {placeholders} replaced in one pass: what is put in is never read as a template."""
-    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+def lay_out(shots: Sequence[Shot], look: Look, draws: Draws) -> tuple[str, Spans]:
+    """The document's text and its spans. A text without pairs stands alone in its place; a blank one is left out."""
+    texts = [prepare(number, shot, look, draws) for number, shot in enumerate(shots)]
+    if look.layout == "few_shot":
+        blocks = few_shot_blocks(texts, look)
+    else:
+        blocks = [text_block(laid, look) if laid.pairs else laid.text for laid in texts]
+    return finish(join(look.separator, blocks))
 
 
-class Draws:
-    """The choices of one group in one epoch, each from a stream of its own."""
-
-    def __init__(self, seed: int, group: str, epoch: int) -> None:
-        self.keys = (seed, group, epoch)
-
-    def pick(self, purpose: str, choices: Sequence[Choice]) -> Choice:
-        return choices[int(uniform(*self.keys, purpose) * len(choices))]
-
-    def weighted(self, purpose: str, weights: Mapping[Layout, float]) -> Layout:
-        return draw(*self.keys, purpose).choices(list(weights), list(weights.values()))[0]
-
-    def chance(self, purpose: str, share: float) -> bool:
-        return uniform(*self.keys, purpose) < share
-
-    def orders(self, place: int, pairs: Sequence[Pair]) -> list[list[int]]:
-        """How the options of each pair of text `place` are shuffled; a filtered neighbour changes nothing."""
-        return [self.order(f"options {place} {pair.question}", len(pair.options)) for pair in pairs]
-
-    def order(self, purpose: str, count: int) -> list[int]:
-        return draw(*self.keys, purpose).sample(range(count), count) if count else []
+def prepare(number: int, shot: Shot, look: Look, draws: Draws) -> Laid:
+    words = shot.text.text.strip()
+    shown: list[dict[str, Pieces]] = []
+    for index, pair in shot.pairs:
+        order = draws.order(f"options {shot.place} {pair.question}", len(pair.options))
+        parts = shown_parts(pair, look.options, order)
+        shown.append({part: [Piece(value, Mark(part, number, index))] for part, value in parts.items()})
+    text = [Piece(words, Mark("text", number))] if words else []
+    return Laid(text, [pair for _, pair in shot.pairs], shown)
 
 
-def draw_look(draws: Draws, weights: Mapping[Layout, float]) -> Look:
-    templates = load_templates()
-    layouts = templates.layouts
-    layout = draws.weighted("layout", weights)
-    frame: Frame = getattr(layouts, layout)
-    no_opening, no_bridge = draws.chance("bare opening", layouts.bare), draws.chance("bare bridge", layouts.bare)
-    return Look(
-        layout=layout,
-        patterns={name: draws.pick(f"pattern {name}", templates.patterns[name]) for name in FORMATS},
-        turns={name: draws.pick(f"turn {name}", templates.turns[name]) for name in FORMATS},
-        options=draws.pick("option style", templates.options),
-        opening="{text}" if no_opening else draws.pick("opening", frame.openings),
-        bridge="" if no_bridge else draws.pick("bridge", frame.bridges or [""]),
-        between=draws.pick("between pairs", frame.between),
-        separator=draws.pick("separator", layouts.separators),
-        speakers=draws.pick("speakers", frame.speakers or [("", "")]),
-        turn=draws.pick("turn line", frame.turns or [""]),
-        marks=draws.pick("marks", frame.marks or [("", "")]),
-        headings=draws.pick("headings", frame.headings or [("", "")]),
-    )
-
-
-def lay_out(text: str, pairs: Sequence[Pair], look: Look, orders: Sequence[Sequence[int]]) -> str:
-    """One text with its pairs, `orders` being how each pair's options are shuffled; without pairs the text alone."""
-    if not pairs:
-        return text.strip()
-    shown = [shown_parts(pair, look.options, order) for pair, order in zip(pairs, orders, strict=True)]
-    asker, replier = look.speakers
-    values = {"text": text.strip(), "asker": asker, "replier": replier}
-    opening, bridge = fill(look.opening, values), fill(look.bridge, values)
+def text_block(laid: Laid, look: Look) -> Pieces:
+    opening, bridge = frame(laid, look)
     match look.layout:
         case "numbered":
-            blocks = [opening, *numbered_blocks(pairs, shown, look)]
+            return join(BLOCKS, [opening, *numbered_blocks(laid, look)])
         case "dialogue":
-            blocks = [opening, bridge, look.between.join(dialogue_turns(pairs, shown, look))]
-        case _:
-            patterns = (look.patterns[pair.format] for pair in pairs)
-            inline = look.between.join(fill(pattern, parts) for pattern, parts in zip(patterns, shown, strict=True))
-            blocks = [bridge, inline, opening] if look.layout == "questions_first" else [opening, bridge, inline]
-    return "\n\n".join(block for block in blocks if block)
+            return join(BLOCKS, [opening, bridge, join(look.between, dialogue_turns(laid, look))])
+        case "questions_first":
+            return join(BLOCKS, [bridge, join(look.between, inline(laid, look)), opening])
+    return join(BLOCKS, [opening, bridge, join(look.between, inline(laid, look))])
 
 
-def dialogue_turns(pairs: Sequence[Pair], shown: Sequence[dict[str, str]], look: Look) -> list[str]:
-    asker, replier = look.speakers
-    turns = []
-    for pair, parts in zip(pairs, shown, strict=True):
+def frame(laid: Laid, look: Look) -> tuple[Pieces, Pieces]:
+    """The text as it is introduced, and the words that lead on to its pairs."""
+    asker, replier = ([Piece(name)] for name in look.speakers)
+    values = {"text": laid.text, "asker": asker, "replier": replier}
+    return fill(look.opening, values) if laid.text else [], fill(look.bridge, values)
+
+
+def inline(laid: Laid, look: Look) -> list[Pieces]:
+    return [fill(look.patterns[pair.format], parts) for pair, parts in zip(laid.pairs, laid.shown, strict=True)]
+
+
+def dialogue_turns(laid: Laid, look: Look) -> Iterator[Pieces]:
+    asker, replier = ([Piece(name)] for name in look.speakers)
+    for pair, parts in zip(laid.pairs, laid.shown, strict=True):
         turn = look.turns[pair.format]
         said = {"ask": fill(turn.ask, parts), "reply": fill(turn.reply, parts)}
-        turns.append(fill(look.turn, {"asker": asker, "replier": replier, **said}))
-    return turns
+        yield fill(look.turn, {"asker": asker, "replier": replier, **said})
 
 
-def numbered_blocks(pairs: Sequence[Pair], shown: Sequence[dict[str, str]], look: Look) -> list[str]:
+def numbered_blocks(laid: Laid, look: Look) -> list[Pieces]:
     """All questions under one heading, then all answers under another."""
     asks, replies = [], []
-    for number, (pair, parts) in enumerate(zip(pairs, shown, strict=True), 1):
-        ask_mark, reply_mark = (fill(mark, {"number": str(number)}) for mark in look.marks)
-        asks.append(ask_mark + fill(look.turns[pair.format].ask, parts))
-        replies.append(reply_mark + fill(look.turns[pair.format].reply, parts))
+    for number, (pair, parts) in enumerate(zip(laid.pairs, laid.shown, strict=True), 1):
+        ask_mark, reply_mark = (Piece(fill_words(mark, {"number": str(number)})) for mark in look.marks)
+        asks.append([ask_mark, *fill(look.turns[pair.format].ask, parts)])
+        replies.append([reply_mark, *fill(look.turns[pair.format].reply, parts)])
     sides = zip(look.headings, (asks, replies), strict=True)
-    return [f"{heading}\n{look.between.join(lines)}" for heading, lines in sides]
+    return [[Piece(f"{heading}\n"), *join(look.between, lines)] for heading, lines in sides]
 
 
-def shown_parts(pair: Pair, style: OptionStyle, order: Sequence[int]) -> dict[str, str]:
+def few_shot_blocks(texts: Sequence[Laid], look: Look) -> list[Pieces]:
+    """Worked examples, counted, then the test item under a heading of its own."""
+    asked = [laid for laid in texts if laid.pairs]
+    if len(asked) == 1:
+        return [few_pairs(laid, look) if laid.pairs else laid.text for laid in texts]
+    headings = iter(shot_headings(len(asked), look))
+    return [
+        join("\n", [next(headings), join(BLOCKS, [frame(laid, look)[0], join(look.between, inline(laid, look))])])
+        if laid.pairs
+        else laid.text
+        for laid in texts
+    ]
+
+
+def few_pairs(laid: Laid, look: Look) -> Pieces:
+    lines = zip(shot_headings(len(laid.pairs), look), inline(laid, look), strict=True)
+    items = [join("\n", [heading, line]) for heading, line in lines]
+    return join(BLOCKS, [frame(laid, look)[0], join(look.between, items)])
+
+
+def shot_headings(count: int, look: Look) -> list[Pieces]:
+    example, test = look.shots
+    numbered = [[Piece(fill_words(example, {"number": str(number)}))] for number in range(1, count)]
+    return [*numbered, [Piece(test)]]
+
+
+def shown_parts(pair: Pair, style: OptionStyle, order: Sequence[int]) -> dict[Part, str]:
     """What the placeholders of a pair's pattern stand for, with its options in `order`."""
-    parts = {"question": question_stem(pair), "answer": final_answer(pair), "rationale": (pair.rationale or "").strip()}
+    parts: dict[Part, str] = {"question": question_stem(pair).strip(), "answer": final_answer(pair)}
+    if pair.rationale is not None:
+        parts["rationale"] = pair.rationale.strip()
     if pair.options:
         gold = gold_option(pair)
         assert gold is not None, pair
         lines = [{"label": label(style, place), "option": pair.options[i]} for place, i in enumerate(order)]
-        parts["options"] = style.between.join(fill(style.mark, line) for line in lines)
-        parts["answer"] = fill(style.answer, lines[list(order).index(gold)])
+        parts["options"] = style.between.join(fill_words(style.mark, line) for line in lines)
+        parts["answer"] = fill_words(style.answer, lines[list(order).index(gold)])
     return parts
 
 

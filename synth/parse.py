@@ -128,10 +128,9 @@ def read_options(pair: Pair) -> str | None:
         return None
     _, _, listing = question.partition(OPTIONS_CUE)
     before, *options = listing.split(OPTION_MARK)
-    different = {option.strip() for option in options}
-    if before.strip() or len(options) < 2 or len(different) < len(options) or "" in different:
+    if before.strip() or len(options) < 2 or len({option.strip() for option in options}) < len(options):
         return "options_malformed"
-    if any("\n" in option.strip() for option in options):
+    if any(not line.strip() or rest.strip() for line, _, rest in (option.partition("\n") for option in options)):
         return "options_malformed"
     if len(options) > MAX_OPTIONS:
         return "too_many_options"

@@ -10,14 +10,18 @@ Guaranteed: tuning documents, prompts and the parser agree on one format to the 
 
 BOS and EOS are control tokens and never text; BOS stands once an example. The prompt of round r+1 is the prompt of
 round r, the tokens that came back up to the last accepted `</END>`, and EOS, unchanged, so that an engine's prefix
-cache hits. Not guaranteed: that a pair built by `wire_pair` holds no tag of its own; `parse_completion` tells.
+cache hits. A raw text's own tags are broken in its block (`shown`), in tuning documents and prompts alike: no text ends
+its block or holds what looks like a pair. Not guaranteed: that a pair built by `wire_pair` holds no tag of its own;
+`parse_completion` tells.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ipt_jax.corpus.records import Format, Pair, Segment
@@ -26,23 +30,58 @@ from ipt_jax.corpus.settings import UserError
 if TYPE_CHECKING:
     from ipt_jax.corpus.tokenizer import Tokenizer
 
+FORMAT = 1  # part of a run's identity: to be raised when this module, the parser or the grouping makes something else
 QUESTION_TAG = "<QUE>"
 ANSWER_TAG = "<ANS>"
 END_TAG = "</END>"
+TAGS = frozenset({"<con>", "</con>", "<que>", "<ans>", "</end>"})  # as `plain_letter` spells them
+LESS = re.compile("[<＜﹤≮]")  # all that a normalizer may turn into '<'
 PAIR_SEPARATOR = "\n\n"
 OPTIONS_CUE = "\nOptions:"
 OPTION_MARK = "\n- "
 COT_CUE = "\nLet's think step by step."
 ANSWER_CUE = "\nTherefore, the answer is "
 
-# A text with more characters a token than this is taken to be too long without being tokenized whole.
-CHARACTERS_PER_TOKEN = 32
+Span = tuple[int, int]  # characters [start, end)
+
+# How much of a long text is encoded to find its cut: what prose needs, then more. A text with more characters a token
+# than the last is taken to be too long without being tokenized whole.
+CHARACTERS_PER_TOKEN = (6, 32)
+MOST_CHARACTER_TOKENS = 4  # the bytes of a character: taking away fewer characters than this needs cannot suffice
 SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n")
 
 
 def context_block(text: str) -> str:
-    """'abc' -> ' <CON> abc </CON>\\n\\n'"""
-    return f" <CON> {text} </CON>{PAIR_SEPARATOR}"
+    """'abc' -> ' <CON> abc </CON>\\n\\n'; no tag of the text's own stands in it."""
+    return f" <CON> {shown(text)} </CON>{PAIR_SEPARATOR}"
+
+
+def shown(text: str) -> str:
+    """A raw text as a block shows it: stripped, and each tag of the format broken by a space behind its '<'.
+
+    '</END>' -> '< /END>'. What a tokenizer's normalizer might turn into a tag (other widths or cases, accents,
+    invisible characters between the letters) counts as one. The record keeps the text as it is.
+    """
+    return LESS.sub(lambda less: less[0] + " " * opens_tag(text, less.start()), text).strip()
+
+
+def opens_tag(text: str, place: int) -> bool:
+    """Whether the text from `place` on is a tag of the format, or could be normalized into one."""
+    seen = ""
+    for at in range(place, len(text)):
+        seen += plain_letter(text[at])
+        if seen in TAGS:
+            return True
+        if not any(tag.startswith(seen) for tag in TAGS):
+            return False
+    return False
+
+
+@lru_cache(maxsize=1024)
+def plain_letter(letter: str) -> str:
+    """The letter without case, width and accents; nothing for marks and for control and format characters."""
+    apart = unicodedata.normalize("NFKD", letter).casefold()
+    return "".join(one for one in apart if unicodedata.category(one)[0] not in "CM")
 
 
 def pair_text(pair: Pair) -> str:
@@ -181,27 +220,55 @@ def tokens_to_end(tokenizer: Tokenizer, ids: Sequence[int], ends: int) -> tuple[
     return ids[:size], tail, True
 
 
-def fit_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[int, int]:
-    """The span of `text` whose example start (BOS and context block) has at most `max_tokens` tokens.
+def context_tokens(text: str, tokenizer: Tokenizer) -> int:
+    """Tokens of an example's start: BOS and the context block."""
+    return 1 + len(tokenizer.encode(context_block(text)))
+
+
+Count = Callable[[str, "Tokenizer"], int]
+
+
+def split_text(text: str, tokenizer: Tokenizer, max_tokens: int, count: Count = context_tokens) -> list[Span]:
+    """The text in spans of at most `max_tokens` tokens each, cut like `fit_text`; one where it fits.
+
+    The spans cover the whole text: blank characters between two sentences end the first one's span.
+    """
+    spans: list[Span] = []
+    start, first = 0, len(text) - len(text.lstrip())
+    while start < len(text):
+        _, size = fit_text(text[first:], tokenizer, max_tokens, count)
+        rest = text[first + size :].lstrip()
+        spans.append((start, len(text) - len(rest)))
+        start = first = len(text) - len(rest)
+    return spans
+
+
+def surely_fits(text: str, tokenizer: Tokenizer, max_tokens: int) -> bool:
+    """Whether an example's start fits even if every byte were a token; false tells nothing. It spares most encoding."""
+    spare = 2  # BOS, and the space that a tokenizer may put first
+    return tokenizer.literal and len(context_block(text).encode()) + spare <= max_tokens
+
+
+def fit_text(text: str, tokenizer: Tokenizer, max_tokens: int, count: Count = context_tokens) -> Span:
+    """The span of `text` that has at most `max_tokens` tokens, by default as the start of an example.
 
     Cut behind the last sentence that fits, else behind the last word, else behind the last character; at least one
     character stays whatever the budget, so the caller sets a budget that holds the empty block and a few tokens.
     """
-    probe = text[: max(1, max_tokens) * CHARACTERS_PER_TOKEN]
-    if len(probe) == len(text) and context_tokens(text, tokenizer) <= max_tokens:
-        return 0, len(text)
-    room = max_tokens - context_tokens("", tokenizer)
-    ends = tokenizer.char_ends(probe)[1]
+    room = max_tokens - count("", tokenizer)
+    for letters in CHARACTERS_PER_TOKEN:
+        probe = text[: max(1, max_tokens) * letters]
+        if len(probe) == len(text) and count(text, tokenizer) <= max_tokens:
+            return 0, len(text)
+        ends = tokenizer.char_ends(probe)[1]
+        if len(ends) > room:
+            break
     limit = ends[min(room, len(ends)) - 1] if room > 0 and ends else 1
     end = cut_point(probe, limit)
-    # Tokens of the text alone and inside the block differ by a merge or two at the edges.
-    while end > 1 and context_tokens(probe[:end], tokenizer) > max_tokens:
-        end = cut_point(probe, end - 1)
+    # Tokens of the text alone and inside the block differ by a merge or two at the edges, and by one a broken tag.
+    while end > 1 and (over := count(probe[:end], tokenizer) - max_tokens) > 0:
+        end = cut_point(probe, end - max(1, over // MOST_CHARACTER_TOKENS))
     return 0, end
-
-
-def context_tokens(text: str, tokenizer: Tokenizer) -> int:
-    return 1 + len(tokenizer.encode(context_block(text)))
 
 
 def cut_point(text: str, limit: int) -> int:

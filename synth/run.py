@@ -9,53 +9,71 @@ floats depend on what else is in the batch.
 import asyncio
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from ipt_jax.corpus.digests import KnownDigests
 from ipt_jax.corpus.records import SynthGroup
-from ipt_jax.corpus.settings import UserError, digest, file_digest
-from ipt_jax.corpus.shards import Manifest, Output
+from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
+from ipt_jax.corpus.shards import Manifest, Output, writing
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.chain import Chain
 from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
 from synth.drive import drive
-from synth.engine import Engine, model_digest, open_engine, synthesizer_tokenizer
-from synth.grouping import Group, form_groups, survey_corpus
+from synth.engine import Engine, EngineDied, open_engine, synthesizer_identity, synthesizer_tokenizer
+from synth.grouping import Group
 from synth.live import Live
-from synth.prompt import context_tokens
+from synth.prompt import FORMAT, context_tokens
+from synth.retry import failed_texts, take_out_failed
 from synth.seeds import load_seed_examples
-from synth.store import Store
+from synth.store import DETAILS, Store
+from synth.verify.verifier import VERSION, make_verifier, score_figures
+from synth.worklist import form_groups, list_work, load_work, save_work
 
+WORK = "worklist"  # folder in the output: the work list, and digests of the corpus' files
 LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistake
 
 
-def run_synth(settings: RunSettings) -> dict[str, Any]:
-    """Runs the stage, or what is left of it. `seconds` are those of this call."""
+def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str, Any]:
+    """Runs the stage, or what is left of it; `retry_failed`: with the groups that hold a failed text anew.
+
+    `seconds` are those of this call.
+    """
     started = time.monotonic()
     if settings.executor == "ray":
         settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
-    identity = run_identity(settings, tokenizer)
-    summary = finished_summary(settings.output, identity) or synthesize(settings, tokenizer, identity)
+    known = KnownDigests(Path(settings.output) / WORK / "digests.json")
+    identity = run_identity(settings, tokenizer, known)
+    summary = finished_summary(settings.output, identity)
+    if summary is None or (retry_failed and summary["failed"]):
+        summary = synthesize(settings, tokenizer, identity, known, retry_failed)
+    elif retry_failed:
+        tell("no text has failed; there is nothing to do")
+    if failed := summary["failed"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in failed.items())
+        tell(f"{sum(failed.values()):,} of {summary['texts']:,} texts failed ({reasons}); --retry-failed asks again")
     return {**summary, "seconds": round(time.monotonic() - started, 3)}
 
 
-def run_identity(settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+def tell(line: str) -> None:
+    print(f"synth run: {line}", file=sys.stderr)
+
+
+def run_identity(settings: RunSettings, tokenizer: Tokenizer, known: KnownDigests) -> dict[str, Any]:
     """What the groups depend on, by contents: neither paths nor what only changes the speed."""
-    controls = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     seeds = settings.seed_examples
     return {
-        "synthesizer": {
-            **settings.synthesizer.meaning,
-            "weights": model_digest(settings.synthesizer, tokenizer),
-            "tokenizer": {"digest": tokenizer.digest, **controls},
-        },
-        "corpus": source_identity(settings.corpus),
+        "synthesizer": synthesizer_identity(settings.synthesizer, tokenizer),
+        "format": FORMAT,
+        "corpus": source_identity(settings.corpus, known),
+        "verify": settings.verify and {"scores": sorted(set(settings.verify)), "version": VERSION},
         "seed_examples": seeds and {"contents": seed_digest(seeds.path), "count": seeds.count},
-        **settings.model_dump(include={"rounds", "grouping", "seed", "groups_per_shard"}),
+        **settings.model_dump(include={"rounds", "grouping", "long_texts", "seed", "groups_per_shard"}),
     }
 
 
@@ -77,22 +95,38 @@ def open_output(path: str, identity: dict[str, Any]) -> Output:
     return Output(path, stage="synth", identity=identity, shard_name="groups")
 
 
-def synthesize(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, Any]:
+def synthesize(
+    settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any], known: KnownDigests, retry_failed: bool
+) -> dict[str, Any]:
     """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
     chain = make_chain(settings, tokenizer, identity)
-    survey = survey_corpus(settings)
+    listed = Path(settings.output) / WORK / "list.json"
+    work = load_work(listed, chain.fingerprint) or list_work(settings, tokenizer, chain.fingerprint)
+    if len(work.names) != len(identity["corpus"]["contents"]):
+        raise UserError(f"corpus {settings.corpus.path}: files came or went while it was read; run again")
     fresh = not Path(settings.output).exists()
     with open_output(settings.output, identity) as output:
-        store = Store(output, survey, settings.groups_per_shard)
+        with writing(listed):
+            save_work(listed, work)
+            known.save()
+        if retry_failed:
+            tell(f"{take_out_failed(output, settings.groups_per_shard):,} groups with failed texts are asked again")
+        store = Store(output, work, settings.groups_per_shard)
         try:
             if store.open_shards:
                 fill = fill_with_ray if settings.executor == "ray" else fill_here
                 fill(settings, chain, store)
+        except EngineDied as error:
+            raise Fault(
+                f"{error}; {store.counts['texts']:,} of {work.texts:,} texts are stored in {settings.output}; "
+                "run the same command again to go on"
+            ) from error
         except UserError:
-            # An output that this call made and that holds nothing would only refuse the mended settings: with the
-            # empty spool gone, it withdraws itself.
+            # An output that this call made and that holds nothing would only refuse the mended settings: with what was
+            # put beside its shards gone, it withdraws itself.
             if fresh and not store.counts:
-                shutil.rmtree(output.path / "spool", ignore_errors=True)
+                for folder in ("spool", WORK):
+                    shutil.rmtree(output.path / folder, ignore_errors=True)
             raise
         finally:
             store.close()
@@ -116,6 +150,7 @@ def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, 
         name=Path(settings.synthesizer.model).resolve().name,
         weights=identity["synthesizer"]["weights"],
         fingerprint=digest(identity),
+        verifier=make_verifier(settings.verify, settings.synthesizer, settings.seed) if settings.verify else None,
     )
 
 
@@ -125,8 +160,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
     rejected = part(counts, "rejected.")
     pairs = counts.get("pairs", 0)
     written = pairs + sum(rejected.values())
-    names = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens")
-    details = ("texts_cut", "examples_dropped", "cache_lost_tokens")
+    names = ("texts_without_pairs", "prompt_tokens", "cached_prompt_tokens", "completion_tokens")
     return {
         "texts": counts.get("texts", 0),
         "groups": counts.get("groups", 0),
@@ -134,8 +168,10 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         "rejected": rejected,
         "well_formed": round(pairs / written, 4) if written else 0.0,
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
-        **{name: counts.get(name, 0) for name in names + details},
+        **{name: counts.get(name, 0) for name in names + DETAILS},
         "finished": part(counts, "finished."),
+        "failed": failed_texts(counts),
+        **score_figures(counts),
         "engine": engine,
     }
 
@@ -163,7 +199,8 @@ async def run_engine(engine: Engine, settings: RunSettings, chain: Chain, store:
 
 async def fill(engine: Engine, settings: RunSettings, chain: Chain, store: Store) -> signal.Signals | None:
     """Drives the engine through all groups that the store misses; the signal that ended it before that, if one did."""
-    missing = (group for group in form_groups(settings) if group.number not in store)
+    groups = form_groups(settings, chain.tokenizer, store.survey, store.open_shards)
+    missing = (group for group in groups if group.number not in store)
     with Live(store) as live:
 
         def put(group: Group, answer: SynthGroup) -> None:

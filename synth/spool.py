@@ -23,8 +23,8 @@ LOCK_SECONDS = 10.0  # a killed driver's worker may hold its spool for a moment 
 class Spool:
     """The groups of one shard in order of completion; `read` finds them by place."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, lock_seconds: float = LOCK_SECONDS) -> None:
+        self.path, self._lock_seconds = path, lock_seconds
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -34,7 +34,7 @@ class Spool:
         os.ftruncate(self._file, self._end)
 
     def _lock(self) -> None:
-        deadline = time.monotonic() + LOCK_SECONDS
+        deadline = time.monotonic() + self._lock_seconds
         while True:
             try:
                 return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,6 +71,10 @@ class Spool:
         payload = os.pread(self._file, length, at + HEADER.size)
         assert checksum == crc(place, payload), f"{self.path}: changed while it was open"
         return payload
+
+    def sync(self) -> None:
+        with writing(self.path):
+            os.fsync(self._file)
 
     def __iter__(self) -> Iterator[int]:
         """The places held, in the order of completion."""

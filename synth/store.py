@@ -9,16 +9,18 @@ from pathlib import Path
 
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import Output
-from synth.grouping import Survey
 from synth.spool import Spool
+from synth.verify.verifier import tally_scores
+from synth.worklist import WorkList
 
 DROPPED = "dropped."
+DETAILS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens", "recoded_tokens")  # of a group's meta
 
 
 class Store:
     """The groups of one output; `counts` are the sums over all that are held, sealed or not."""
 
-    def __init__(self, output: Output, survey: Survey, groups_per_shard: int) -> None:
+    def __init__(self, output: Output, survey: WorkList, groups_per_shard: int) -> None:
         self.output, self.survey, self.groups_per_shard = output, survey, groups_per_shard
         self.shards = -(-survey.groups // groups_per_shard)
         self.counts: Counter[str] = Counter()
@@ -45,7 +47,7 @@ class Store:
             self._open.pop(shard).spool.close()
 
     def spool_path(self, shard: int) -> Path:
-        return self.output.path / "spool" / f"{shard:05d}.spool"
+        return spool_path(self.output, shard)
 
     def size(self, shard: int) -> int:
         return min(self.groups_per_shard, self.survey.groups - shard * self.groups_per_shard)
@@ -72,7 +74,7 @@ class Store:
         counts = dict(sorted(held.counts.items()))
         dropped = {name.removeprefix(DROPPED): counts.pop(name) for name in list(counts) if name.startswith(DROPPED)}
         if shard == 0:  # what fell out before there were groups is booked once
-            dropped = dict(Counter(dropped) + self.survey.dropped)
+            dropped = dict(Counter(dropped) + Counter(self.survey.dropped))
         records = (held.spool.read(place) for place in range(size) if place not in held.empty)
         self.output.seal(shard, self.shards, records, counts=counts, dropped=dropped)
         self._open.pop(shard).spool.close()
@@ -87,6 +89,10 @@ class Store:
         assert not self.open_shards, self.open_shards
         if (self.output.path / "spool").is_dir():
             (self.output.path / "spool").rmdir()
+
+
+def spool_path(output: Output, shard: int) -> Path:
+    return output.path / "spool" / f"{shard:05d}.spool"
 
 
 class OpenShard:
@@ -120,8 +126,10 @@ def tally(group: SynthGroup) -> Counter[str]:
         counts["cached_prompt_tokens"] += text.cached_prompt_tokens
         counts["completion_tokens"] += text.completion_tokens
         counts[f"finished.{text.finish_reason}"] += 1
+        counts["texts_without_pairs"] += not any(pair.verdict == "accepted" for pair in text.pairs)
         for pair in text.pairs:
             counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
-    counts.update({name: group.meta[name] for name in ("texts_cut", "examples_dropped", "cache_lost_tokens")})
+    counts.update({name: group.meta[name] for name in DETAILS})
+    counts.update(tally_scores(group))
     counts[f"{DROPPED}no_room"] = group.meta["no_room"]
     return counts

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -46,3 +47,13 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"no shared/{relative} beside the checkout", allow_module_level=True)
     return path
+
+
+def need_program(name: str, *, how: str) -> str:
+    """The path of an installed program; skips (a reader) or fails (CI) saying how to get it."""
+    if found := shutil.which(name):
+        return found
+    reason = f"{name} is not installed: {how}"
+    if in_ci():
+        pytest.fail(f"{reason} (under CI=true a missing program is a failure, not a skip)", pytrace=False)
+    pytest.skip(reason, allow_module_level=True)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as JsonTokenizer
 
 from ipt_jax.corpus.settings import check_settings
+from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
+from synth.grouping import Group
+from synth.worklist import form_groups, list_work
 
 BOS, EOS = 1, 2
 WORDS = ["river", "mill", "Anna", "stone", "bread", "walks", "sees", "the", "old", "green", "hill", "and", "boat"]
@@ -73,5 +78,22 @@ def settings(folder: Path, **changes: Any) -> RunSettings:
     return check_settings(RunSettings, recipe(folder, **changes), where="recipe")
 
 
+def groups_of(settings: RunSettings) -> list[Group]:
+    """All groups of a run, by its work list."""
+    tokenizer = load_tokenizer(settings.synthesizer.model)
+    work = list_work(settings, tokenizer, "run")
+    return list(form_groups(settings, tokenizer, work, range(len(work.shards))))
+
+
 def shard_bytes(output: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(output).glob("*.array_record"))}
+
+
+def descendants(parent: int, title: str) -> list[psutil.Process]:
+    """The processes below `parent`, children of children included, whose command line begins with `title`."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+    return found

@@ -40,7 +40,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "ipt_jax.compile": ("ipt_jax.train", "ipt_jax.parallel", "ipt_jax.model", "ipt_jax.corpus", "ipt_jax.config"),
     "ipt_jax.evaluate": ("ipt_jax.hf", "ipt_jax.generate", "ipt_jax.corpus", "ipt_jax.load"),
     "ipt_jax.report": ("ipt_jax.corpus",),
-    "ipt_jax.show": ("ipt_jax.corpus", "ipt_jax.data", "ipt_jax.report.bars", "ipt_jax.report.markup"),
+    "ipt_jax.show": ("ipt_jax.corpus", "ipt_jax.data", "ipt_jax.report.bars"),
     "ipt_jax.cli": ("ipt_jax",),
     "synth": ("ipt_jax.corpus",),
     "synth.engine.jax_": ("ipt_jax.corpus", "ipt_jax.generate", "ipt_jax.load", "synth"),
@@ -50,9 +50,10 @@ OPTIONAL: dict[str, set[str]] = {
     "vllm": {"synth.engine.vllm_"},
     "torch": set(),
     "ray": {"ipt_jax.corpus.executor", "synth.cluster"},
+    "openai": {"synth.engine.openai_"},
     "datasets": {"ipt_jax.corpus.datasets"},
     "tensorflow_datasets": {"ipt_jax.corpus.datasets"},
-    "lm_eval": set(),
+    "lm_eval": {"synth.decontaminate.tasks"},
 }
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "torch")
 

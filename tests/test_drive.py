@@ -52,9 +52,8 @@ class Watched(ScriptedEngine):
 def groups(count: int, rounds: int) -> Iterator[Group]:
     for number in range(count):
         texts = [f"Anna walks to hill {number} and sees mill {place}." for place in range(rounds)]
-        yield Group(
-            number, str(number), [Document(f"{number}.{n}", "s", "raw", [Segment(t)]) for n, t in enumerate(texts)]
-        )
+        documents = [Document(f"{number}.{n}", "s", "raw", [Segment(text)]) for n, text in enumerate(texts)]
+        yield Group(number, str(number), documents, [(0, len(text)) for text in texts])
 
 
 def run(engine: Watched, work: Iterator[Group], put: Callable[[Group, SynthGroup], None]) -> signal.Signals | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 from extras import need
-from synthkit import BOS, recipe, settings, write_tokenizer
+from synthkit import BOS, descendants, recipe, settings, write_tokenizer
 
 import ipt_jax
 from ipt_jax.corpus.settings import UserError
@@ -238,10 +238,10 @@ def test_vllm_killed_then_finished(tmp_path: Path) -> None:
         while not spool.exists() or spool.stat().st_size == 0:
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
-        children = engine_processes(process.pid)
+        children = descendants(process.pid, "VLLM")
         process.kill()
         process.wait()
-    assert children and all(gone(child) for child in children)
+    assert children and all(gone(child.pid) for child in children)
     kept = spool.stat().st_size
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
@@ -253,22 +253,6 @@ def test_vllm_killed_then_finished(tmp_path: Path) -> None:
     assert (result["texts"], result["groups"], result["engine"]) == (160, 80, "vllm")
     assert result["cached_prompt_tokens"] >= 128 * 100
     assert "vllm: 8 requests at once, a cache of " in again.stderr
-
-
-def engine_processes(parent: int) -> list[int]:
-    """vLLM's processes below `parent`, children of children included."""
-    found, known = [], {parent}
-    for entry in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*")):
-        try:
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            title = Path(f"/proc/{entry}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if int(fields[1]) in known:
-            known.add(entry)
-            if title.startswith(b"VLLM"):
-                found.append(entry)
-    return found
 
 
 def test_what_the_engine_refuses_leaves_no_output(tmp_path: Path, tokenizer: Tokenizer, loaded: LanguageModel) -> None:

@@ -123,6 +123,59 @@ def test_the_cluster_examples_start_what_exists() -> None:
     assert "launch/pretrain.sh" in (LAUNCH / "slurm/pretrain.sbatch").read_text(encoding="utf-8")
 
 
+def test_the_job_for_kuberay_starts_what_exists() -> None:
+    job = yaml.safe_load((LAUNCH / "gke/synthesize.yaml").read_text(encoding="utf-8"))
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    directory, program, recipe = job["spec"]["entrypoint"].removeprefix("cd ").replace("&& ", "").split()
+    assert (ROOT / program).exists() and (ROOT / recipe).exists()
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_ADDRESS"] == "auto"
+    cluster = job["spec"]["rayClusterSpec"]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    assert f"ray=={cluster['rayVersion']}" in pins
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        (container,) = pod["containers"]
+        assert container["workingDir"] == directory
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
+        assert {"/app/data", "/app/out"} <= {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert groups[0]["rayStartParams"] == {"num-gpus": "0"}
+    assert groups[1]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.rglob("*.sh")) + sorted(LAUNCH.rglob("*.sbatch")), ids=lambda p: p.name)
+def test_scripts_are_bash(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_hosts_of_a_slurm_job_form_a_ray(tmp_path: Path, environment: Path) -> None:
+    """The batch script starts a task a host, each of which joins the first one's Ray; only that runs the command."""
+    script(environment / "bin/ray", "env | grep ^RAY_ | sort; echo ray: $@")
+    tools = tmp_path / "slurm"
+    script(tools / "scontrol", '[ "$*" = "show hostnames node[07-08]" ] && printf "node07\\nnode08\\n"')
+    script(
+        tools / "srun",
+        "while [[ $1 == --* ]]; do shift; done",
+        'for SLURM_PROCID in 0 1; do SLURM_PROCID=$SLURM_PROCID SLURM_STEP_NUM_TASKS=2 "$@"; done',
+    )
+    done = launch(
+        "slurm/synthesize.sbatch", "pyproject.toml", "seed=3", path=tools, IPT_VENV=str(environment),
+        SLURM_STEP_NODELIST="node[07-08]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]  # one token for both
+    assert lines[0] == "RAY_AUTH_MODE=token" and len(lines[1].removeprefix("RAY_AUTH_TOKEN=")) == 64
+    run = f"env RAY_ADDRESS=node07:6379 {environment}/bin/synth run pyproject.toml seed=3 executor=ray"
+    assert lines[-1] == f"ray: symmetric-run --address node07:6379 --min-nodes 2 -- {run}"
+    assert "SLURM: host 1 of 2" in done.stderr
+
+
+def test_hosts_without_a_token_form_nothing(environment: Path) -> None:
+    done = launch("synthesize.sh", "pyproject.toml", IPT_VENV=str(environment), SLURM_STEP_NUM_TASKS="2")
+    assert done.returncode == 2
+    assert "launch/slurm/synthesize.sbatch makes it" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["pretrain.sh", "synthesize.sh"])
 def test_usage_and_missing_parts(tmp_path: Path, name: str) -> None:
     nothing = launch(name)

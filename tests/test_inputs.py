@@ -11,10 +11,11 @@ import zstandard
 from extras import need
 from token_shards import save_tokenizer
 
-from ipt_jax.corpus.records import Document, Segment, TokenDocument, decode, encode
+from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import Output, Shards
+from ipt_jax.corpus.shards import Output
 from ipt_jax.corpus.sources import Dropped, SourceSettings, plan_units, read_source, read_unit, source_identity
+from ipt_jax.data.pages import read_token_documents
 from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
 
 ROWS = [{"id": f"r{number}", "text": f"line {number} é"} for number in range(7)]
@@ -136,6 +137,16 @@ def test_a_stage_beside_other_files_is_not_looked_into(tmp_path: Path) -> None:
     assert documents(tmp_path / "in") == DOCUMENTS
 
 
+def test_what_several_links_lead_to_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    jsonl(tmp_path / "in" / "x.jsonl", ROWS)
+    (tmp_path / "in" / "a.jsonl").symlink_to("x.jsonl")
+    (tmp_path / "in" / "sub" / "loop").symlink_to("..")
+    (tmp_path / "elsewhere").symlink_to("in")
+    read = [documents(tmp_path / "in"), documents(tmp_path), documents(tmp_path / "**" / "*.jsonl")]
+    assert read == [DOCUMENTS] * 3
+
+
 def test_splits_and_subsets_where_there_are_none(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", ROWS)
     with pytest.raises(UserError, match="given split: train, but has no splits; take split out"):
@@ -169,6 +180,7 @@ def test_templates(tmp_path: Path, template: str, loss: list[str] | None, segmen
         ({"template": "none"}, "names no field"),
         ({"template": "{q}", "loss": ["a"]}, "loss names 'a', no field of the template; name one of q"),
         ({"loss": ["a"]}, "loss names 'a', no field of the template"),
+        ({"min_characters": 9, "max_characters": 8}, "max_characters 8 is below min_characters 9"),
     ],
 )
 def test_templates_that_cannot_be(fields: dict, said: str) -> None:
@@ -197,7 +209,7 @@ def test_duplicates_over_all_inputs_keep_the_first(tmp_path: Path) -> None:
         inputs = [{"path": str(one)}, {"path": str(two)}]
         recipe = TokenizeSettings.model_validate({"inputs": inputs, "drop_duplicates": True} | fields)
         assert run_tokenize(recipe)["dropped"] == {"duplicate": 3, "empty_text": 1}
-        assert [decode(record, TokenDocument).id for record in Shards(output)] == ["a0", "a1", "a4", "b1"]
+        assert [document.id for document in read_token_documents(output)] == ["a0", "a1", "a4", "b1"]
 
 
 # ---- hostile files

@@ -14,12 +14,30 @@ from ipt_jax.corpus.records import Document, GroupText, Pair, Segment, SynthGrou
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Output
 from synth.inspect import run_inspect
-from synth.page import answer_marks, html_page
+from synth.page import html_page
 from synth.parse import parse_completion, reject
 from synth.prompt import wire_pair
+from synth.survey import Survey
 
 OWN_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "section", "article", "div"}
-OWN_TAGS |= {"small", "span", "b", "mark", "sup", "ol", "li"}
+OWN_TAGS |= {
+    "main",
+    "header",
+    "footer",
+    "h4",
+    "span",
+    "b",
+    "mark",
+    "sup",
+    "ol",
+    "li",
+    "script",
+    "form",
+    "label",
+    "select",
+}
+OWN_TAGS |= {"select", "option", "input", "button", "output", "svg", "g", "text", "rect", "line", "details", "summary"}
+OWN_TAGS |= {"dl", "dt", "dd"}
 TEXT = "Ann built the [red]hall[/red] in Rome. <script>alert(1)</script> & more."
 
 
@@ -59,7 +77,7 @@ def test_other_records_are_refused(tmp_path: Path) -> None:
 
 
 def test_terminal_shows_everything_as_it_stands(groups: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = run_inspect(groups, None, limit=2, rejected=True)
+    figures = run_inspect(groups, None, limit=2, sample=9, rejected=True)
     shown = capsys.readouterr().out
     assert figures == {
         "groups": 3,
@@ -78,7 +96,7 @@ def test_terminal_shows_everything_as_it_stands(groups: Path, capsys: pytest.Cap
 
 
 def test_rejected_pairs_can_be_left_out(groups: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_inspect(groups, None, limit=1, rejected=False)
+    run_inspect(groups, None, limit=1, sample=9, rejected=False)
     assert "truncated" not in capsys.readouterr().out
 
 
@@ -102,27 +120,22 @@ class Page(HTMLParser):
 
 def test_page_is_whole_and_escaped(groups: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "page.html"
-    figures = run_inspect(groups, output, limit=3, rejected=True)
+    figures = run_inspect(groups, output, limit=3, sample=9, rejected=True)
     page = Page(output.read_text(encoding="utf-8"))
     assert capsys.readouterr().out == ""
     assert figures["output"] == str(output)
     assert page.links == []
     assert set(page.tags) <= OWN_TAGS
-    for part in ("<script>alert(1)</script> & more.", "<b>Why?</b>", "duplicate_question", "grounded 0.75", "raw-g2"):
+    for part in (
+        "<script>alert(1)</script> & more.",
+        "<b>Why?</b>",
+        "refused: duplicate question",
+        "grounded 0.75",
+        "raw-g2",
+    ):
         assert part in page.text
     assert page.tags.count("mark") == 6
     assert page.tags.count("section") == 3
-
-
-def test_answers_are_marked_where_they_stand() -> None:
-    pairs = [wire_pair("Who?", "ann"), wire_pair("Where?", "Rome."), wire_pair("Which?", "hal"), wire_pair("?", "it")]
-    text = "Ann and Hal went to Rome; halls."
-    assert [(text[start:end], number) for start, end, number in answer_marks(text, pairs)] == [
-        ("Ann", 1),
-        ("Hal", 3),
-        ("Rome", 2),
-    ]
-    assert answer_marks("Rome Romeo", [reject(pairs[1], "no_answer")]) == []
 
 
 PAIRS = st.builds(Pair, question=st.text(max_size=20), answer=st.text(max_size=8))
@@ -131,16 +144,19 @@ PAIRS = st.builds(Pair, question=st.text(max_size=20), answer=st.text(max_size=8
 @given(st.text(alphabet="<>&\"'aAbB ​İ\n", max_size=60), st.lists(PAIRS, max_size=3))
 @settings(max_examples=100)
 def test_any_text_keeps_the_page_whole(text: str, pairs: list[Pair]) -> None:
-    page = Page(html_page([make_group("<g>", pairs, text)], 1, True))
+    one = make_group("<g>", pairs, text)
+    survey = Survey(total=1)
+    survey.add(one)
+    page = Page(html_page([one], survey, True))
     assert page.tags.count("article") == page.tags.count("section") == 1
     assert set(page.tags) <= OWN_TAGS
 
 
 def test_mistakes(groups: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
-        run_inspect(tmp_path / "absent", None, 1, True)
+        run_inspect(tmp_path / "absent", None, 1, 9, True)
     with pytest.raises(UserError, match="holds no groups"):
-        run_inspect(write(tmp_path / "none", []), None, 1, True)
+        run_inspect(write(tmp_path / "none", []), None, 1, 9, True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        run_inspect(groups, tmp_path / "file" / "page.html", 1, True)
+        run_inspect(groups, tmp_path / "file" / "page.html", 1, 9, True)

@@ -60,6 +60,7 @@ REJECTED = [
     ("<QUE> Who?\nOptions:\n- Ann <ANS> Ann </END>", "options_malformed"),
     ("<QUE> Who?\nOptions:\n- Ann\n- Ann <ANS> Ann </END>", "options_malformed"),
     ("<QUE> Who?\nOptions:\n- Ann\n- <ANS> Ann </END>", "options_malformed"),
+    ("<QUE> Who?\nOptions:\n- Ann\n- \nBo <ANS> Ann </END>", "options_malformed"),
     ("<QUE> Who?\nOptions:\n- Ann\nor\n- Bo <ANS> Ann </END>", "options_malformed"),
     ("<QUE> Who?\nOptions:" + "".join(f"\n- {i}" for i in range(27)) + " <ANS> 3 </END>", "too_many_options"),
     ("<QUE> Who?\nOptions:\n- Ann\n- Bo <ANS> Cy </END>", "answer_not_in_options"),

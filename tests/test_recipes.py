@@ -15,14 +15,20 @@ from ipt_jax.corpus.settings import Settings, load_settings, parse_yaml
 from ipt_jax.data.tokenize import TokenizeSettings
 from synth.collect import CollectSettings
 from synth.config import RunSettings
+from synth.decontaminate.run import DecontaminateSettings
+from synth.mine.run import MineSettings
 from synth.render import RenderSettings
+from synth.verify.settings import VerifySettings
 
 # The first of these keys that a file has tells its kind; `tokenizer` may stand in a recipe of synth render too.
 KINDS: dict[str, type[Settings]] = {
     "run_dir": Recipe,
+    "scores": VerifySettings,
     "synthesizer": RunSettings,
     "groups": RenderSettings,
     "few_shot": CollectSettings,
+    "benchmarks": DecontaminateSettings,
+    "patterns": MineSettings,
     "tokenizer": TokenizeSettings,
 }
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -1,4 +1,4 @@
-"""Rendering: the released code's defects as acceptance tests, determinism, templates, the filter, resume."""
+"""Rendering: the documents of a group, the released code's defects as acceptance tests, the filter, the stage."""
 
 from __future__ import annotations
 
@@ -8,42 +8,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import chisquare
+from renderkit import EVEN, PAIRS, group, recipe, render
 
-from ipt_jax.corpus.records import Document, GroupText, Pair, Parent, SynthGroup, encode
-from ipt_jax.corpus.settings import UserError, check_settings
+from ipt_jax.corpus.records import Pair, Parent, SynthGroup, encode
+from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Output, read_documents, read_manifest
-from synth.layout import FORMATS, PLACEHOLDER, Draws, OptionStyle, draw_look, fill, lay_out, load_templates, shown_parts
+from synth.documents import render_group
+from synth.look import load_templates
 from synth.parse import reject
 from synth.prompt import wire_pair
-from synth.render import RenderSettings, render_group, run_render
+from synth.render import run_render
 
-EVEN = {"text_first": 1.0, "questions_first": 1.0, "dialogue": 1.0, "numbered": 1.0}
-PAIRS = [
-    wire_pair("Who built the hall?", "Ann"),
-    wire_pair("Where is it?", "Rome", ["Oslo", "Rome", "Bern"]),
-    wire_pair("How many rooms?", "4", rationale="Two and two."),
-    wire_pair("Which is old?", "the hall", ["the hall", "the barn"], "The barn is new."),
-]
-
-
-def group(name: str, pairs: list[list[Pair]], texts: list[str] | None = None) -> SynthGroup:
-    texts = texts or [f"Text {i} of {name}." for i in range(len(pairs))]
-    members = [
-        GroupText(f"{name}-{i}", 3, 3 + len(text), text, f"src{i}", some, i, 90, 0, 30, "stop")
-        for i, (text, some) in enumerate(zip(texts, pairs, strict=True))
-    ]
-    return SynthGroup(name, members, "tiny", "w" * 64, {"temperature": 0.0}, "f" * 64)
-
-
-def recipe(**fields: object) -> RenderSettings:
-    return check_settings(RenderSettings, {"groups": "groups", "output": "output", **fields}, where="test")
-
-
-def render(one: SynthGroup, **fields: object) -> list[Document]:
-    return render_group(one, recipe(**fields), Counter(), Counter())
+SHOTS = load_templates().layouts.few_shot.shots
+TEST_ITEM = re.compile("^(?:" + "|".join(re.escape(test) for _, test in SHOTS) + ")$", re.MULTILINE)
 
 
 def write_groups(path: Path, shards: list[list[SynthGroup]]) -> Path:
@@ -105,57 +82,6 @@ def test_equal_inputs_equal_documents_and_inputs_unchanged() -> None:
     assert render(one, epoch=2)[0].id == "g.2"
 
 
-def test_draws_do_not_share_a_stream() -> None:
-    """The released code restarts one stream for every choice: of 7,900 combinations 1,738 occur."""
-    looks = [draw_look(Draws(0, f"group {i}", 0), EVEN) for i in range(6000)]
-    patterns = load_templates().patterns
-    seen = Counter((look.patterns["free"], look.patterns["choice"]) for look in looks)
-    assert len(seen) == len(patterns["free"]) * len(patterns["choice"])
-    assert chisquare([*seen.values()]).pvalue > 1e-4
-    layouts = Counter((look.layout, look.separator) for look in looks)
-    assert len(layouts) == 4 * len(load_templates().layouts.separators)
-    assert chisquare([*layouts.values()]).pvalue > 1e-4
-
-
-def test_layout_shares() -> None:
-    shares = {"text_first": 0.7, "questions_first": 0.1, "dialogue": 0.1, "numbered": 0.1}
-    drawn = Counter(draw_look(Draws(1, str(i), 0), recipe().layouts.weights).layout for i in range(5000))
-    assert chisquare([drawn[name] for name in shares], [5000 * share for share in shares.values()]).pvalue > 1e-4
-    only = {draw_look(Draws(1, str(i), 0), recipe(layouts={"dialogue": 2}).layouts.weights).layout for i in range(50)}
-    assert only == {"dialogue"}
-
-
-@pytest.mark.parametrize("place", [0, 1])
-def test_gold_option_is_anywhere(place: int) -> None:
-    """The released code shuffles the first choice of every text by one constant permutation."""
-    options = ["Oslo", "Rome", "Bern", "Kyiv"]
-    where = Counter(Draws(0, f"g{i}", 0).order(f"options {place} Where?", 4).index(1) for i in range(4000))
-    assert len(where) == len(options)
-    assert chisquare([*where.values()]).pvalue > 1e-4
-
-
-def test_option_styles_literal() -> None:
-    pair = wire_pair("Where is it?", "Rome", ["Oslo", "Rome", "Bern"])
-    letters = OptionStyle(labels="upper", mark="{label}. {option}", between="\n", answer="{label}")
-    bullets = OptionStyle(labels="none", mark="- {option}", between="\n", answer="{option}")
-    assert shown_parts(pair, letters, [2, 1, 0]) == {
-        "question": "Where is it?",
-        "options": "A. Bern\nB. Rome\nC. Oslo",
-        "answer": "B",
-        "rationale": "",
-    }
-    assert shown_parts(pair, bullets, [1, 0, 2])["options"] == "- Rome\n- Oslo\n- Bern"
-    assert shown_parts(pair, bullets, [1, 0, 2])["answer"] == "Rome"
-
-
-@pytest.mark.parametrize("style", load_templates().options)
-@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [2, 0, 1]])
-def test_answer_names_the_gold_option_alone(style: OptionStyle, order: list[int]) -> None:
-    parts = shown_parts(wire_pair("Q?", "rome", ["oslo", "rome", "kyiv"]), style, order)
-    lines = re.split(r" (?=\()" if style.between == " " else re.escape(style.between), parts["options"])
-    assert [parts["answer"] in line for line in lines] == [i == 1 for i in order]
-
-
 @pytest.mark.parametrize("layout", list(EVEN))
 def test_placeholders_in_a_text_stay(layout: str) -> None:
     """The released code's chained replacing corrupts a question that holds '{answer}'."""
@@ -168,38 +94,135 @@ def test_placeholders_in_a_text_stay(layout: str) -> None:
         assert document.text.count("{") in (7, 9), "the answer is a label or the option text"
 
 
-def test_one_look_for_all_texts_of_a_group() -> None:
+# ---- one-shot and few-shot
+
+
+def few(name: str, pairs: list[list[Pair]]) -> str:
+    [document] = render(group(name, pairs), layouts={"few_shot": 1})
+    assert document.meta["layout"] == "few_shot"
+    return document.text
+
+
+def headings(text: str) -> list[str]:
+    """Examples by their number, and the test item, in the order of the text."""
+    for example, test in SHOTS:
+        pattern = re.escape(example).replace(re.escape("{number}"), r"(\d+)")
+        found = re.findall(rf"^(?:{pattern}|({re.escape(test)}))$", text, re.MULTILINE)
+        if found:
+            return [number or "test" for number, _ in found]
+    return []
+
+
+def test_few_shot_of_three_texts_ends_in_a_test_text() -> None:
     for i in range(20):
-        draws = Draws(0, f"g{i}", 0)
-        look = draw_look(draws, EVEN)
-        first, second = (lay_out("T", [PAIRS[0]], look, [[]]) for _ in range(2))
-        assert first == second
-        [document] = render(group(f"g{i}", [[PAIRS[0]], [PAIRS[0]]], texts=["T", "T"]), layouts=EVEN)
-        assert document.text == first + look.separator + first
+        text = few(f"g{i}", [PAIRS[:2], [PAIRS[2]], [wire_pair("Why?", "Rain")]])
+        assert headings(text) == ["1", "2", "test"]
+        last = TEST_ITEM.split(text)[-1]
+        assert f"Text 2 of g{i}." in last and "Why?" in last
+        assert "How many rooms?" not in last
 
 
-def test_templates_are_whole() -> None:
-    templates = load_templates()
-    wanted = {"free": ["question"], "free_cot": ["question", "rationale"], "choice": ["options", "question"]}
-    wanted["choice_cot"] = ["options", "question", "rationale"]
-    for name in FORMATS:
-        patterns = templates.patterns[name]
-        assert len(set(patterns)) == len(patterns) >= 12
-        for pattern in [*patterns, *(turn.ask + turn.reply for turn in templates.turns[name])]:
-            assert sorted(PLACEHOLDER.findall(pattern)) == sorted(["answer", *wanted[name]])
-            assert not re.search(r"\}[?.!]", pattern), f"{pattern!r} adds a mark where the pair brings its own"
-    for layout in EVEN:
-        frame = getattr(templates.layouts, layout)
-        assert all(PLACEHOLDER.findall(opening).count("text") == 1 for opening in frame.openings)
-        assert len(set(frame.openings)) == len(frame.openings) >= 8
-    assert all("option" in PLACEHOLDER.findall(style.mark) for style in templates.options)
+def test_few_shot_of_one_text_ends_in_a_test_pair() -> None:
+    for i in range(20):
+        text = few(f"g{i}", [PAIRS])
+        assert headings(text) == ["1", "2", "3", "test"]
+        last = TEST_ITEM.split(text)[-1]
+        assert "Which is old?" in last
+        assert "How many rooms?" not in last
+        assert text.index(f"Text 0 of g{i}.") < text.index("Who built")
 
 
-@given(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")))
-@settings(max_examples=100)
-def test_fill_is_one_pass(question: str, answer: str) -> None:
-    filled = fill("<{question}|{answer}>", {"question": question, "answer": answer})
-    assert filled == f"<{question}|{answer}>"
+def test_few_shot_without_an_example_is_text_first_and_counted_so() -> None:
+    counts: Counter[str] = Counter()
+    [document] = render_group(group("g", [[PAIRS[0]], []]), recipe(layouts={"few_shot": 1}), counts, Counter())
+    assert document.meta["layout"] == "text_first"
+    assert counts["layout.text_first"] == 1
+
+
+def test_one_shot_gives_each_text_its_own_document() -> None:
+    one = group("g", [PAIRS, [], [wire_pair("Why?", "Rain")]])
+    documents = render(one, one_shot=1)
+    assert [(doc.id, doc.kind) for doc in documents] == [
+        ("g.shot0", "augmented"),
+        ("g.shot2", "augmented"),
+        ("g.raw1", "raw"),
+    ]
+    assert [doc.parents for doc in documents] == [[Parent(f"g-{place}", 3, 15)] for place in (0, 2, 1)]
+    assert "Why?" not in documents[0].text
+    assert [doc.id for doc in render(one, one_shot=1, epoch=3)] == ["g.shot0.3", "g.shot2.3", "g.raw1"]
+
+
+def test_one_shot_is_drawn_apart_from_the_layout() -> None:
+    counts: Counter[str] = Counter()
+    seen = Counter()
+    for i in range(2000):
+        documents = render_group(
+            group(f"g{i}", [PAIRS[:2], PAIRS[:2]]), recipe(layouts=EVEN, one_shot=0.25), counts, Counter()
+        )
+        seen.update((len(documents), document.meta["layout"]) for document in documents)
+    assert 0.22 < counts["one_shot"] / counts["with_pairs"] < 0.28
+    assert set(seen) == {(n, layout) for n in (1, 2) for layout in EVEN}
+
+
+# ---- the released code's defects, as far as they could be ours; draws and options stand in test_templates.py
+
+
+def test_no_group_leaves_anything_behind_for_the_next() -> None:
+    """The released code prints later groups with an earlier one's speakers and drops their closing words."""
+    groups = [group(f"g{i}", [PAIRS, PAIRS[:1]]) for i in range(60)]
+    together = [render(one, layouts=EVEN) for one in groups]
+    assert [render(one, layouts=EVEN) for one in reversed(groups)] == together[::-1]
+    speakers = {name for pair in load_templates().layouts.dialogue.speakers for name in pair}
+    for [document] in together:
+        if document.meta["layout"] != "dialogue":
+            assert not any(f"{name}:" in document.text or f"[{name}]" in document.text for name in speakers)
+
+
+def test_more_than_26_options_are_counted_and_not_cut() -> None:
+    many = [f"option {i}" for i in range(27)]
+    dropped: Counter[str] = Counter()
+    documents = render_group(group("g", [[wire_pair("Q?", many[3], many), PAIRS[0]]]), recipe(), Counter(), dropped)
+    assert dropped == {"too_many_options": 1}
+    assert "option" not in documents[0].text
+
+
+def test_more_than_26_questions_are_all_numbered() -> None:
+    many = [wire_pair(f"Why is room {i} cold?", f"reason {i}") for i in range(40)]
+    [document] = render(group("g", [many]), layouts={"numbered": 1})
+    assert all(f"Why is room {i} cold?" in document.text and f"reason {i}" in document.text for i in range(40))
+    assert document.text.count("40") == 2
+
+
+def test_an_answer_with_a_closing_period_still_names_its_option() -> None:
+    pair = wire_pair("Where?", "Rome.", ["Oslo", "Rome"], "Ann went there.")
+    for i in range(30):
+        [document] = render(group(f"g{i}", [[pair]]))
+        [[_, _, start, end]] = document.meta["spans"]["answer"]
+        assert document.text[start:end] in ("A", "B", "Rome", "(A)", "(B)", "a", "b") or document.text[
+            start:end
+        ].endswith("Rome")
+
+
+def test_every_document_answers_all_of_its_questions_and_shows_all_options() -> None:
+    """The released patterns drop the answer now and then, make the question the target, or hide the options."""
+    for i in range(200):
+        [document] = render(group(f"g{i}", [PAIRS]), layouts=EVEN)
+        spans = document.meta["spans"]
+        assert len(spans["question"]) == len(spans["answer"]) == 4
+        assert len(spans["options"]) == 2
+        for question, answer in zip(spans["question"], spans["answer"], strict=True):
+            assert question[:2] == answer[:2] and question[3] <= answer[2]
+
+
+def test_a_question_without_an_answer_is_not_shown() -> None:
+    dropped: Counter[str] = Counter()
+    odd = [Pair("Why?", " "), Pair(" ", "Rain"), PAIRS[0]]
+    [document] = render_group(group("g", [odd]), recipe(), Counter(), dropped)
+    assert dropped == {"empty_answer": 1, "empty_question": 1}
+    assert "Why" not in document.text
+
+
+# ---- filter and stage
 
 
 def test_filter_counts_and_leaves_neighbours_alone() -> None:
@@ -211,6 +234,7 @@ def test_filter_counts_and_leaves_neighbours_alone() -> None:
     filtered = render_group(group("g", [scored]), recipe(keep="grounded > 0.5"), Counter(), dropped)
     assert dropped == {"keep": 1}
     assert filtered[0].text == render(group("g", [scored[1:]]))[0].text
+    assert [pair for _, pair, *_ in filtered[0].meta["spans"]["question"]] == [1, 2, 3], "places in the record"
 
 
 def test_pairs_without_parsed_parts_are_read_from_the_wire() -> None:
@@ -231,6 +255,9 @@ def test_stage_writes_a_shard_for_each_and_each_group_alone_renders_equal(tmp_pa
     documents = list(read_documents(tmp_path / "out"))
     assert documents == [doc for shard in shards for one in shard for doc in render(one, layouts=EVEN)]
     assert [entry.records for entry in read_manifest(tmp_path / "out", "render").shards] == [5, 0, 1]
+    assert sum(entry["asked"] for entry in result["shares"].values()) == 1
+    assert result["shares"]["text_first"] == {"asked": 0.2, "got": result["layouts"].get("text_first", 0) / 5}
+    assert result["one_shot"] == {"asked": 0, "got": 0}
     assert result["layouts"] == dict(sorted(Counter(doc.meta["layout"] for doc in documents[:5]).items()))
     assert {key: result[key] for key in ("documents", "tokens", "pairs", "no_pair_left", "dropped")} == {
         "documents": 6,

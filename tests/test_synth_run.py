@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extras import need
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from synthkit import BOS, EOS, recipe, settings, shard_bytes, write_corpus, write_tokenizer
+from synthkit import BOS, EOS, groups_of, recipe, settings, shard_bytes, write_corpus, write_tokenizer
 
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.settings import UserError, check_settings
@@ -21,7 +20,7 @@ from synth import read_groups
 from synth.chain import Chain
 from synth.config import RunSettings, SynthesizerSettings
 from synth.engine import Completion, RequestFailed
-from synth.grouping import form_groups, make_group
+from synth.grouping import make_group
 from synth.run import run_synth
 
 
@@ -145,7 +144,8 @@ def test_every_prompt_fits_and_goes_on_from_kept_tokens(
         assert len(prompt) == text.prompt_tokens <= 200
         assert prompt.count(BOS) == prompt.count(EOS) + 1
         assert text.text == raw[text.start : text.end]
-        assert prompt[len(prompt) - prompt[::-1].index(BOS) :] == tokenizer.encode(f" <CON> {text.text} </CON>\n\n")
+        opened = tokenizer.encode(f" <CON> {text.text.strip()} </CON>\n\n")
+        assert prompt[len(prompt) - prompt[::-1].index(BOS) :] == opened
         accepted = [pair for pair in text.pairs if pair.verdict == "accepted"]
         assert len({pair.question for pair in accepted}) == len(accepted)
 
@@ -222,17 +222,17 @@ def test_concurrency_and_latency_change_no_byte(tmp_path: Path) -> None:
 
 
 def test_grouping_by_source_and_fraction(tmp_path: Path) -> None:
-    by_source = list(form_groups(settings(tmp_path, grouping="source")))
+    by_source = groups_of(settings(tmp_path, grouping="source"))
     assert all(len({text.source for text in group.texts}) == 1 for group in by_source)
     assert sorted(len(group.texts) for group in by_source)[-8:] == [3] * 8
-    half = {text.id for group in form_groups(settings(tmp_path, corpus__fraction=0.5)) for text in group.texts}
-    most = {text.id for group in form_groups(settings(tmp_path, corpus__fraction=0.8)) for text in group.texts}
+    half = {text.id for group in groups_of(settings(tmp_path, corpus__fraction=0.5)) for text in group.texts}
+    most = {text.id for group in groups_of(settings(tmp_path, corpus__fraction=0.8)) for text in group.texts}
     assert 6 <= len(half) <= 24
     assert half < most
 
 
 def test_group_ids_follow_from_raw_ids(tmp_path: Path) -> None:
-    groups = list(form_groups(settings(tmp_path)))
+    groups = groups_of(settings(tmp_path))
     assert len({group.id for group in groups}) == 10
     assert groups[0].id == make_group(5, groups[0].texts).id
 
@@ -299,18 +299,3 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
         for number, text in enumerate(["a b", "  ", "c d", None]):
             file.write(json.dumps({"id": number, "text": text}) + "\n")
     assert run_synth(settings(tmp_path))["dropped"] == {"empty_text": 1, "null_text": 1}
-
-
-def test_ray_gives_the_bytes_of_one_engine(tmp_path: Path) -> None:
-    ray = need("ray", extra="ray")
-    changes = {"synthesizer__faults": {"malformed": 0.2, "error": 0.1}, "groups_per_shard": 2}
-    here = settings(tmp_path, **changes, output=str(tmp_path / "here"))
-    there = settings(tmp_path, **changes, output=str(tmp_path / "there"), executor="ray")
-    run_synth(here)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        result = run_synth(there)
-    finally:
-        ray.shutdown()
-    assert shard_bytes(there.output) == shard_bytes(here.output)
-    assert result["texts"] == 30

@@ -1,6 +1,7 @@
 """What both console scripts share: exit codes, one-line errors, and a stdout that holds the result alone.
 
-Exit 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault (with its traceback), 130 on Ctrl-C.
+Exit 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault (one line where its cause lies outside, else
+its traceback), 130 on Ctrl-C.
 Whatever libraries and their child processes print while a stage runs goes to stderr.
 """
 
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.settings import Fault, UserError
 
 Config = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
 Overrides = Annotated[
@@ -41,6 +42,9 @@ def _exit_code(app: typer.Typer) -> int:
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _mistake(str(error))
+    except Fault as error:
+        print(f"fault: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except UsageError as error:
         message = error.format_message()
         if message.startswith("Usage:"):  # a bare command asks for its help

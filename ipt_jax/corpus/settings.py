@@ -23,10 +23,14 @@ class UserError(ValueError):
     """A user's mistake, told in one line. The command line turns it into exit code 2."""
 
 
-class Settings(pydantic.BaseModel):
-    """Base of every settings block: frozen, unknown keys refused."""
+class Fault(RuntimeError):
+    """What went wrong outside of this program and is no mistake of its user's, told in one line: exit code 1."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+class Settings(pydantic.BaseModel):
+    """Base of every settings block: frozen, unknown keys and numbers that are not finite refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)

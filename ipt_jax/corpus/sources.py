@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +49,7 @@ class Unit(NamedTuple):
 
 
 def find_files(path: str) -> list[Path]:
-    """The files and data sets behind a path, a directory or a glob, sorted.
+    """The files and data sets behind a path, a directory or a glob, sorted; one that several links lead to counts once.
 
     A directory of shards, a saved Hugging Face data set and a TFDS directory stand for themselves.
     """
@@ -64,6 +64,10 @@ def find_files(path: str) -> list[Path]:
     if not files:
         what = f"holds no {', '.join(JSONL)}, .parquet or .arrow file" if found.is_dir() else "no such file"
         raise UserError(f"input {path}: {what}; give a file, a directory, a glob, or a stage's output")
+    once: dict[Path, Path] = {}
+    for file in files:
+        once.setdefault(file.resolve(), file)
+    files = list(once.values())
     prepared = [str(one) for one in files if one.is_dir() and is_tfds(one)]
     if len(prepared) > 1:
         raise UserError(f"input {path}: holds {len(prepared)} TFDS data sets; give one of them, such as {prepared[0]}")
@@ -71,13 +75,14 @@ def find_files(path: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files before those of the folders below; hidden ones are left out, data sets are not looked into."""
+    """Files before those of the folders below; hidden ones are left out, data sets are not looked into, and a link to
+    a folder above is not followed."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     yield from (entry for entry in entries if entry.is_file() and _form(entry))
     for entry in entries:
         if entry.is_dir() and _directory_form(entry):
             yield entry
-        elif entry.is_dir():
+        elif entry.is_dir() and entry.resolve() not in (above.resolve() for above in entry.parents):
             yield from _walk(entry)
 
 
@@ -127,6 +132,11 @@ def _inputs(settings: SourceSettings) -> list[_Input]:
     if settings.subset is not None:
         raise UserError(f"input {settings.path}: subset {settings.subset} is for {HUB}NAME alone; take it out")
     return inputs
+
+
+def input_paths(settings: SourceSettings) -> list[str]:
+    """The paths of a source's units, in reading order, without a look into the files."""
+    return [str(one.path) for one in _inputs(settings)]
 
 
 def plan_units(settings: SourceSettings, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
@@ -222,20 +232,23 @@ def read_source(settings: SourceSettings) -> Iterator[Document | Dropped]:
         yield from read_unit(unit, settings)
 
 
-def source_identity(settings: SourceSettings) -> dict[str, Any]:
-    """What the source means for a fingerprint: contents and columns, never where the files lie."""
+def source_identity(settings: SourceSettings, digest_of: Callable[[Path], str] = file_digest) -> dict[str, Any]:
+    """What the source means for a fingerprint: contents and columns, never where the files lie.
+
+    `digest_of` hashes a file; `corpus.digests.KnownDigests` spares those that it hashed before.
+    """
     inputs = _inputs(settings)
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
-        contents = list(pool.map(_contents, inputs))
+        contents = list(pool.map(lambda one: _contents(one, digest_of), inputs))
     return {**settings.model_dump(exclude={"path"}), "contents": contents}
 
 
-def _contents(one: _Input) -> str | list[str]:
+def _contents(one: _Input, digest_of: Callable[[Path], str]) -> str | list[str]:
     if one.form == "shards":
         return read_manifest(one.path).fingerprint
     if one.form == "tfds":
-        return [file_digest(file) for file, _ in tfds_files(one.path, one.split)]
-    return file_digest(one.path)
+        return [digest_of(file) for file, _ in tfds_files(one.path, one.split)]
+    return digest_of(one.path)
 
 
 def _read_shard(path: Path, unit: Unit, settings: SourceSettings) -> Iterator[Document | Dropped]:
@@ -342,13 +355,13 @@ def _jsonl_units(path: Path, size: int, unit_bytes: int) -> Iterator[Unit]:
 
 
 def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    if number == 1 and line.lstrip().startswith(b"["):
+        raise UserError(f"input {path}: holds one JSON array; write its objects one a line")
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"input {path}: line {number} is not UTF-8 (byte {error.start}); convert the file") from error
     except (ValueError, RecursionError) as error:
-        if number == 1 and line.lstrip().startswith(b"["):
-            raise UserError(f"input {path}: holds one JSON array; write its objects one a line") from error
         raise UserError(f"input {path}: line {number} is not valid JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
         raise UserError(f"input {path}: line {number} is a {type(row).__name__}, expected an object with fields")

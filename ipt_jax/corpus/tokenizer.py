@@ -158,7 +158,7 @@ class Tokenizer:
         led = (spelled == sizes + 1).all(axis=1)  # a space before the first word that the text has not
         covered[starts[led]] -= 1
         exact = (spelled == sizes).all(axis=1) | (led & (not continuing))
-        for place in range(len(texts)) if not self._literal else np.flatnonzero(~exact).tolist():
+        for place in range(len(texts)) if not self.literal else np.flatnonzero(~exact).tolist():
             here = slice(starts[place], ends[place])
             if not (exact[place] and self._spells(batch[place], texts[place])):
                 covered[here] = self._characters_by_offsets(texts[place], len(batch[place]), continuing)
@@ -192,7 +192,7 @@ class Tokenizer:
         return json_spellings(self._json, self.vocab_size)
 
     @cached_property
-    def _literal(self) -> bool:
+    def literal(self) -> bool:
         """Whether the tokenizer takes text as it stands, so that counts suffice to tell that ids spell their text."""
         if self._json is not None:
             return self._json.normalizer is None

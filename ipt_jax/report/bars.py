@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ipt_jax.corpus.markup import Markup, tag
 from ipt_jax.report.curves import ticks
-from ipt_jax.report.markup import Markup, tag
 
 WIDTH = 460
 ROW = 38  # the run's name and score, the bar below them, a gap

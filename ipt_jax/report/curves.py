@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ipt_jax.report.markup import Markup, tag
+from ipt_jax.corpus.markup import Markup, tag
 
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 30, 44

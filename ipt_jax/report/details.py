@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ipt_jax.corpus.markup import Markup, join, tag
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, decode
 from ipt_jax.corpus.shards import Shards
-from ipt_jax.report.markup import Markup, join, tag
 from ipt_jax.report.runs import Run
 from ipt_jax.report.training import run_heading, table
 

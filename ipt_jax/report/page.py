@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from ipt_jax.corpus.markup import Markup, tag, whole_page
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import write_whole, writing
 from ipt_jax.report.details import samples, settings
-from ipt_jax.report.markup import Markup, join, safe, tag
 from ipt_jax.report.results import answers, results
 from ipt_jax.report.runs import Entrant, Run, read_entrants, read_runs
 from ipt_jax.report.training import curves, mixes, overview
-
-HERE = Path(__file__).parent
 
 
 def run_report(
@@ -66,6 +63,4 @@ def _page(title: str, runs: Sequence[Run], entrants: Sequence[Entrant], groups: 
         settings(runs),
         tag("footer", "Written by ipt report. This page loads nothing from elsewhere."),
     ]
-    template = Template((HERE / "page.html").read_text(encoding="utf-8"))
-    style = (HERE / "style.css").read_text(encoding="utf-8")
-    return template.substitute(title=safe(title), style=style, body=join(sections))
+    return whole_page(title, sections)

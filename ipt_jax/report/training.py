@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+from ipt_jax.corpus.markup import Child, Markup, join, tag
 from ipt_jax.corpus.progress import format_duration
 from ipt_jax.report.bars import Part, share_bar
 from ipt_jax.report.curves import Line, line_chart, short
-from ipt_jax.report.markup import Child, Markup, join, tag
 from ipt_jax.report.runs import KINDS, Run, last
 
 COLOURS = 8

@@ -5,22 +5,18 @@ It looks like the report's pages and takes their style; a row is a card with a s
 
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from ipt_jax.corpus.markup import Markup, tag, whole_page
 from ipt_jax.report.bars import Part, share_bar
-from ipt_jax.report.markup import Markup, join, safe, tag
 from ipt_jax.show.rows import Passage, ShownRow
 
-HERE = Path(__file__).parent
-REPORT = HERE.parent / "report"
+STYLE = Path(__file__).parent / "rows.css"
 KINDS = {"raw": "raw text", "augmented": "augmented", "task": "tuning tasks", "instruction": "instructions"}
 STRIP = 1000  # the strip's own width in units
 
 
 def html_page(summary: dict[str, Any], rows: Sequence[ShownRow]) -> str:
-    template = Template((REPORT / "page.html").read_text(encoding="utf-8"))
-    style = "".join(path.read_text(encoding="utf-8") for path in (REPORT / "style.css", HERE / "rows.css"))
     span = f"Rows {rows[0].row:,} to {rows[-1].row:,}" if len(rows) > 1 else f"Row {rows[0].row:,}"
     title = f"{span} of {summary['rows']:,}"
     body = [
@@ -29,7 +25,7 @@ def html_page(summary: dict[str, Any], rows: Sequence[ShownRow]) -> str:
         *(_row(row) for row in rows),
         tag("footer", f"Written by ipt show, plan {summary['fingerprint'][:12]}. This page loads nothing."),
     ]
-    return template.substitute(title=safe(title), style=style, body=join(body))
+    return whole_page(title, body, style=STYLE)
 
 
 def _plan_words(summary: dict[str, Any], rows: Sequence[ShownRow]) -> str:

@@ -1,13 +1,25 @@
-"""Engines behind one interface: vLLM, this project's own model in JAX, and a scripted one for tests and rehearsals."""
+"""Engines behind one interface: vLLM in this process, any OpenAI-compatible server, this project's own model in JAX,
+and a scripted one for tests and rehearsals."""
 
 from pathlib import Path
+from typing import Any
 
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, Engine, RequestFailed, weights_digest
+from synth.engine.base import FAILURES, Completion, Engine, EngineDied, RequestFailed, weights_digest
 
-__all__ = ["Completion", "Engine", "RequestFailed", "model_digest", "open_engine", "synthesizer_tokenizer"]
+__all__ = [
+    "FAILURES",
+    "Completion",
+    "Engine",
+    "EngineDied",
+    "RequestFailed",
+    "model_digest",
+    "open_engine",
+    "synthesizer_identity",
+    "synthesizer_tokenizer",
+]
 
 
 def synthesizer_tokenizer(settings: SynthesizerSettings) -> Tokenizer:
@@ -22,10 +34,21 @@ def synthesizer_tokenizer(settings: SynthesizerSettings) -> Tokenizer:
 
 
 def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer) -> str:
-    """What answers, by its contents. The scripted engine has no weights: its tokenizer is all it needs."""
+    """What answers, by its contents. The scripted engine has no weights, a server's are known by the name it gives."""
     if settings.engine == "scripted":
         return digest({"engine": "scripted", "tokenizer": tokenizer.digest})
+    if settings.engine == "openai":
+        return digest({"engine": "openai", "tokenizer": tokenizer.digest, "served_model": settings.served_name})
     return weights_digest(settings.model)
+
+
+def synthesizer_identity(settings: SynthesizerSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the answers, by contents: neither paths nor what only changes the speed."""
+    return {
+        **settings.meaning,
+        "weights": model_digest(settings, tokenizer),
+        "tokenizer": {"digest": tokenizer.digest, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+    }
 
 
 def open_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Engine:
@@ -34,6 +57,10 @@ def open_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Engine:
         from synth.engine.vllm_ import VllmEngine
 
         return VllmEngine(settings, tokenizer)
+    if settings.engine == "openai":
+        from synth.engine.openai_ import OpenAIEngine
+
+        return OpenAIEngine(settings, tokenizer)
     if settings.engine == "jax":
         from synth.engine.jax_ import JaxEngine
 

@@ -1,29 +1,60 @@
 """What every engine offers: token ids in, token ids out, one awaitable a request, many requests at once.
 
 An engine streams: a request comes back when it is done, whatever the others do. A failure of one request is a
-`RequestFailed`; anything else that `generate` raises means that the engine itself is gone.
+`RequestFailed`; an `EngineDied`, or anything else that `generate` raises, means that the engine itself is gone.
 """
 
+import asyncio
+import heapq
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from ipt_jax.corpus.settings import UserError, digest, directory_digest, file_digest
+from ipt_jax.corpus.settings import Fault, UserError, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Completion:
-    """`ids` go without the EOS that closed them; `finish_reason` is `stop` (EOS) or `length`."""
+    """`ids` go without the EOS that closed them; `finish_reason` is `stop` (EOS) or `length`.
+
+    `recoded`: the server gave text alone, so the ids are this tokenizer's, perhaps not those that were sampled.
+    """
 
     ids: list[int]
     finish_reason: str
     prompt_tokens: int
     cached_prompt_tokens: int
+    recoded: bool = False
+
+
+Failure = Literal["error", "timeout", "refused"]
+FAILURES: tuple[Failure, ...] = ("error", "timeout", "refused")  # finish reasons of texts that failed
 
 
 class RequestFailed(RuntimeError):
-    """One request came to nothing; the engine serves the others."""
+    """One request came to nothing; the engine serves the others. `lasting`: asking again would not help."""
+
+    def __init__(self, message: str, reason: Failure = "error", *, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.reason, self.lasting = reason, lasting or reason == "refused"
+
+
+class EngineDied(Fault):
+    """The engine answers nobody any more; what is stored stays, and another engine can go on."""
+
+
+@asynccontextmanager
+async def time_limit(seconds: float | None) -> AsyncIterator[None]:
+    """Gives up what takes longer: RequestFailed with reason 'timeout'. None means no limit."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise RequestFailed(f"no answer within {seconds} s", "timeout") from error
 
 
 class Engine(Protocol):
@@ -48,7 +79,40 @@ class Engine(Protocol):
         """
         ...
 
+    async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
+        """The log-probability (nats) of these tokens after the prompt. Both together are below `max_model_len`."""
+        ...
+
     async def close(self) -> None: ...
+
+
+class Places:
+    """What an engine works on at once: of those who wait, the lowest priority goes first, then the earliest."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._arrivals = count()
+
+    async def take(self, priority: int) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, next(self._arrivals), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # its turn had come at the same moment
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        while self._waiting:
+            *_, turn = heapq.heappop(self._waiting)
+            if not turn.done():  # else it was given up meanwhile
+                return turn.set_result(None)
+        self._free += 1
 
 
 def without_eos(ids: list[int], eos_id: int | None) -> list[int]:

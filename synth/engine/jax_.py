@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, refuse_vocabulary, without_eos
+from synth.engine.base import Completion, refuse_vocabulary, time_limit, without_eos
 
 LOOP_TURNS = 6  # of the event loop, from an answer to the first request of the group that takes the place
 
@@ -22,6 +22,14 @@ class Request(NamedTuple):
     temperature: float
     priority: int
     answer: "asyncio.Future[Completion]"
+
+
+class Asked(NamedTuple):
+    """Tokens to score."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    logprob: "asyncio.Future[float]"
 
 
 class JaxEngine:
@@ -41,9 +49,12 @@ class JaxEngine:
             )
         self.tokenizer = tokenizer
         self.places = settings.max_num_seqs
+        self._timeout = settings.request_timeout_seconds
+        self._model = model
         self._generator = BatchGenerator(model, settings.max_num_seqs, settings.max_model_len, settings.max_new_tokens)
         self._waiting: list[Request] = []
         self._running: dict[int, Request] = {}
+        self._asked: list[Asked] = []
         self._stepper: asyncio.Task[None] | None = None
 
     async def generate(
@@ -58,21 +69,38 @@ class JaxEngine:
     ) -> Completion:
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, priority, answer))
+        self._wake()
+        async with time_limit(self._timeout):
+            return await answer
+
+    async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
+        """All that are waiting when the stepper comes by are scored in a few batches of similar length."""
+        logprob: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._asked.append(Asked(prompt_ids, answer_ids, logprob))
+        self._wake()
+        async with time_limit(self._timeout):
+            return await logprob
+
+    def _wake(self) -> None:
         if self._stepper is None:
             self._stepper = asyncio.create_task(self._step_on())
-        return await answer
 
     async def _step_on(self) -> None:
         """Steps until nothing is left to do. What goes wrong goes to all who wait: the generator is of no use then."""
         try:
             while await self._gather():
+                await self._score_waiting()
                 self._admit()
                 for done in await asyncio.to_thread(self._generator.step):
                     self._settle(self._running.pop(done.number), done.ids, done.finish_reason)
         except Exception as error:
             for request in [*self._waiting, *self._running.values()]:
-                request.answer.set_exception(error)
-            self._waiting, self._running = [], {}
+                if not request.answer.done():
+                    request.answer.set_exception(error)
+            for asked in self._asked:
+                if not asked.logprob.done():
+                    asked.logprob.set_exception(error)
+            self._waiting, self._running, self._asked = [], {}, []
         finally:
             self._stepper = None
 
@@ -80,10 +108,21 @@ class JaxEngine:
         """Lets those who were just answered ask again, and those who wait for a place come, before the next step."""
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._asked)
+
+    async def _score_waiting(self) -> None:
+        if not self._asked:
+            return
+        prompts, answers = [one.prompt_ids for one in self._asked], [one.answer_ids for one in self._asked]
+        scores = await asyncio.to_thread(self._model.loglikelihood, prompts, answers)
+        for asked, score in zip(self._asked[: len(scores)], scores, strict=True):  # more may have come meanwhile
+            if not asked.logprob.done():
+                asked.logprob.set_result(score.logprob)
+        del self._asked[: len(scores)]
 
     def _admit(self) -> None:
         """Fills the free places; the generator itself knows no priorities."""
+        self._waiting = [request for request in self._waiting if not request.answer.done()]  # else given up meanwhile
         self._waiting.sort(key=lambda request: request.priority)
         free = self.places - len(self._running)
         for request in self._waiting[:free]:

@@ -7,45 +7,19 @@ request.
 """
 
 import asyncio
-import heapq
 from collections import OrderedDict
-from itertools import count
 from random import Random
 
 from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.settings import digest, draw
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine.base import Completion, RequestFailed
-from synth.prompt import PAIR_SEPARATOR, pair_text, wire_pair
+from synth.engine.base import Completion, EngineDied, Places, RequestFailed, time_limit
+from synth.prompt import ANSWER_TAG, END_TAG, PAIR_SEPARATOR, QUESTION_TAG, pair_text, wire_pair
 
 # Groups whose last request is remembered, a concurrent one each: latency spreads by a factor of three, so no group is
 # forgotten between two of its own requests.
 REMEMBERED = 8
-
-
-class Places:
-    """What an engine works on at once: of those who wait, the lowest priority goes first, then the earliest."""
-
-    def __init__(self, free: int) -> None:
-        self._free = free
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
-        self._arrivals = count()
-
-    async def take(self, priority: int) -> None:
-        if self._free:
-            self._free -= 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (priority, next(self._arrivals), turn))
-        await turn
-
-    def give_back(self) -> None:
-        while self._waiting:
-            *_, turn = heapq.heappop(self._waiting)
-            if not turn.done():  # else it was given up meanwhile
-                return turn.set_result(None)
-        self._free += 1
 
 
 class ScriptedEngine:
@@ -54,6 +28,8 @@ class ScriptedEngine:
         self.faults = settings.faults or FaultSettings()
         self.places = settings.max_num_seqs
         self._places = Places(self.places)
+        self._timeout = settings.request_timeout_seconds
+        self._asked = 0
         self._remembered = REMEMBERED * settings.max_num_seqs
         self._last: OrderedDict[str, list[int]] = OrderedDict()
 
@@ -68,14 +44,11 @@ class ScriptedEngine:
         priority: int = 0,
     ) -> Completion:
         luck = draw(seed if temperature > 0 else 0, digest(prompt_ids))
-        await self._places.take(priority)
-        try:
-            await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
-        finally:
-            self._places.give_back()
-        if luck.random() < self.faults.error:
-            raise RequestFailed("scripted error")
-        pairs = [pair_text(pair) for pair in quote_pairs(last_context(self.tokenizer, prompt_ids), luck)]
+        await self._take_time(luck, priority)
+        context = last_context(self.tokenizer, prompt_ids)
+        if context.endswith(ANSWER_TAG):
+            return self._answer(context, prompt_ids)
+        pairs = [pair_text(pair) for pair in quote_pairs(context, luck)]
         if luck.random() < self.faults.malformed:
             broken = luck.randrange(len(pairs))
             pairs[broken] = malform(pairs[broken], luck)
@@ -89,6 +62,41 @@ class ScriptedEngine:
         cached = common_prefix(self._last.get(chain, []), prompt_ids)
         self._remember(chain, prompt_ids + ids)
         return Completion(ids, finish_reason, len(prompt_ids), cached)
+
+    async def _take_time(self, luck: Random, priority: int) -> None:
+        await self._places.take(priority)
+        try:
+            async with time_limit(self._timeout):
+                await self._work(luck)
+        finally:
+            self._places.give_back()
+
+    async def _work(self, luck: Random) -> None:
+        self._asked += 1
+        if self.faults.dies_at is not None and self._asked >= self.faults.dies_at:
+            raise EngineDied("the scripted engine died as it was told to")
+        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
+        fault = luck.random()
+        if fault < self.faults.error:
+            raise RequestFailed("scripted error")
+        if fault < self.faults.error + self.faults.timeout:
+            await asyncio.get_running_loop().create_future()  # nobody will ever set it
+
+    async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
+        """A token costs 0.1 nats, and up to 3 more by the share of the answer's words that the context lacks."""
+        await self._take_time(draw(0, digest([prompt_ids, answer_ids])), 0)
+        known = set(last_context(self.tokenizer, prompt_ids).partition(QUESTION_TAG)[0].split())
+        told = self.tokenizer.decode(answer_ids).removesuffix(END_TAG).split()
+        missing = sum(word not in known for word in told) / max(1, len(told))
+        return -len(answer_ids) * (0.1 + 3 * missing)
+
+    def _answer(self, asked: str, prompt_ids: list[int]) -> Completion:
+        """What the context holds behind the words that the question quotes, or its first word."""
+        context, _, question = asked.rpartition(QUESTION_TAG)
+        words, before = context.split() or ["nothing"], question.partition('"')[2].partition('"')[0].split()
+        ends = [end for end in range(len(words)) if words[max(0, end - len(before)) : end] == before]
+        ids = self.tokenizer.encode(f" {words[ends[0] if ends else 0]} {END_TAG}", continuing=True)
+        return Completion(ids, "stop", len(prompt_ids), 0)
 
     def _remember(self, chain: str, ids: list[int]) -> None:
         self._last[chain] = ids

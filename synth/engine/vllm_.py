@@ -12,7 +12,7 @@ from typing import Any
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, RequestFailed, refuse_vocabulary, without_eos
+from synth.engine.base import Completion, EngineDied, RequestFailed, refuse_vocabulary, time_limit, without_eos
 from synth.engine.watchdog import Watchdog
 
 ENVIRONMENT = {
@@ -32,6 +32,7 @@ class VllmEngine:
 
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._timeout = settings.request_timeout_seconds
         self._watchdog = Watchdog()
         try:
             self.engine = start_engine(settings, tokenizer)
@@ -56,9 +57,7 @@ class VllmEngine:
         priority: int = 0,
     ) -> Completion:
         from vllm import SamplingParams
-        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         sampling = SamplingParams(
             temperature=temperature,
@@ -68,16 +67,52 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        return self._completion(await self._ask(prompt_ids, sampling, request_id, priority))
+
+    async def _ask(self, prompt_ids: list[int], sampling: Any, request_id: str, priority: int = 0) -> Any:
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         final = None
         try:
-            answers = self.engine.generate(tokens_input(prompt_ids), sampling, request_id, priority=priority)
-            async for output in answers:
-                final = output  # the only one; leaving the loop early would abort the request
-        except EngineDeadError:
+            async with time_limit(self._timeout):
+                answers = self.engine.generate(tokens_input(prompt_ids), sampling, request_id, priority=priority)
+                async for output in answers:
+                    final = output  # the only one; leaving the loop early would abort the request
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine died: {' '.join(str(error).split())}") from error
+        except RequestFailed:
             raise
         except Exception as error:  # whatever vLLM raises for one request: told to the caller, who counts it
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
-        return self._completion(final)
+        return final
+
+    async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
+        """Prefixes are read from the cache, which vLLM by itself leaves out where prompt tokens are scored.
+
+        It scores what it computes. Where the cache held a part of the answer too, it is asked again without.
+        """
+        output = await self._score(prompt_ids + answer_ids, request_id, cached=True)
+        if output is not None and (output.num_cached_tokens or 0) >= len(prompt_ids):
+            output = await self._score(prompt_ids + answer_ids, f"{request_id}/all", cached=False)
+        if output is None or output.prompt_logprobs is None:
+            raise RequestFailed("vLLM returned nothing")
+        found = output.prompt_logprobs[len(prompt_ids) :]
+        return sum(place[token].logprob for place, token in zip(found, answer_ids, strict=True))
+
+    async def _score(self, ids: list[int], request_id: str, *, cached: bool) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,  # the least that vLLM takes; it costs no step of its own
+            prompt_logprobs=0,  # none beside the token itself
+            skip_reading_prefix_cache=not cached,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return await self._ask(ids, sampling, request_id)
 
     def _completion(self, output: Any) -> Completion:
         if output is None or not output.outputs:

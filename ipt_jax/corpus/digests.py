@@ -1,0 +1,54 @@
+"""Digests of files that were hashed before, so that a restart does not read a corpus once more.
+
+A digest stands for a file of the same name, inode, size and times of change (of its bytes and of its inode: no program
+can set the latter back). A file that changed within the last seconds is hashed each time, because a further change may
+leave the same times. What is kept holds a checksum of itself; where it does not fit, every file is hashed again.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import msgspec
+
+from ipt_jax.corpus.settings import digest, file_digest
+from ipt_jax.corpus.shards import write_whole
+
+SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks every two seconds
+
+
+class Kept(msgspec.Struct):
+    digests: dict[str, str]
+    checksum: str
+
+
+class KnownDigests:
+    """Called with a path, the SHA-256 (hex) of its bytes; `save` keeps for the next process what was asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = read_kept(path)
+        self._asked: dict[str, str] = {}
+
+    def __call__(self, file: str | Path) -> str:
+        state = os.stat(file)
+        key = f"{Path(file).name} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+        found = self._known.get(key)
+        if found is None:
+            found = file_digest(file)
+            if max(state.st_mtime_ns, state.st_ctime_ns) + SETTLED_NS > time.time_ns():
+                return found
+        self._asked[key] = found
+        return found
+
+    def save(self) -> None:
+        if self._asked != self._known:
+            write_whole(self.path, msgspec.json.encode(Kept(self._asked, digest(self._asked))))
+
+
+def read_kept(path: Path) -> dict[str, str]:
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=Kept)
+    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    return kept.digests if kept.checksum == digest(kept.digests) else {}

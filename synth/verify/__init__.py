@@ -1,0 +1,1 @@
+"""Scores on pairs: what each says stands in docs/verify.md."""
