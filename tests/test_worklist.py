@@ -309,3 +309,10 @@ def test_every_text_is_accounted_for(tmp_path: Path) -> None:
     without = sum(all(pair.verdict == "rejected" for pair in text.pairs) for text in texts)
     assert result["texts_without_pairs"] == without > result["finished"]["error"]
     assert result["examples_dropped"] > 0 and result["texts_cut"] == 1
+
+
+def test_another_format_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_synth(settings(tmp_path))
+    monkeypatch.setattr("synth.run.FORMAT", 99)
+    with pytest.raises(UserError, match="made with format="):
+        run_synth(settings(tmp_path))
