@@ -24,6 +24,7 @@ from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth import read_groups, worklist
 from synth.config import RunSettings
 from synth.doubles import Marks, mark
+from synth.engine.base import weights_digest
 from synth.grouping import Group
 from synth.run import run_synth
 from synth.worklist import form_groups, list_work, load_work, save_work
@@ -236,6 +237,18 @@ def test_marks_beyond_memory_are_on_disk() -> None:
             marks.add(str(number))
         marks.add("1234567")
         assert marks.suspects() == {mark("1234567")}
+
+
+def test_weights_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text(name)
+    settle(tmp_path / "model.safetensors")
+    first = KnownDigests(tmp_path / "digests.json")
+    expected = weights_digest(str(tmp_path), first)
+    first.save()
+    assert expected == weights_digest(str(tmp_path))
+    monkeypatch.setattr("ipt_jax.corpus.digests.file_digest", refuse_reading)
+    assert weights_digest(str(tmp_path), KnownDigests(tmp_path / "digests.json")) == expected
 
 
 def test_digests_are_kept_while_a_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
