@@ -4,8 +4,9 @@
 
 Groups of two texts of 250 words with five pairs each, in all four formats, are made up in a temporary directory; each
 stage runs in a process of its own, whose CPU seconds and peak memory are printed. More than 10,000 groups are rendered
-by a pool of processes that the system does not account to their starter: there the wall clock alone is told. `--odd` renders that many random and mutated pairs instead, checks that every span cuts
-its string out of the document and that every pair is shown or counted, and prints what was found.
+by a pool of processes that the system does not account to their starter: there the wall clock alone is told.
+`--odd` renders that many random and mutated pairs instead, checks that every span cuts its string out of the document
+and that every pair is shown or counted, and prints what was found.
 """
 
 from __future__ import annotations
