@@ -20,9 +20,9 @@ import time
 from collections import Counter
 
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
+from synth.documents import RenderSettings, render_group
 from synth.parse import parse_completion
 from synth.prompt import pairs_text
-from synth.render import RenderSettings, render_group
 
 # ---- the grammar: one completion as a text between closing tags
 #

@@ -59,10 +59,14 @@ def row(number: int) -> bytes:
     return (head + (words * 30)[: ROW - len(head) - 4] + '."}\n').encode()
 
 
+def file_name(first: int) -> str:
+    return f"{first // FILE_ROWS:05d}.jsonl"
+
+
 def write_corpus(folder: Path, texts: int) -> None:
     folder.mkdir()
     for first in range(0, texts, FILE_ROWS):
-        with (folder / f"{first // FILE_ROWS:05d}.jsonl").open("wb") as file:
+        with (folder / file_name(first)).open("wb") as file:
             file.writelines(map(row, range(first, min(first + FILE_ROWS, texts))))
 
 
@@ -71,7 +75,7 @@ def write_sparse_corpus(folder: Path, texts: int, real: range) -> None:
     folder.mkdir()
     for first in range(0, texts, FILE_ROWS):
         rows = min(FILE_ROWS, texts - first)
-        with (folder / f"{first // FILE_ROWS:05d}.jsonl").open("wb") as file:
+        with (folder / file_name(first)).open("wb") as file:
             file.truncate(rows * ROW)
             inside = range(max(first, real.start), min(first + rows, real.stop))
             file.seek(max(0, inside.start - first) * ROW)
@@ -94,7 +98,8 @@ def made_up_list(texts: int, fingerprint: str) -> WorkList:
             unit += 1
         count = min(SHARD_TEXTS, texts - first)
         shards.append(Shard(Place(unit, first - first_rows[unit], 0), count, -(-count // ROUNDS)))
-    return WorkList(fingerprint, texts, -(-texts // ROUNDS), {}, units, shards)
+    names = [file_name(first) for first in range(0, texts, FILE_ROWS)]
+    return WorkList(fingerprint, texts, -(-texts // ROUNDS), {}, names, units, shards)
 
 
 def settings(folder: Path, corpus: str, latency: float) -> RunSettings:

@@ -1,4 +1,4 @@
-"""The `synth` command: collect, run, render, verify, miniworld, inspect.
+"""The `synth` command: collect, run, mine, verify, decontaminate, render, miniworld, inspect.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `synth collect` starts without an engine.
@@ -6,12 +6,15 @@ runs, so that `synth collect` starts without an engine.
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ipt_jax.corpus.command import AsJson, Config, Overrides, quiet_stdout, run_app, show
-from ipt_jax.corpus.settings import load_settings
+from ipt_jax.corpus.settings import UserError, load_settings
+
+if TYPE_CHECKING:
+    from synth.config import RunSettings
 
 app = typer.Typer(
     name="synth",
@@ -20,7 +23,11 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-
+Estimate = Annotated[
+    int | None,
+    typer.Option(help="Write nothing; run so many texts for M = 1, 2, 3 each and tell what all would cost.", min=3),
+]
+PricePerHour = Annotated[float | None, typer.Option(help="Dollars a GPU and hour, for --estimate.", min=0)]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Ask again for groups that hold a failed text.")]
 
 
@@ -43,6 +50,8 @@ def collect(config: Config, overrides: Overrides = None, as_json: AsJson = False
 def run(
     config: Config,
     overrides: Overrides = None,
+    estimate: Estimate = None,
+    price_per_hour: PricePerHour = None,
     retry_failed: RetryFailed = False,
     as_json: AsJson = False,
 ) -> None:
@@ -51,9 +60,21 @@ def run(
     from synth.run import run_synth
 
     settings = load_settings(RunSettings, config, overrides)
+    if estimate is not None or price_per_hour is not None:
+        return show_costs(settings, estimate, price_per_hour, as_json)
     with quiet_stdout():
         result = run_synth(settings, retry_failed=retry_failed)
     show(result, as_json)
+
+
+def show_costs(settings: "RunSettings", size: int | None, price_per_hour: float | None, as_json: bool) -> None:
+    from synth.estimate import run_estimate, show_estimate
+
+    if size is None:
+        raise UserError("--price-per-hour: is for --estimate N; add it, or leave the price out")
+    with quiet_stdout():
+        result = run_estimate(settings, size, price_per_hour)
+    show(result, as_json) if as_json else show_estimate(result)
 
 
 @app.command()
@@ -64,6 +85,30 @@ def render(config: Config, overrides: Overrides = None, as_json: AsJson = False)
     settings = load_settings(RenderSettings, config, overrides)
     with quiet_stdout():
         result = run_render(settings)
+    show(result, as_json)
+
+
+@app.command()
+def decontaminate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Pairs and texts that share words with benchmarks are listed, marked and kept out."""
+    from synth.decontaminate.run import DecontaminateSettings, run_decontaminate, show_report
+
+    settings = load_settings(DecontaminateSettings, config, overrides)
+    with quiet_stdout():
+        result = run_decontaminate(settings)
+    show(result, as_json, hide=("benchmarks",))
+    if not as_json:
+        show_report(result)
+
+
+@app.command()
+def mine(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Pairs by rules instead of a synthesizer, the paper's baseline; output as of `synth run`."""
+    from synth.mine.run import MineSettings, run_mine
+
+    settings = load_settings(MineSettings, config, overrides)
+    with quiet_stdout():
+        result = run_mine(settings)
     show(result, as_json)
 
 

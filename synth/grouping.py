@@ -8,9 +8,9 @@ several, each in a place of its own. Held in memory are the waiting groups of on
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ipt_jax.corpus.records import Document
 from ipt_jax.corpus.settings import digest, uniform
@@ -46,10 +46,16 @@ class Text(NamedTuple):
 
     def key(self, settings: RunSettings) -> str:
         """Texts of one key may share a group."""
-        return self.document.source if settings.grouping == "source" else ""
+        return group_key(self.document, settings.grouping)
 
 
 BEGINNING = Place(0, 0, 0)
+AnyText = TypeVar("AnyText")
+
+
+def group_key(text: Document, grouping: str) -> str:
+    """What the texts of a group have in common: their source, or nothing."""
+    return text.source if grouping == "source" else ""
 
 
 def read_texts(
@@ -111,16 +117,20 @@ def cut_shards(settings: RunSettings, texts: Iterable[Text]) -> Iterator[Shard]:
 
 def group_shard(settings: RunSettings, shard: int, texts: Iterable[Text]) -> Iterator[Group]:
     """The groups of one shard from its texts: full ones in the order in which they fill, then the short ones."""
-    waiting: dict[str, list[Text]] = {}
-    number = shard * settings.groups_per_shard
+    together = neighbours(texts, settings.rounds, lambda text: text.key(settings))
+    for number, group in enumerate(together, start=shard * settings.groups_per_shard):
+        yield group_texts(number, group)
+
+
+def neighbours(texts: Iterable[AnyText], rounds: int, key: Callable[[AnyText], str]) -> Iterator[list[AnyText]]:
+    """Runs of `rounds` texts of one key in the order in which they fill, then the short ones of what is left."""
+    waiting: dict[str, list[AnyText]] = {}
     for text in texts:
-        key = text.key(settings)
-        waiting.setdefault(key, []).append(text)
-        if len(waiting[key]) == settings.rounds:
-            yield group_texts(number, waiting.pop(key))
-            number += 1
-    for behind, left in enumerate(waiting.values()):
-        yield group_texts(number + behind, left)
+        place = key(text)
+        waiting.setdefault(place, []).append(text)
+        if len(waiting[place]) == rounds:
+            yield waiting.pop(place)
+    yield from waiting.values()
 
 
 def group_texts(number: int, texts: list[Text]) -> Group:

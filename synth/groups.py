@@ -11,6 +11,8 @@ from ipt_jax.corpus.records import SynthGroup, decode
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Shards
 
+CONTAMINATED = "contaminated_texts"  # in a group's metadata: places of texts that a benchmark shares words with
+
 
 def read_groups(path: str | Path, *, verify: bool = True) -> Iterator[SynthGroup]:
     """Iterates over the SynthGroups of a stage's output directory. `verify` reads every byte once before the first."""
@@ -27,3 +29,8 @@ def decode_group(record: bytes, shards: Shards) -> SynthGroup:
         raise UserError(
             f"{shards.path}: stage {shards.manifest.stage!r} wrote no groups; give what synth run, mine or verify wrote"
         ) from error
+
+
+def contaminated_places(group: SynthGroup) -> set[int]:
+    """The texts that `synth decontaminate` marked: they make no document."""
+    return set(group.meta.get(CONTAMINATED, ()))

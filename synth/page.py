@@ -130,7 +130,8 @@ def text_article(text: GroupText, rejected: bool) -> Markup:
         ("completion", f"{text.completion_tokens:,}"),
         ("ended by", text.finish_reason),
     ]
-    passage = tag("div", marked(text.text, parts), class_="passage", dir="auto", tabindex=0, aria_label="the text")
+    words = marked(text.text, parts)
+    passage = tag("div", words, class_="passage", dir="auto", tabindex=0, role="group", aria_label="the text")
     return tag(
         "article",
         tag("div", tag("h4", text.raw_id), passage, facts_line(facts), class_="source"),

@@ -25,6 +25,7 @@ class Browser:
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._out, self._in, self._buffer, self._last = to_browser, from_browser, b"", 0
         self._session: str | None = None
+        self._loads = 0
         self.errors: list[str] = []
         self.requests: list[str] = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -59,14 +60,21 @@ class Browser:
         match message.get("method"):
             case "Runtime.exceptionThrown" | "Log.entryAdded":
                 self.errors.append(json.dumps(message["params"]))
+            case "Page.loadEventFired":
+                self._loads += 1
             case "Network.requestWillBeSent":
                 self.requests.append(message["params"]["request"]["url"])
 
     def open(self, path: Path, fragment: str = "") -> None:
+        self._go("about:blank")  # a change of the fragment alone would not load the page anew
         self.errors, self.requests = [], []
-        self.send("Page.navigate", url="about:blank")
-        self.send("Page.navigate", url=path.as_uri() + (f"#{fragment}" if fragment else ""))
-        self._wait(lambda found: found.get("method") == "Page.loadEventFired")
+        self._go(path.as_uri() + (f"#{fragment}" if fragment else ""))
+
+    def _go(self, url: str) -> None:
+        loads = self._loads
+        self.send("Page.navigate", url=url)
+        if self._loads == loads:
+            self._wait(lambda found: found.get("method") == "Page.loadEventFired")
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression gives on the page."""

@@ -7,10 +7,10 @@ from collections import Counter
 
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup
 from ipt_jax.corpus.settings import check_settings
+from synth.documents import RenderSettings, render_group
 from synth.look import LAYOUTS
 from synth.parse import parse_completion
 from synth.prompt import wire_pair
-from synth.render import RenderSettings, render_group
 
 EVEN = dict.fromkeys(LAYOUTS, 1.0)
 PAIRS = [

@@ -53,7 +53,7 @@ OPTIONAL: dict[str, set[str]] = {
     "openai": {"synth.engine.openai_"},
     "datasets": {"ipt_jax.corpus.datasets"},
     "tensorflow_datasets": {"ipt_jax.corpus.datasets"},
-    "lm_eval": set(),
+    "lm_eval": {"synth.decontaminate.tasks"},
 }
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "torch")
 

@@ -136,6 +136,16 @@ def test_a_stage_beside_other_files_is_not_looked_into(tmp_path: Path) -> None:
     assert documents(tmp_path / "in") == DOCUMENTS
 
 
+def test_what_several_links_lead_to_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    jsonl(tmp_path / "in" / "x.jsonl", ROWS)
+    (tmp_path / "in" / "a.jsonl").symlink_to("x.jsonl")
+    (tmp_path / "in" / "sub" / "loop").symlink_to("..")
+    (tmp_path / "elsewhere").symlink_to("in")
+    read = [documents(tmp_path / "in"), documents(tmp_path), documents(tmp_path / "**" / "*.jsonl")]
+    assert read == [DOCUMENTS] * 3
+
+
 def test_splits_and_subsets_where_there_are_none(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", ROWS)
     with pytest.raises(UserError, match="given split: train, but has no splits; take split out"):
@@ -169,6 +179,7 @@ def test_templates(tmp_path: Path, template: str, loss: list[str] | None, segmen
         ({"template": "none"}, "names no field"),
         ({"template": "{q}", "loss": ["a"]}, "loss names 'a', no field of the template; name one of q"),
         ({"loss": ["a"]}, "loss names 'a', no field of the template"),
+        ({"min_characters": 9, "max_characters": 8}, "max_characters 8 is below min_characters 9"),
     ],
 )
 def test_templates_that_cannot_be(fields: dict, said: str) -> None:

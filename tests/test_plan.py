@@ -3,21 +3,22 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from token_shards import random_documents, write_tokens
 
 from ipt_jax.corpus.records import Parent
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.data.blocks import block_size, documents_in_memory
+from ipt_jax.data.blocks import documents_in_memory
 from ipt_jax.data.converted import stay
 from ipt_jax.data.mix import check_sources, solve_mix
-from ipt_jax.data.order import WINDOW, MergedOrder, Stream, shuffle
+from ipt_jax.data.order import MergedOrder, Stream
 from ipt_jax.data.packing import CHUNK_ROWS, BestFit, Concat, Packing
 from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings, SourceMix
@@ -158,43 +159,6 @@ def test_names_are_checked() -> None:
 # ---- order
 
 
-@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-def test_a_shuffle_reaches_each_place_once(count: int, key: int) -> None:
-    assert sorted(shuffle(count, key)) == list(range(count))
-
-
-def test_shuffles_mix_well() -> None:
-    count = 4096
-    for key in (0, 1, 2**63 + 12345):
-        order = shuffle(count, key)
-        assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < 0.06
-        assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.06
-        assert (order == shuffle(count, key ^ 1)).sum() < 12 and (np.diff(order) == 1).sum() < 12
-
-
-def test_any_part_of_a_stream_alone() -> None:
-    """Several windows of blocks, several epochs: any stretch is what the whole has there."""
-    lengths = np.random.default_rng(3).integers(200, 6000, 9000)
-    documents = documents_in_memory(lengths.tolist())
-    assert len(documents.table.tokens) > 3 * WINDOW
-    stream = Stream(documents, int(2.5 * lengths.sum()), 0, "a")
-    whole = stream.between(0, stream.amount)
-    assert whole.begins.tolist() == [0, *np.cumsum(whole.documents["length"], dtype=np.int64)[:-1].tolist()]
-    first, second = whole.documents["record"][:9000], whole.documents["record"][9000:18000]
-    assert sorted(first) == sorted(second) == list(range(9000)) and (first == second).sum() < 20
-    assert (first == np.arange(9000)).sum() < 20
-    alone = Stream(documents, stream.amount, 0, "a")
-    for place in (17_000, 4, 9001, 22_000):
-        low, high = whole.begins[place], whole.begins[place + 9]
-        assert alone.between(int(low), int(high)).documents.tolist() == whole.documents[place : place + 9].tolist()
-
-
-@given(st.integers(1, 10**9), st.integers(1, 10**6))
-def test_blocks_hold_about_as_many_tokens(records: int, mean: int) -> None:
-    size = block_size(records, records * mean)
-    assert size == 1 or (size * mean <= 1 << 17 and (2 * size * mean > 1 << 17 or size == 1 << 16))
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_window_of_rows_holds_the_shares(seed: int) -> None:
     draw = np.random.default_rng(seed)
@@ -323,10 +287,17 @@ def test_ids_that_cannot_be_matched(corpora: Path, tmp_path: Path) -> None:
         excluding(write_tokens(tmp_path / "other", random_documents([5])), corpora / "augmented")
 
 
+def table_lines(summary: dict[str, Any], width: int = 200) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(plan_summary_table(summary))
+    return [" ".join(line.split()) for line in capture.get().splitlines()]
+
+
 def test_summary_fingerprint_and_table(corpora: Path) -> None:
     sources = [
         {"name": "raw", "path": str(corpora / "raw")},
-        {"name": "tasks", "path": str(corpora / "tasks"), "epochs": 0.5},
+        {"name": "[/tasks]", "path": str(corpora / "tasks"), "epochs": 0.5},
     ]
     plan = plan_of(corpora, tokens=60, sources=sources)
     summary = plan.summary()
@@ -340,8 +311,20 @@ def test_summary_fingerprint_and_table(corpora: Path) -> None:
     others: list[dict] = [{"seed": 1}, {"packing": "best_fit"}, {"rows_per_step": 4}, {"tokens": 59}]
     prints = {plan_of(corpora, **({"tokens": 60, "sources": sources} | change)).fingerprint for change in others}
     assert len(prints | {plan.fingerprint}) == 5
-    assert plan_summary_table(summary).row_count == 2
+    lines = table_lines(summary)
+    assert lines[0] == "60 tokens in 8 rows of 8 (concat)"
+    assert lines[4:6] == ["raw raw the rest 3 36 60.00% 0.8372 of 1", "[/tasks] task epochs 0.5 2 24 40.00% 0.4898"]
+    assert lines[7].startswith("4 steps of 2 rows, padding 6.250%, 17 tokens cut from last documents")
+    repeated = {"name": "raw", "path": str(corpora / "raw"), "tokens": 86}
+    assert table_lines(plan_of(corpora, sources=[repeated]).summary())[4] == "raw raw tokens 86 8 86 100.00% 2 (no cap)"
     assert (plan.vocab_size, plan.tokenizer_dir) == (100, corpora / "raw" / "tokenizer")
+
+
+def test_a_plan_of_100b_tokens_fits_a_narrow_terminal(corpora: Path) -> None:
+    summary = plan_of(corpora).summary()
+    large = {"tokens": 80_000_000_000, "documents": 160_000_000, "epochs": 1.25, "max_epochs": 16}
+    summary["sources"] = [summary["sources"][0] | large | {"asked": "tokens 80,000,000,000"}]
+    assert "160,000,000 80,000,000,000 100.00% 1.25 of 16" in "\n".join(table_lines(summary, width=80))
 
 
 def test_another_tokenizer_is_refused(corpora: Path) -> None:
@@ -399,7 +382,8 @@ def test_no_token_or_target_is_lost_on_the_way_to_the_rows(
     sources = [{"name": "raw", "path": str(root / "raw"), "epochs": epochs}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ipt_jax.data.blocks.BLOCK_TOKENS", block_tokens)
-        patch.setattr("ipt_jax.data.order.WINDOW", 2)
+        patch.setattr("ipt_jax.data.blocks.LEAST_BLOCKS", 1)
+        patch.setattr("ipt_jax.data.order.WINDOW_DOCUMENTS", 3)
         patch.setattr("ipt_jax.data.plan.CHUNK_ROWS", 3)
         plan = plan_of(root, seq_len, packing=packing, sources=sources)
         rows = plan.batch(range(plan.rows + 2))

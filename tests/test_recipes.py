@@ -15,6 +15,8 @@ from ipt_jax.corpus.settings import Settings, load_settings, parse_yaml
 from ipt_jax.data.tokenize import TokenizeSettings
 from synth.collect import CollectSettings
 from synth.config import RunSettings
+from synth.decontaminate.run import DecontaminateSettings
+from synth.mine.run import MineSettings
 from synth.render import RenderSettings
 from synth.verify.settings import VerifySettings
 
@@ -25,6 +27,8 @@ KINDS: dict[str, type[Settings]] = {
     "synthesizer": RunSettings,
     "groups": RenderSettings,
     "few_shot": CollectSettings,
+    "benchmarks": DecontaminateSettings,
+    "patterns": MineSettings,
     "tokenizer": TokenizeSettings,
 }
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))

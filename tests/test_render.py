@@ -13,10 +13,11 @@ from renderkit import EVEN, PAIRS, group, recipe, render
 from ipt_jax.corpus.records import Pair, Parent, SynthGroup, encode
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Output, read_documents, read_manifest
+from synth.documents import render_group
 from synth.look import load_templates
 from synth.parse import reject
 from synth.prompt import wire_pair
-from synth.render import render_group, run_render
+from synth.render import run_render
 
 SHOTS = load_templates().layouts.few_shot.shots
 TEST_ITEM = re.compile("^(?:" + "|".join(re.escape(test) for _, test in SHOTS) + ")$", re.MULTILINE)
@@ -183,6 +184,13 @@ def test_more_than_26_options_are_counted_and_not_cut() -> None:
     documents = render_group(group("g", [[wire_pair("Q?", many[3], many), PAIRS[0]]]), recipe(), Counter(), dropped)
     assert dropped == {"too_many_options": 1}
     assert "option" not in documents[0].text
+
+
+def test_more_than_26_questions_are_all_numbered() -> None:
+    many = [wire_pair(f"Why is room {i} cold?", f"reason {i}") for i in range(40)]
+    [document] = render(group("g", [many]), layouts={"numbered": 1})
+    assert all(f"Why is room {i} cold?" in document.text and f"reason {i}" in document.text for i in range(40))
+    assert document.text.count("40") == 2
 
 
 def test_an_answer_with_a_closing_period_still_names_its_option() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipt_jax.corpus.markup import tag
+from ipt_jax.corpus.markup import tag, whole_page
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, encode
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Output
@@ -262,6 +264,21 @@ def test_bars_are_valid_and_described() -> None:
     assert root.attrib["aria-label"] == "t: a 100.0 %; b 0.0 ± 10.0 %"
     root = ElementTree.fromstring(share_bar("mix", [Part("raw", "raw", 0.9, "raw: 90%"), Part("x", "task", 0.1, "x")]))
     assert root.attrib["aria-label"] == "mix: raw: 90%; x"
+
+
+def test_only_what_html_forbids_is_replaced() -> None:
+    assert tag("p", "a\u00a0b\u200dc\n\t") == "<p>a\u00a0b\u200dc\n\t</p>"
+    assert tag("p", "\0\x1b\x85\ud800") == "<p>\ufffd\ufffd\ufffd\ufffd</p>"
+
+
+def test_a_page_runs_its_own_script_or_none(tmp_path: Path) -> None:
+    assert "script" not in whole_page("t", [])
+    script = tmp_path / "own.js"
+    script.write_text("1;\n")
+    page = whole_page("<t>", [tag("p", "x")], script=script)
+    checksum = base64.b64encode(hashlib.sha256(b"1;\n").digest()).decode()
+    assert f"script-src 'sha256-{checksum}'" in page
+    assert "<title>&lt;t&gt;</title>" in page
 
 
 def test_markup_escapes_all_but_markup() -> None:

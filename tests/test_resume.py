@@ -24,7 +24,7 @@ from ipt_jax.config import Recipe
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import lock_directory
 from ipt_jax.train import loop
-from ipt_jax.train.checkpoint import Checkpoints
+from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
 from ipt_jax.train.loop import run_train
 from ipt_jax.train.metrics import MetricsLog, last_line
 from ipt_jax.train.program import Program
@@ -195,6 +195,12 @@ def test_another_corpus_is_refused(finished: Path) -> None:
     write_corpus(finished, documents=89)
     with pytest.raises(UserError, match=r"made with data.sources.0.contents="):
         run(finished)
+
+
+def test_a_change_is_named_before_what_follows_from_it(tmp_path: Path) -> None:
+    before, now = ({"data": {"tokenizer": name, "sources": [{"contents": name}]}} for name in "ab")
+    with pytest.raises(UserError, match=r"made with data.tokenizer='a', now it is 'b'"):
+        refuse_changed(tmp_path, Record(11, 0, "plan", before), now)
 
 
 def test_a_half_written_checkpoint_is_never_picked(straight: Path, finished: Path) -> None:

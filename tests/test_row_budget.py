@@ -16,7 +16,7 @@ from ipt_jax.corpus.records import Document, SynthGroup
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import tokenize_documents
-from synth.render import render_group
+from synth.documents import render_group
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from renderkit import EVEN, PAIRS, group, odd_group, recipe, render
+from scipy.stats import chisquare
 
 from ipt_jax.corpus.records import Document, SynthGroup, decode, encode
+from synth.documents import render_group
 from synth.parse import gold_option, read_format
 from synth.pieces import Mark, Piece, finish, join
 from synth.prompt import final_answer, question_stem, wire_pair
-from synth.render import render_group
 
 
 def test_finish_literal() -> None:
@@ -114,3 +115,20 @@ def test_answer_is_the_label_or_text_of_the_gold_line() -> None:
         listed = document.text[start:end].replace(" / ", "\n").replace(" (", "\n(").splitlines()
         assert [answer in line for line in listed].count(True) == 1
         assert "555" in next(line for line in listed if answer in line)
+
+
+@pytest.mark.parametrize("stored", [0, 3])
+def test_the_right_option_stands_anywhere(stored: int) -> None:
+    """Wherever it stood in the record, in a text's first pair as in its second, it is shown at each place alike."""
+    options = ["111", "222", "333", "444"]
+    pairs = [wire_pair(f"Which is it, {place}?", options[stored], options) for place in range(2)]
+    where = [Counter[int](), Counter[int]()]
+    for number in range(1500):
+        [document] = render(group(f"g{number}", [pairs]), layouts=EVEN)
+        for _, pair, start, end in document.meta["spans"]["options"]:
+            listed = document.text[start:end]
+            where[pair][sorted(options, key=listed.index).index(options[stored])] += 1
+    for found in where:
+        assert sorted(found) == [0, 1, 2, 3]
+        assert chisquare([*found.values()]).pvalue > 1e-4
+    assert chisquare([where[0][place] + where[1][place] for place in range(4)]).pvalue > 1e-4

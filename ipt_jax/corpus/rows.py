@@ -38,6 +38,15 @@ class SourceSettings(Settings):
     max_characters: int | None = Field(default=None, gt=0)
 
     @pydantic.model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(
+                f"max_characters {self.max_characters} is below min_characters {self.min_characters}, so nothing fits; "
+                "lower the one or raise the other"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _template_and_loss(self) -> Self:
         fields = [] if self.template is None else _FIELD.findall(self.template)
         if self.template is not None and not fields:

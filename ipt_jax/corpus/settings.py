@@ -28,9 +28,9 @@ class Fault(RuntimeError):
 
 
 class Settings(pydantic.BaseModel):
-    """Base of every settings block: frozen, unknown keys refused."""
+    """Base of every settings block: frozen, unknown keys and numbers that are not finite refused."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)

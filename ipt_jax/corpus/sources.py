@@ -49,7 +49,7 @@ class Unit(NamedTuple):
 
 
 def find_files(path: str) -> list[Path]:
-    """The files and data sets behind a path, a directory or a glob, sorted.
+    """The files and data sets behind a path, a directory or a glob, sorted; one that several links lead to counts once.
 
     A directory of shards, a saved Hugging Face data set and a TFDS directory stand for themselves.
     """
@@ -64,6 +64,10 @@ def find_files(path: str) -> list[Path]:
     if not files:
         what = f"holds no {', '.join(JSONL)}, .parquet or .arrow file" if found.is_dir() else "no such file"
         raise UserError(f"input {path}: {what}; give a file, a directory, a glob, or a stage's output")
+    once: dict[Path, Path] = {}
+    for file in files:
+        once.setdefault(file.resolve(), file)
+    files = list(once.values())
     prepared = [str(one) for one in files if one.is_dir() and is_tfds(one)]
     if len(prepared) > 1:
         raise UserError(f"input {path}: holds {len(prepared)} TFDS data sets; give one of them, such as {prepared[0]}")
@@ -71,13 +75,14 @@ def find_files(path: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files before those of the folders below; hidden ones are left out, data sets are not looked into."""
+    """Files before those of the folders below; hidden ones are left out, data sets are not looked into, and a link to
+    a folder above is not followed."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     yield from (entry for entry in entries if entry.is_file() and _form(entry))
     for entry in entries:
         if entry.is_dir() and _directory_form(entry):
             yield entry
-        elif entry.is_dir():
+        elif entry.is_dir() and entry.resolve() not in (above.resolve() for above in entry.parents):
             yield from _walk(entry)
 
 
@@ -350,13 +355,13 @@ def _jsonl_units(path: Path, size: int, unit_bytes: int) -> Iterator[Unit]:
 
 
 def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    if number == 1 and line.lstrip().startswith(b"["):
+        raise UserError(f"input {path}: holds one JSON array; write its objects one a line")
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"input {path}: line {number} is not UTF-8 (byte {error.start}); convert the file") from error
     except (ValueError, RecursionError) as error:
-        if number == 1 and line.lstrip().startswith(b"["):
-            raise UserError(f"input {path}: holds one JSON array; write its objects one a line") from error
         raise UserError(f"input {path}: line {number} is not valid JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
         raise UserError(f"input {path}: line {number} is a {type(row).__name__}, expected an object with fields")

@@ -1,9 +1,10 @@
 """The documents of a source by block: what a plan holds of each source, 16 bytes a block of records.
 
-A block is a run of neighbouring records, a power of two of them, of about 131,072 tokens in the mean. The table of
-tokens and documents a block is made in one pass over the shards' index files, which are checked on the way, and kept
-beside the shards as `blocks-<digest>.npz`, so that later starts read megabytes. Lengths of single documents are read
-from the index files when a block is used, and must make the block's sum.
+A block is a run of neighbouring records, a power of two of them: in the mean about 131,072 tokens, or a thousandth of
+a corpus that is smaller than a thousand such. The table of tokens and documents a block is made in one pass over the
+shards' index files, which are checked on the way, and kept beside the shards as `blocks-<digest>.npz`, so that later
+starts read megabytes. Lengths of single documents are read from the index files when a block is used, and must make the
+block's sum.
 """
 
 import io
@@ -22,9 +23,10 @@ from ipt_jax.data.converted import PARTS, Exclusion, Remains
 from ipt_jax.data.lengths import INDEX, IndexFiles, read_index, read_parents
 
 BLOCK_TOKENS = 1 << 17
+LEAST_BLOCKS = 1 << 10  # of a corpus that has as many records: what is near in it is spread over the epoch
 MOST_RECORDS = 1 << 16  # of a block
 _NO_PARTS = np.zeros(0, PARTS)
-VERSION = 1  # raised when the same shards would give another table
+VERSION = 2  # raised when the same shards would give another table
 
 # One document: tokens [start, start + length) of a record, which holds `tokens` in all and whose id has the key `id`.
 DOCUMENT = np.dtype([("record", "<i8"), ("start", "<u4"), ("length", "<u4"), ("tokens", "<u4"), ("id", "<u8")])
@@ -51,11 +53,9 @@ def contents(manifest: Manifest) -> str:
 
 
 def block_size(records: int, tokens: int) -> int:
-    """The largest power of two of mean records that fits BLOCK_TOKENS."""
-    size = 1
-    while size < MOST_RECORDS and 2 * size * tokens <= BLOCK_TOKENS * records:
-        size *= 2
-    return size
+    """The largest power of two of mean records that fits BLOCK_TOKENS and makes LEAST_BLOCKS; at least one record."""
+    most = min(BLOCK_TOKENS * records // max(tokens, 1), records // LEAST_BLOCKS, MOST_RECORDS)
+    return 1 << max(most.bit_length() - 1, 0)
 
 
 class SourceDocuments:

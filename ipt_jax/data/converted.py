@@ -120,6 +120,11 @@ class Exclusion:
                 f"source {self._name!r}: {self._shared:,} converted texts have an id that several of its documents "
                 "share, so exclude_converted cannot tell them apart; give the documents unique ids"
             )
+        if not len(self._parents):
+            raise UserError(
+                f"source {self._name!r}: exclude_converted names documents that have no parents (nothing was converted "
+                "into them); name what synth render wrote, or take exclude_converted out"
+            )
         if not self._found.any():
             raise UserError(
                 f"source {self._name!r}: none of the {len(self._parents):,} texts to exclude is among its ids; "

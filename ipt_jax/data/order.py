@@ -1,9 +1,11 @@
 """The order of training data as arithmetic: a document's place follows from (seed, source, epoch) and sums of blocks.
 
-A source's records lie in blocks of about 131,072 tokens. An epoch permutes the blocks over the whole corpus, and the
-documents of each window of 32 blocks among themselves, so reads stay near. Sources are merged by tokens: a document
-stands at the fraction of its source's tokens that its middle has reached, so every source keeps within one document of
-its share at every point. The merged order is cut into chunks at fractions c / chunks, and any chunk is computed alone.
+A source's records lie in blocks of at most about 131,072 tokens. An epoch deals the blocks out to windows, of every W
+neighbours one to each of the W windows, and shuffles the documents of each window among themselves: every window is
+drawn evenly from the whole corpus, and reads stay near. A corpus of up to 16.8M tokens is one window: its epochs are
+full shuffles. Sources are merged by tokens: a document stands at the fraction of its source's tokens that its middle
+has reached, so every source keeps within one document of its share at every point. The merged order is cut into chunks
+at fractions c / chunks, and any chunk is computed alone.
 
 Held in memory: 16 bytes a block and epoch in use, and the latest windows. No table of documents, no state.
 """
@@ -17,7 +19,9 @@ from ipt_jax.corpus.settings import draw
 from ipt_jax.data.blocks import DOCUMENT, SourceDocuments
 from ipt_jax.data.kept import Kept
 
-WINDOW = 32  # blocks whose documents are shuffled among themselves
+WINDOW_TOKENS = 1 << 22  # what a window of a large corpus holds at most, in the mean: a row read alone costs all of it
+WINDOW_DOCUMENTS = 1 << 18  # the same where documents are tiny: 8 MiB of them
+ONE_WINDOW_TOKENS = 1 << 24  # a corpus of so many is shuffled as a whole; the loader keeps its records in memory
 EPOCHS_KEPT = 2
 WINDOWS_KEPT = 6  # of each source: the chunks at hand lie in one or two
 
@@ -39,14 +43,32 @@ def _mix(value: np.ndarray, key: int) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
+def windows_of(tokens: int, documents: int, blocks: int) -> int:
+    """How many windows an epoch of a source has."""
+    by_documents = -(-documents // WINDOW_DOCUMENTS)
+    by_tokens = -(-tokens // WINDOW_TOKENS) if tokens > ONE_WINDOW_TOKENS else 1
+    return min(max(by_documents, by_tokens), blocks)
+
+
+def deal(blocks: int, windows: int, key: int) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks window after window, and where each window stops: of every `windows` neighbours each window gets one,
+    chosen by `key`; what is left at the end goes to some."""
+    neighbours = np.arange(-(-blocks // windows) * windows).reshape(-1, windows)
+    chosen = np.argsort(_mix(neighbours.astype(np.uint64), key), axis=1)
+    dealt = (chosen + neighbours[:, :1]).T
+    there = dealt < blocks
+    return dealt[there], np.cumsum(there.sum(axis=1))
+
+
 def _window_key(key: int, window: int) -> int:
     return (key * 0x9E3779B97F4A7C15 + (window + 1) * 0xD1B54A32D192ED03) % (1 << 64)
 
 
 class Epoch(NamedTuple):
-    """One pass over a source: its blocks in order; tokens and documents up to the end of each window."""
+    """One pass over a source: its blocks in order; blocks, tokens and documents up to the end of each window."""
 
     blocks: np.ndarray
+    stops: np.ndarray
     ends: np.ndarray
     documents: np.ndarray
     key: int
@@ -64,6 +86,9 @@ class Stream:
 
     def __init__(self, documents: SourceDocuments, amount: int, seed: int, name: str):
         self.amount, self.source = amount, documents
+        blocks = len(documents.table.tokens)
+        self.windows = windows_of(documents.tokens, documents.documents, blocks)
+        self.window_blocks = -(-blocks // self.windows)  # the most that a window has
         self._seed, self._name = seed, name
         self._epochs = Kept(self._epoch, EPOCHS_KEPT)
         self._windows = Kept(self._window, WINDOWS_KEPT)
@@ -109,9 +134,9 @@ class Stream:
     def _epoch(self, epoch: int) -> Epoch:
         key = order_key(self._seed, self._name, epoch)
         table = self.source.table
-        blocks = shuffle(len(table.tokens), key)
-        lasts = np.minimum(np.arange(WINDOW, len(blocks) + WINDOW, WINDOW), len(blocks)) - 1
-        return Epoch(blocks, np.cumsum(table.tokens[blocks])[lasts], np.cumsum(table.documents[blocks])[lasts], key)
+        blocks, stops = deal(len(table.tokens), self.windows, key)
+        ends, documents = (np.cumsum(sums[blocks])[stops - 1] for sums in (table.tokens, table.documents))
+        return Epoch(blocks, stops, ends, documents, key)
 
     def _window(self, place: tuple[int, int]) -> Stretch:
         number, window = place
@@ -127,7 +152,8 @@ class Stream:
     def _shuffled(self, place: tuple[int, int]) -> np.ndarray:
         """The documents of a window, none of them cut."""
         epoch, window = self._epochs(place[0]), place[1]
-        documents = self.source.of_blocks(epoch.blocks[window * WINDOW : (window + 1) * WINDOW])
+        first = epoch.stops[window - 1] if window else 0
+        documents = self.source.of_blocks(epoch.blocks[first : epoch.stops[window]])
         return documents[shuffle(len(documents), _window_key(epoch.key, window))]
 
 

@@ -26,7 +26,7 @@ from ipt_jax.data.rows import render
 from ipt_jax.data.settings import DataSettings, SourceMix
 from ipt_jax.data.table import plan_summary_table
 
-PLAN_VERSION = 2  # raised when the same settings would give other rows
+PLAN_VERSION = 3  # raised when the same settings would give other rows
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,14 @@ class Plan:
         self.tokenizer_dir = sources[0].path / "tokenizer"
         self._dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
         self._readers = [
-            RecordReader(source.path, source.manifest, block=source.documents.table.size, dtype=self._dtype)
-            for source in sources
+            RecordReader(
+                source.path,
+                source.manifest,
+                block=source.documents.table.size,
+                window=stream.window_blocks,
+                dtype=self._dtype,
+            )
+            for source, stream in zip(sources, self._streams, strict=True)
         ]
 
     @cached_property

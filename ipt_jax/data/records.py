@@ -21,7 +21,6 @@ from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data.kept import Kept
 from ipt_jax.data.lengths import id_key, shards_of
-from ipt_jax.data.order import WINDOW
 from ipt_jax.data.threads import in_threads
 
 READER_OPTIONS = (
@@ -29,7 +28,7 @@ READER_OPTIONS = (
 )
 BUFFER_BYTES = 1 << 14  # what a single record costs; the default of 1 MiB reads that much for each
 OPEN_SHARDS = 128  # an open reader holds eight bytes a record of its shard
-BLOCKS_KEPT = 4 * WINDOW
+WINDOWS_KEPT = 4
 
 
 class Tokens(msgspec.Struct):
@@ -46,15 +45,15 @@ _DECODER = msgspec.msgpack.Decoder(Tokens)
 
 
 class RecordReader:
-    """Records of one source by number. Any thread may call it."""
+    """Records of one source by number, in blocks of `block`, of which a window has `window`. Any thread may call it."""
 
-    def __init__(self, directory: Path, manifest: Manifest, *, block: int, dtype: str):
+    def __init__(self, directory: Path, manifest: Manifest, *, block: int, window: int, dtype: str):
         self._paths = [directory / entry.name for entry in manifest.shards]
         self._ends = np.cumsum([entry.records for entry in manifest.shards])
         self._bytes = [entry.bytes for entry in manifest.shards]
         self._block, self._dtype = block, dtype
         self._readers = Kept(self._open, OPEN_SHARDS)
-        self._blocks = Kept(self._read_block, BLOCKS_KEPT)
+        self._blocks = Kept(self._read_block, WINDOWS_KEPT * window)
 
     def read(self, documents: np.ndarray, *, whole_blocks: bool) -> list[Tokens]:
         """The records of DOCUMENT rows that stand in ascending order of records, each once."""

@@ -120,7 +120,7 @@ class Checkpoints:
 def refuse_changed(run_dir: Path, record: Record, made_with: dict[str, Any]) -> None:
     """Raises UserError naming the first field in which the run's checkpoint and the recipe differ."""
     before, now = flatten(record.made_with), flatten(json.loads(json.dumps(made_with)))
-    for field in sorted(before.keys() | now.keys()):
+    for field in dict.fromkeys([*now, *before]):  # a tokenizer before the contents that it changed
         if before.get(field) != now.get(field):
             raise UserError(
                 f"run_dir {run_dir}: its checkpoint at step {record.step} was made with {field}="

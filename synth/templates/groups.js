@@ -10,7 +10,8 @@ const articles = [...document.querySelectorAll("article")].map((article) => ({
 }));
 
 function apply() {
-  const asked = Object.fromEntries(fields.map((field) => [field.name, field.value.trim().toLowerCase()]));
+  const asked = Object.fromEntries(fields.map((field) => [field.name, field.value]));
+  asked.q = asked.q.trim().toLowerCase();
   const filtering = Object.values(asked).some(Boolean);
   let shown = 0;
   for (const { article, passage, marks, pairs } of articles) {
@@ -44,7 +45,7 @@ function readAddress() {
 }
 
 function writeAddress() {
-  const asked = fields.filter((field) => field.value.trim()).map((field) => [field.name, field.value.trim()]);
+  const asked = fields.filter((field) => field.value.trim()).map((field) => [field.name, field.value]);
   history.replaceState(null, "", `#${new URLSearchParams(asked)}`);
   apply();
 }

@@ -1,0 +1,215 @@
+"""The rules of `synth mine`: what in a text can be asked without a model, after AdaptLLM (arXiv 2309.09530).
+
+A rule finds places in a text; a template (templates/mine.yaml) makes a question of each. Rules read English cues and
+sentence ends, know nothing of meaning, and find nothing in most sentences. Every answer stands in the text, but for the
+names of relations between sentences.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Literal, NamedTuple
+
+from ipt_jax.corpus.records import Pair
+from ipt_jax.corpus.settings import digest, parse_yaml
+from synth.pieces import fill_words
+from synth.prompt import SENTENCE_END, wire_pair
+
+RULES = 1  # goes up whenever a rule finds other places: outputs of other rules are other data
+TEMPLATES = Path(__file__).parents[1] / "templates" / "mine.yaml"
+Pattern = Literal["cloze", "title", "definition", "connective", "summary", "words", "paraphrase", "completion"]
+SHORTEST, LONGEST = 6, 50  # words of a sentence that is worth a question
+BLANK = "____"
+OPTIONS = 4
+FOLLOWS, OPPOSES, ADDS = "It follows from the first.", "It goes against the first.", "It adds to the first."
+RELATIONS = {
+    FOLLOWS: ("Therefore", "Thus", "Hence", "Consequently", "As a result", "For this reason", "Accordingly"),
+    OPPOSES: ("However", "But", "Nevertheless", "Nonetheless", "On the other hand", "In contrast", "On the contrary"),
+    ADDS: ("Moreover", "Furthermore", "In addition", "Also", "Likewise", "Similarly", "Besides"),
+}
+RELATION_OF = {cue: relation for relation, cues in RELATIONS.items() for cue in cues}
+OPENING = re.compile(rf"({'|'.join(sorted(RELATION_OF, key=len, reverse=True))}),? (?=\w)")
+REPHRASING = re.compile(
+    r"(?:In other words|That is to say|That is|Put differently|Simply put|To put it simply),? (?=\w)"
+)
+BECAUSE = re.compile(r"(?P<effect>[^;:]{15,}?),? because (?!of\b)(?P<cause>[^;:]{10,})[.!]")
+DEFINITION = re.compile(
+    r"(?:(?:The|An?) )?(?P<term>[A-Za-z][\w-]*(?: [\w-]+){0,3}?) "
+    r"(?:(?:is|are|was|were) (?=an? |the |any |one of |some )"
+    r"|(?:is|are) (?:defined as|called|known as) |refers? to |means )"
+    r"(?P<what>[^;:]{12,250})[.]"
+)
+POINTING = frozenset(
+    "he she it they we you i this that these those there here who what which one his her their its such both".split()
+)
+KEY_WORD = re.compile(r"(?<![.!?] )(?<!\w)(?:[A-Z][a-z]{2,}|[a-z]{6,}|\d[\d,.]*\d|\d)(?!\w)")
+LONG_WORD = re.compile(r"[A-Za-z]{5,}")
+STOP = frozenset(
+    "about above after again against although always among another around because become before being below between "
+    "could during every found having however including might never often other others perhaps rather really several "
+    "should since something still their there therefore these thing things think those though through under until "
+    "using various where which while whose within without would".split()
+)
+
+
+class Reading(NamedTuple):
+    """A text as the rules see it; `good` are the numbers of the sentences that are worth a question."""
+
+    text: str
+    title: str | None
+    sentences: list[str]
+    good: list[int]
+
+
+class Find(NamedTuple):
+    """What a rule found: the template's variant, its placeholders, and the answer."""
+
+    variant: str
+    fields: dict[str, str]
+    answer: str
+    options: Sequence[str] = ()
+
+
+def read(text: str) -> Reading:
+    sentences, last = [], 0
+    for match in SENTENCE_END.finditer(text):
+        sentences.append(text[last : match.end()].strip())
+        last = match.end()
+    sentences = [one for one in (*sentences, text[last:].strip()) if one]
+    first, line_break, rest = text.strip().partition("\n")
+    short = 1 <= len(first.split()) <= 15 and not first.rstrip().endswith((".", "!", ":", ",", ";"))
+    title = first.strip() if line_break and short and len(rest.split()) >= 30 else None
+    sentences = [one for one in sentences if one != title]
+    return Reading(text, title, sentences, [number for number, one in enumerate(sentences) if is_good(one)])
+
+
+def is_good(sentence: str) -> bool:
+    """Whether a sentence is whole, as far as its marks tell, and neither short nor long."""
+    words = sentence.count(" ") + 1
+    return SHORTEST <= words <= LONGEST and sentence[0].isupper() and sentence[-1] in '.!?"”’'
+
+
+def cloze(reading: Reading, luck: Random) -> Iterator[Find]:
+    for number in shuffled(reading.good, luck):
+        sentence = reading.sentences[number]
+        found = [match for match in KEY_WORD.finditer(sentence) if match.start() and match.group() not in STOP]
+        found = [match for match in found if sentence.count(match.group()) == 1]
+        if not found:
+            continue
+        word = luck.choice(found)
+        gap = {"sentence": sentence[: word.start()] + BLANK + sentence[word.end() :]}
+        others = sorted(same_kind(word.group(), reading.text) - set(re.findall(r"\w+", sentence)))
+        if len(others) >= OPTIONS - 1 and luck.random() < 0.5:
+            options = luck.sample([word.group(), *luck.sample(others, OPTIONS - 1)], OPTIONS)
+            yield Find("choice", gap, word.group(), options)
+        else:
+            yield Find("free", gap, word.group())
+
+
+def same_kind(word: str, text: str) -> set[str]:
+    """Other numbers for a number, other names for a name, else other long words."""
+    kind = str.isdigit if word.isdigit() else str.istitle if word.istitle() else str.islower
+    return {other for other in KEY_WORD.findall(text) if kind(other) and other != word and other not in STOP}
+
+
+def title(reading: Reading, luck: Random) -> Iterator[Find]:
+    if reading.title is not None:
+        yield Find("free", {}, reading.title)
+
+
+def definition(reading: Reading, luck: Random) -> Iterator[Find]:
+    for number in shuffled(reading.good, luck):
+        match = DEFINITION.fullmatch(reading.sentences[number])
+        if match and not POINTING & set(match["term"].casefold().split()):
+            yield Find("free", {"term": match["term"]}, sentence_of(match["what"]))
+
+
+def connective(reading: Reading, luck: Random) -> Iterator[Find]:
+    for number in shuffled(reading.good, luck):
+        sentence = reading.sentences[number]
+        if because := BECAUSE.fullmatch(sentence):
+            effect, cause = because["effect"], because["cause"]
+            if luck.random() < 0.5:
+                yield Find("cause", {"effect": effect}, f"Because {cause}.")
+            else:
+                yield Find("effect", {"cause": upper(cause)}, sentence_of(effect))
+        elif (cue := OPENING.match(sentence)) and number and is_good(reading.sentences[number - 1]):
+            sides = {"first": reading.sentences[number - 1], "second": upper(sentence[cue.end() :])}
+            yield Find("relation", sides, RELATION_OF[cue[1]], luck.sample(sorted(RELATIONS), len(RELATIONS)))
+
+
+def summary(reading: Reading, luck: Random) -> Iterator[Find]:
+    if len(reading.good) < 4:
+        return
+    if reading.title is not None or reading.good[0] == 0:
+        yield Find("free", {}, reading.title or reading.sentences[0])
+    counts = Counter(word for word in KEY_WORD.findall(reading.text) if word not in STOP and not word[0].isdigit())
+    terms = [word for word, count in counts.most_common(3) if count > 1]
+    if len(terms) == 3:
+        yield Find("topic", {}, ", ".join(terms))
+
+
+def words(reading: Reading, luck: Random) -> Iterator[Find]:
+    for number in shuffled(reading.good, luck):
+        sentence = reading.sentences[number]
+        known = list(dict.fromkeys(word for word in LONG_WORD.findall(sentence) if word.lower() not in STOP))
+        if len(known) >= 3:
+            yield Find("free", {"words": ", ".join(luck.sample(known, 3))}, sentence)
+
+
+def paraphrase(reading: Reading, luck: Random) -> Iterator[Find]:
+    for number in shuffled(reading.good, luck):
+        cue = REPHRASING.match(reading.sentences[number])
+        if cue and number and is_good(reading.sentences[number - 1]):
+            told = upper(reading.sentences[number][cue.end() :])
+            yield Find("free", {"first": reading.sentences[number - 1]}, told)
+
+
+def completion(reading: Reading, luck: Random) -> Iterator[Find]:
+    good = set(reading.good)
+    for number in shuffled(sorted(number for number in good if number + 1 in good), luck):
+        yield Find("free", {"first": reading.sentences[number]}, reading.sentences[number + 1])
+
+
+Rule = Callable[[Reading, Random], Iterator[Find]]
+FINDERS: dict[Pattern, Rule] = {
+    "cloze": cloze,
+    "title": title,
+    "definition": definition,
+    "connective": connective,
+    "summary": summary,
+    "words": words,
+    "paraphrase": paraphrase,
+    "completion": completion,
+}
+
+
+def shuffled(numbers: list[int], luck: Random) -> list[int]:
+    return luck.sample(numbers, len(numbers))
+
+
+def sentence_of(words: str) -> str:
+    return upper(words).rstrip(",") + "."
+
+
+def upper(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+@lru_cache(maxsize=1)
+def load_templates() -> dict[str, list[str]]:
+    return parse_yaml(TEMPLATES.read_text(encoding="utf-8"))
+
+
+def rules_digest() -> str:
+    """What stands in for a synthesizer's weights: the rules' number and the templates."""
+    return digest({"rules": RULES, "templates": load_templates()})
+
+
+def ask(pattern: Pattern, find: Find, luck: Random) -> Pair:
+    """The pair on the wire; whether the parser accepts it is another matter: a text may spell the format's tags."""
+    question = fill_words(luck.choice(load_templates()[f"{pattern}.{find.variant}"]), find.fields)
+    return wire_pair(question, find.answer, list(find.options))

@@ -1,0 +1,181 @@
+"""`synth mine`: raw texts and rules become SynthGroups, as `synth run` would write them, on CPUs.
+
+Guaranteed: pairs are drawn from (seed, text id); each accepted one was read back by the strict parser, others are kept
+and marked; the texts that are converted are those that `synth run` converts with the same seed and fraction. A unit of
+the corpus (64 MB of text, a packed file, a shard) becomes a shard, and no group reaches beyond it. Shards are whole or
+absent; a second run goes on. Memory does not grow with the corpus.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, NamedTuple, get_args
+
+from pydantic import Field, field_validator
+
+from ipt_jax.corpus.executor import run_units
+from ipt_jax.corpus.progress import Progress
+from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup, encode
+from ipt_jax.corpus.settings import Settings, UserError, digest, draw, uniform
+from ipt_jax.corpus.shards import Manifest, Output, write_shard, writing
+from ipt_jax.corpus.sources import Dropped, Unit, plan_units, read_unit, source_identity
+from synth.collect import read_back
+from synth.config import CorpusSettings
+from synth.grouping import ID_LETTERS, group_key, neighbours
+from synth.mine.patterns import FINDERS, Find, Pattern, ask, read, rules_digest
+from synth.parse import question_key, reject
+
+PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn
+
+
+class MineSettings(Settings):
+    """The recipe of `synth mine`. Of what the patterns find in a text, at most `max_pairs` are drawn."""
+
+    corpus: CorpusSettings
+    patterns: list[Pattern] = Field(default=list(get_args(Pattern)), min_length=1)
+    max_pairs: int = Field(default=5, ge=1)
+    rounds: int = Field(default=2, ge=1)
+    grouping: Literal["position", "source"] = "position"
+    seed: int = 0
+    workers: int | None = Field(default=None, ge=1)
+    output: str
+
+    @field_validator("patterns")
+    @classmethod
+    def _each_once(cls, patterns: list[Pattern]) -> list[Pattern]:
+        if doubled := [name for name, count in Counter(patterns).items() if count > 1]:
+            raise ValueError(f"{doubled[0]} stands twice; name each pattern once")
+        return patterns
+
+
+class Job(NamedTuple):
+    unit: Unit
+    settings: MineSettings
+    fingerprint: str
+    temporary: Path
+
+
+class Made(NamedTuple):
+    records: int
+    counts: dict[str, int]
+    dropped: dict[str, int]
+
+
+def run_mine(settings: MineSettings) -> dict[str, Any]:
+    """Runs the stage, or what is left of it. `seconds` are those of this call."""
+    started = time.monotonic()
+    identity = {
+        "rules": rules_digest(),
+        "corpus": source_identity(settings.corpus),
+        **settings.model_dump(include={"patterns", "max_pairs", "rounds", "grouping", "seed"}),
+    }
+    units = plan_units(settings.corpus)
+    with Output(settings.output, stage="mine", identity=identity, shard_name="groups") as output:
+        todo = [index for index in range(len(units)) if not output.has(index)]
+        jobs = [Job(units[i], settings, digest(identity), output.temporary(i).absolute()) for i in todo]
+        total, left = sum(unit.size for unit in units), sum(job.unit.size for job in jobs)
+        done = total - left
+        with Progress(total >> 20, "MB", "synth mine", done=done >> 20) as progress:
+            for place, made in run_units(mine_unit, jobs, workers=settings.workers):
+                output.seal_file(todo[place], len(units), made.records, counts=made.counts, dropped=made.dropped)
+                before, done = done, done + jobs[place].unit.size
+                progress.advance((done >> 20) - (before >> 20))
+        if not output.manifest.records:
+            for index, entry in enumerate(output.manifest.shards):  # nothing stays that would refuse a mended recipe
+                (output.path / entry.name).unlink()
+                output.drop(index)
+            raise UserError(
+                f"corpus {settings.corpus.path}: no text to convert (dropped {output.manifest.dropped or 'none'}); "
+                "raise the fraction or give another corpus"
+            )
+        manifest = output.manifest if output.complete else output.finish()
+    return {**figures(manifest), "seconds": round(time.monotonic() - started, 3)}
+
+
+def figures(manifest: Manifest) -> dict[str, Any]:
+    def part(prefix: str) -> dict[str, int]:
+        return {name.removeprefix(prefix): count for name, count in manifest.counts.items() if name.startswith(prefix)}
+
+    return {
+        **{name: manifest.counts.get(name, 0) for name in ("texts", "groups", "pairs", "texts_without_pairs")},
+        "rejected": part("rejected."),
+        "patterns": part("pattern."),
+        "dropped": manifest.dropped,
+    }
+
+
+# ---- in a worker
+
+
+def mine_unit(job: Job) -> Made:
+    """Writes the shard of one unit under its temporary name."""
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+
+    def records() -> Iterator[bytes]:
+        key = partial(group_key, grouping=job.settings.grouping)
+        for texts in neighbours(kept_texts(job, dropped), job.settings.rounds, key):
+            counts["groups"] += 1
+            yield encode(make_group(texts, job, counts))
+
+    with writing(job.temporary.parent):
+        written = write_shard(job.temporary, records())
+    return Made(written, dict(sorted(counts.items())), dict(dropped))
+
+
+def kept_texts(job: Job, dropped: Counter[str]) -> Iterator[Document]:
+    for row in read_unit(job.unit, job.settings.corpus):
+        if isinstance(row, Dropped):
+            dropped[row.reason] += 1
+        elif uniform(job.settings.seed, "fraction", row.id) < job.settings.corpus.fraction:
+            yield row
+
+
+def make_group(texts: list[Document], job: Job, counts: Counter[str]) -> SynthGroup:
+    mined = [mine_text(text, job.settings, counts) for text in texts]
+    records = [
+        GroupText(
+            raw_id=text.id,
+            start=0,
+            end=len(text.text),
+            text=text.text,
+            source=text.source,
+            pairs=pairs,
+            round=number,
+            prompt_tokens=0,
+            cached_prompt_tokens=0,
+            completion_tokens=0,
+            finish_reason="stop",
+        )
+        for number, (text, pairs) in enumerate(zip(texts, mined, strict=True), start=1)
+    ]
+    name = digest([text.id for text in texts])[:ID_LETTERS]
+    return SynthGroup(name, records, "mine", rules_digest(), {"seed": job.settings.seed}, job.fingerprint)
+
+
+def mine_text(text: Document, settings: MineSettings, counts: Counter[str]) -> list[Pair]:
+    """The text's pairs, accepted and rejected; what became of them is counted."""
+    reading = read(text.text)
+    found: list[tuple[Pattern, Find, Random]] = []
+    for pattern in settings.patterns:
+        luck = draw(settings.seed, "mine", pattern, text.id)
+        found += [(pattern, find, luck) for find in islice(FINDERS[pattern](reading, luck), PER_PATTERN)]
+    chosen = draw(settings.seed, "mine", text.id).sample(found, min(settings.max_pairs, len(found)))
+    seen: set[tuple[str, ...]] = set()
+    pairs = []
+    for pattern, find, luck in chosen:
+        pair = read_back(ask(pattern, find, luck))
+        key = question_key(pair)
+        if pair.verdict == "accepted" and key in seen:
+            pair = reject(pair, "duplicate_question")
+        seen.add(key)
+        counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
+        counts[f"pattern.{pattern}"] += pair.verdict == "accepted"
+        pairs.append(pair)
+    counts["texts"] += 1
+    counts["texts_without_pairs"] += all(pair.verdict == "rejected" for pair in pairs)
+    return pairs
