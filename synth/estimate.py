@@ -106,19 +106,17 @@ async def run_trials(engine: Engine, chain: Chain, settings: RunSettings, sample
     warm_up = make_group(0, [Document("warm up", "", "raw", [Segment(" ".join(reversed(words)))])])
     try:
         with Progress(sum(map(len, sample.texts.values())), "texts", "synth run: estimate") as progress:
-            await run_trial(engine, chain, settings, [warm_up])
+            await run_trial(engine, chain, [warm_up])
             for rounds, texts in sample.texts.items():
                 together = neighbours(texts, rounds, lambda text: text.key(settings))
                 groups = [group_texts(*one) for one in enumerate(together)]
-                trials[rounds] = await run_trial(engine, chain, settings, groups, progress)
+                trials[rounds] = await run_trial(engine, chain, groups, progress)
     finally:
         await engine.close()
     return trials
 
 
-async def run_trial(
-    engine: Engine, chain: Chain, settings: RunSettings, groups: list[Group], progress: Progress | None = None
-) -> Trial:
+async def run_trial(engine: Engine, chain: Chain, groups: list[Group], progress: Progress | None = None) -> Trial:
     trial = Trial([], [], 0.0)
 
     def put(group: Group, answer: SynthGroup) -> None:
@@ -128,7 +126,7 @@ async def run_trial(
             progress.advance(len(group.texts))
 
     started = time.monotonic()
-    stopped_by = await drive(engine, chain, iter(groups), put, settings.synthesizer.max_num_seqs)
+    stopped_by = await drive(engine, chain, iter(groups), put)
     if stopped_by is not None:
         raise KeyboardInterrupt
     return trial._replace(seconds=time.monotonic() - started)
