@@ -3,7 +3,7 @@
 Writes token directories of the paper's mix (nine tenths raw documents, of which a fifth were converted and drop out,
 augmented ones that hold two each, tuning documents four times) with everything that planning reads: manifests and index
 files of lognormal lengths. Token shards would be 200 GB for 2e8 documents; here a shard is an empty file of the right
-name, but for the documents of the rows that are timed, which are written as real records among one-byte ones. Planning,
+name, but for the blocks of the rows that are timed, which are written as real records among one-byte ones. Planning,
 cold start and rows each run in a process of their own; before the cold start the files' pages are dropped from the
 page cache.
 
@@ -30,15 +30,17 @@ import msgspec
 import numpy as np
 from token_corpus import VOCAB, web_lengths
 
-from ipt_jax.corpus.records import Kind, TokenDocument, encode
+from ipt_jax.corpus.records import Kind, TokenDocument
 from ipt_jax.corpus.settings import digest, file_digest
-from ipt_jax.corpus.shards import SCHEMA, Manifest, ShardEntry, write_shard
+from ipt_jax.corpus.shards import SCHEMA, UNPACKED, Manifest, ShardEntry, write_shard
 from ipt_jax.data.lengths import INDEX, PARENTS, id_key, side_path
 from ipt_jax.data.loader import batches
+from ipt_jax.data.pages import PAGE_TOKENS, RECORDS, encode_page
 from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings
 
 SEQ_LEN, ROWS, LAST_STEPS, RANDOM_ROWS = 2048, 16, 8, 40
+SMALLEST_BLOCK = 64
 SHARD_DOCUMENTS = 30_000  # 64 MiB of text, as `ipt tokenize` cuts its input
 PARTS: list[tuple[str, Kind, float, float]] = [
     ("raw", "raw", 0.9, 500), ("augmented", "augmented", 0.09, 1200), ("tasks", "task", 0.01, 600),
@@ -64,6 +66,7 @@ def write_directory(root: Path, number: int, documents: int) -> None:
         index, parents = np.zeros(stop - first, INDEX), np.zeros(0, PARENTS)
         index["tokens"] = web_lengths(stop - first, mean, shard * 3 + number)
         index["id"] = key_of(records, number)
+        index["page"] = pages_of(index["tokens"])
         if kind == "raw":
             index["characters"] = 4 * index["tokens"]
         if kind == "augmented":  # each holds two converted texts; every fifth raw document is one
@@ -76,15 +79,24 @@ def write_directory(root: Path, number: int, documents: int) -> None:
             digests[side_path(path, entry, what).name] = file_digest(side_path(path, entry, what))
         (path / entry).touch()
         tokens = int(index["tokens"].sum(dtype=np.int64))
-        shards.append(ShardEntry(entry, stop - first, tokens, 0, f"{number}-{shard}", {kind: stop - first}))
+        pages = int(index["page"][-1]) + 1
+        shards.append(ShardEntry(entry, pages, tokens, 0, f"{number}-{shard}", {kind: stop - first}))
     save_manifest(path, shards, kind, digests)
 
 
+def pages_of(lengths: np.ndarray) -> np.ndarray:
+    """The page of each document of a shard: as many pages as `ipt tokenize` would make, or a few more."""
+    filled = (np.cumsum(lengths, dtype=np.int64) - 1) // PAGE_TOKENS
+    return np.cumsum(np.diff(filled, prepend=0) > 0)
+
+
 def save_manifest(path: Path, shards: list[ShardEntry], kind: str, digests: dict[str, str]) -> None:
-    identity = {"tokenizer": "benchmark", "vocab_size": VOCAB}
+    identity = {"records": RECORDS, "tokenizer": "benchmark", "vocab_size": VOCAB}
     manifest = Manifest(SCHEMA, "tokenize", digest(identity), identity, True, shards=shards)
     manifest.records, manifest.tokens = sum(one.records for one in shards), sum(one.tokens for one in shards)
-    manifest.counts, manifest.summary = {kind: manifest.records}, {"side_files": digests, "duplicate_ids": 0}
+    manifest.counts = {kind: sum(one.counts[kind] for one in shards)}
+    manifest.summary = {"side_files": digests, "duplicate_ids": 0}
+    manifest.checksum = manifest.digest()
     (path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
 
 
@@ -108,8 +120,12 @@ def write_records(root: Path) -> None:
     rows = {*timed_rows(plan), *range((plan.steps - LAST_STEPS) * ROWS, plan.rows)}
     wanted: dict[tuple[int, int], set[int]] = {}
     for piece in (piece for row in rows for piece in plan.pieces(row)):
-        shard, local = divmod(piece.record, SHARD_DOCUMENTS)
-        wanted.setdefault((piece.source, shard), set()).add(local)
+        documents = plan.sources[piece.source].documents
+        block = max(documents.table.size, SMALLEST_BLOCK)  # the loader reads all of it
+        first = piece.record // block * block
+        for record in range(first, min(first + block, documents.records)):
+            shard, local = divmod(record, SHARD_DOCUMENTS)
+            wanted.setdefault((piece.source, shard), set()).add(local)
     for number, source in enumerate(plan.sources):
         shards = source.manifest.shards
         for (_, shard), locals_ in sorted(item for item in wanted.items() if item[0][0] == number):
@@ -120,12 +136,16 @@ def write_records(root: Path) -> None:
 def _write_shard(path: Path, name: str, kind: Kind, wanted: set[int]) -> int:
     index = np.load(side_path(path, name, "index"), mmap_mode="r+")
     made = {}
-    for local in wanted:
-        length = int(index["tokens"][local])
-        tokens = np.random.default_rng(local).integers(3, VOCAB, length).astype("<u2").tobytes()
-        made[local] = encode(TokenDocument(f"{name}-{local}", kind, "uint16", tokens, [(1, length)], [], "web"))
-        index["id"][local] = id_key(f"{name}-{local}")
-    write_shard(path / name, (made.get(local, b"-") for local in range(len(index))))
+    for page in {int(index["page"][local]) for local in wanted}:
+        held = np.flatnonzero(index["page"] == page).tolist()
+        documents = []
+        for local in held:
+            length, document_id = int(index["tokens"][local]), f"{name}-{local}"
+            tokens = np.random.default_rng(local).integers(3, VOCAB, length).astype("<u2").tobytes()
+            documents.append(TokenDocument(document_id, kind, "uint16", tokens, [(1, length)], [], "web"))
+            index["id"][local] = id_key(document_id)
+        made[page] = encode_page(held[0], documents)
+    write_shard(path / name, (made.get(page, b"-") for page in range(int(index["page"][-1]) + 1)), UNPACKED)
     return (path / name).stat().st_size
 
 
@@ -150,13 +170,15 @@ def measure(what: str, root: Path) -> dict[str, Any]:
         next(batches(plan, start_step=plan.steps - LAST_STEPS, rows_per_step=ROWS))
         result = {"first_batch_s": time.perf_counter() - started}
     else:
-        seconds = []
+        seconds, cpu = [], []
         for row in timed_rows(plan):
-            at = time.perf_counter()
+            at, used = time.perf_counter(), time.process_time()
             plan.row(row)
             seconds.append(time.perf_counter() - at)
+            cpu.append(time.process_time() - used)
             result = {"first_row_s": at - started + seconds[0]} if len(seconds) == 1 else result
         result["random_row_ms"] = 1000 * statistics.median(seconds[1:])
+        result["row_cpu_ms"] = 1000 * statistics.median(cpu[1:])
         result["slowest_row_ms"] = 1000 * max(seconds[1:])
     return result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
@@ -193,6 +215,7 @@ def cost(root: Path, documents: int) -> dict[str, Any]:
 COLUMNS = {
     "documents": "{:,}", "tokens": "{:,}", "plan_s": "{:.1f}", "plan_cpu_s": "{:.1f}", "peak_gib": "{:.2f}",
     "again_s": "{:.2f}", "first_row_s": "{:.2f}", "first_batch_s": "{:.2f}", "random_row_ms": "{:.1f}",
+    "row_cpu_ms": "{:.1f}",
     "slowest_row_ms": "{:.1f}", "loader_gib": "{:.2f}",
 }  # fmt: skip
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ipt_jax.corpus.records import Kind, TokenDocument, encode
-from ipt_jax.corpus.shards import Output, write_shard
-from ipt_jax.data.sides import SideWriter, name_side_files, side_digests, side_names
+from ipt_jax.corpus.records import Kind, TokenDocument
+from ipt_jax.corpus.shards import Output
+from ipt_jax.data.pages import RECORDS, Written, write_token_shard
+from ipt_jax.data.sides import name_side_files, side_digests, side_names
 
 VOCAB = 32_000
 SHARD_DOCUMENTS = 20_000
@@ -26,22 +27,21 @@ def write_corpus(path: Path, lengths: np.ndarray, kind: Kind, seed: int) -> None
     if (path / "manifest.json").exists():
         return
     total = -(-len(lengths) // SHARD_DOCUMENTS)
-    identity = {"tokenizer": "benchmark", "vocab_size": VOCAB, "documents": len(lengths), "seed": seed, "kind": kind}
+    identity = {"records": RECORDS, "tokenizer": "benchmark", "vocab_size": VOCAB}
+    identity |= {"documents": len(lengths), "seed": seed, "kind": kind}
     with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
         for shard in range(total):
             temporary, file = output.temporary(shard), f"tokens-{shard:05d}-of-{total:05d}.array_record"
-            side = SideWriter(temporary)
             mine = lengths[shard * SHARD_DOCUMENTS : (shard + 1) * SHARD_DOCUMENTS]
-            count = write_shard(temporary, _records(mine, f"{kind}-{shard}", kind, [seed, shard], side))
-            sides = side_names(file, side.close())
+            records, digests = write_token_shard(temporary, _documents(mine, f"{kind}-{shard}", kind, [seed, shard]))
             name_side_files(temporary, file)
-            output.seal_file(shard, total, count, tokens=int(mine.sum()), counts={kind: count}, sides=sides)
+            sides, counts = side_names(file, digests), {kind: len(mine)}
+            output.seal_file(shard, total, records, tokens=int(mine.sum()), counts=counts, sides=sides)
         output.finish({"side_files": side_digests(output.manifest), "duplicate_ids": 0})
 
 
-def _records(lengths: np.ndarray, name: str, kind: Kind, seed: list[int], side: SideWriter) -> Iterator[bytes]:
+def _documents(lengths: np.ndarray, name: str, kind: Kind, seed: list[int]) -> Iterator[Written]:
     draw = np.random.default_rng(seed)
     for number, length in enumerate(lengths.tolist()):
         tokens = (VOCAB * draw.random(length) ** 3).astype("<u2").tobytes()
-        side.add(f"{name}-{number}", length, None, [])
-        yield encode(TokenDocument(f"{name}-{number}", kind, "uint16", tokens, [(1, length)], [], "web"))
+        yield Written(TokenDocument(f"{name}-{number}", kind, "uint16", tokens, [(1, length)], [], "web"))

@@ -13,6 +13,7 @@ from ipt_jax.corpus.markup import Markup, join, tag, whole_page
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from synth.figures import distribution_cards
 from synth.grounds import Stretch, stretches
+from synth.groups import contaminated_places
 from synth.parse import REASONS
 from synth.prompt import question_stem
 from synth.survey import Survey
@@ -104,12 +105,13 @@ def reason_of(pair: Pair) -> str:
 
 
 def group_section(group: SynthGroup, rejected: bool) -> Markup:
+    contaminated = contaminated_places(group)
     facts = [("config", group.fingerprint[:12]), *((name, str(value)) for name, value in group.sampling.items())]
     return tag(
         "section",
         tag("h3", f"Group {group.id}"),
         facts_line(facts),
-        *(text_article(text, rejected) for text in group.texts),
+        *(text_article(text, rejected, place in contaminated) for place, text in enumerate(group.texts)),
         class_="group",
     )
 
@@ -118,7 +120,7 @@ def facts_line(facts: Sequence[tuple[str, str]]) -> Markup:
     return tag("p", *(tag("span", tag("b", name), f" {value}") for name, value in facts), class_="facts")
 
 
-def text_article(text: GroupText, rejected: bool) -> Markup:
+def text_article(text: GroupText, rejected: bool, contaminated: bool) -> Markup:
     parts = stretches(text.text, text.pairs)
     grounded = {number for part in parts for number in part.numbers}
     pairs = [pair_item(number, pair, number in grounded) for number, pair in shown_pairs(text, rejected).items()]
@@ -132,9 +134,10 @@ def text_article(text: GroupText, rejected: bool) -> Markup:
     ]
     words = marked(text.text, parts)
     passage = tag("div", words, class_="passage", dir="auto", tabindex=0, role="group", aria_label="the text")
+    note = tag("p", "contaminated: it makes no document", class_="bad note") if contaminated else None
     return tag(
         "article",
-        tag("div", tag("h4", text.raw_id), passage, facts_line(facts), class_="source"),
+        tag("div", tag("h4", text.raw_id), note, passage, facts_line(facts), class_="source"),
         tag("ol", *pairs, class_="pairs") if pairs else tag("p", "no pairs", class_="note"),
         class_="card",
     )

@@ -34,7 +34,7 @@ from synth.store import DETAILS, Store
 from synth.verify.verifier import VERSION, make_verifier, score_figures
 from synth.worklist import form_groups, list_work, load_work, save_work
 
-WORK = "worklist"  # folder in the output: the work list, and digests of the corpus' files
+WORK = "worklist"  # folder in the output: the work list, and digests of the files of corpus and model
 LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistake
 
 
@@ -68,7 +68,7 @@ def run_identity(settings: RunSettings, tokenizer: Tokenizer, known: KnownDigest
     """What the groups depend on, by contents: neither paths nor what only changes the speed."""
     seeds = settings.seed_examples
     return {
-        "synthesizer": synthesizer_identity(settings.synthesizer, tokenizer),
+        "synthesizer": synthesizer_identity(settings.synthesizer, tokenizer, known),
         "format": FORMAT,
         "corpus": source_identity(settings.corpus, known),
         "verify": settings.verify and {"scores": sorted(set(settings.verify)), "version": VERSION},

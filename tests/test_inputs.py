@@ -11,10 +11,11 @@ import zstandard
 from extras import need
 from token_shards import save_tokenizer
 
-from ipt_jax.corpus.records import Document, Segment, TokenDocument, decode, encode
+from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import Output, Shards
+from ipt_jax.corpus.shards import Output
 from ipt_jax.corpus.sources import Dropped, SourceSettings, plan_units, read_source, read_unit, source_identity
+from ipt_jax.data.pages import read_token_documents
 from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
 
 ROWS = [{"id": f"r{number}", "text": f"line {number} é"} for number in range(7)]
@@ -208,7 +209,7 @@ def test_duplicates_over_all_inputs_keep_the_first(tmp_path: Path) -> None:
         inputs = [{"path": str(one)}, {"path": str(two)}]
         recipe = TokenizeSettings.model_validate({"inputs": inputs, "drop_duplicates": True} | fields)
         assert run_tokenize(recipe)["dropped"] == {"duplicate": 3, "empty_text": 1}
-        assert [decode(record, TokenDocument).id for record in Shards(output)] == ["a0", "a1", "a4", "b1"]
+        assert [document.id for document in read_token_documents(output)] == ["a0", "a1", "a4", "b1"]
 
 
 # ---- hostile files

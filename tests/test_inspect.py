@@ -152,6 +152,16 @@ def test_any_text_keeps_the_page_whole(text: str, pairs: list[Pair]) -> None:
     assert set(page.tags) <= OWN_TAGS
 
 
+def test_a_contaminated_text_is_named() -> None:
+    one = make_group("g", [])
+    survey = Survey(total=1)
+    survey.add(one)
+    words = "contaminated: it makes no document"
+    assert words not in Page(html_page([one], survey, True)).text
+    one.meta = {"contaminated_texts": [0]}
+    assert words in Page(html_page([one], survey, True)).text
+
+
 def test_mistakes(groups: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         run_inspect(tmp_path / "absent", None, 1, 9, True)

@@ -13,11 +13,13 @@ import pytest
 from extras import ROOT
 from token_shards import random_documents, write_tokens
 
+from ipt_jax.corpus.records import TokenPage, decode
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data.loader import batches
+from ipt_jax.data.pages import open_token_shards
 from ipt_jax.data.plan import Plan, build_plan
-from ipt_jax.data.records import RecordReader
+from ipt_jax.data.records import RecordReader, Stretch
 from ipt_jax.data.settings import DataSettings
 
 
@@ -99,9 +101,11 @@ def test_long_documents_keep_their_targets_across_rows(tmp_path: Path, packing: 
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     root = tmp_path_factory.mktemp("mix")
     draw = np.random.default_rng(0)
-    for seed, kind in enumerate(("raw", "augmented", "task")):
-        lengths = np.clip(draw.lognormal(4, 1, 500), 2, 900).astype(int).tolist()
-        write_tokens(root / kind, random_documents(lengths, seed), kind=kind, shards=3)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ipt_jax.data.pages.PAGE_TOKENS", 256)
+        for seed, kind in enumerate(("raw", "augmented", "task")):
+            lengths = np.clip(draw.lognormal(4, 1, 500), 2, 900).astype(int).tolist()
+            write_tokens(root / kind, random_documents(lengths, seed), kind=kind, shards=3)  # type: ignore[arg-type]
     sources = [
         {"name": "raw", "path": str(root / "raw")},
         {"name": "augmented", "path": str(root / "augmented"), "share": 0.25},
@@ -131,20 +135,25 @@ def test_hosts_and_stops_change_no_batch(plan: Plan) -> None:
     assert hashes(plan, start=plan.steps, hosts=1) == []
 
 
-def test_a_host_reads_the_records_of_its_rows_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_reads_the_pages_of_its_rows_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[tuple[Path, int]] = set()
     read_span = RecordReader._read_span
 
-    def noted(self: RecordReader, span: tuple[int, int]) -> list[bytes]:
-        read.update((self._paths[0], record) for record in range(*span))
-        return read_span(self, span)
+    def noted(self: RecordReader, low: int, high: int) -> Stretch:
+        read.update((self._paths[0], page) for page in range(low, high))
+        return read_span(self, low, high)
 
     monkeypatch.setattr(RecordReader, "_read_span", noted)
-    steps = list(batches(plan, start_step=plan.steps - 20, rows_per_step=8, host=3, hosts=4))
+    fresh = build_plan(plan.settings, rows_per_step=8)  # has read nothing yet
+    steps = list(batches(fresh, start_step=plan.steps - 20, rows_per_step=8, host=3, hosts=4))
     rows = [step * 8 + slot for step in range(plan.steps - 20, plan.steps) for slot in (6, 7)]
-    shards = [source.path / source.manifest.shards[0].name for source in plan.sources]
-    assert read == {(shards[piece.source], piece.record) for row in rows for piece in plan.pieces(row)}
-    assert len(steps) == 20
+    wanted = set()
+    for piece in (piece for row in rows for piece in plan.pieces(row)):
+        shards = open_token_shards(plan.sources[piece.source].path)
+        held = np.cumsum([len(decode(record, TokenPage).ids) for record in shards])  # documents up to each page
+        wanted.add((shards.paths[0], int(np.searchsorted(held, piece.record, side="right"))))
+    assert read == wanted
+    assert len(steps) == 20 and 1 < len(read) < sum(source.manifest.records for source in plan.sources)
 
 
 def test_the_last_batch_is_filled_with_padding(plan: Plan) -> None:

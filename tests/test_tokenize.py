@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from token_shards import save_tokenizer
 
-from ipt_jax.corpus.records import Document, Parent, Segment, TokenDocument, decode, encode
+from ipt_jax.corpus.records import Document, Parent, Segment, TokenDocument, encode
 from ipt_jax.corpus.settings import UserError, file_digest
 from ipt_jax.corpus.shards import Output, Shards
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import TokenRow, tokenize_documents
 from ipt_jax.data.lengths import read_index, read_parents, side_path
+from ipt_jax.data.pages import read_token_documents
 from ipt_jax.data.tokenize import InputSettings, TokenizeSettings, run_tokenize
 
 
@@ -42,7 +43,7 @@ def settings(path: Path, tokenizer: Tokenizer, output: Path, **changes: object) 
 
 
 def read(output: Path) -> list[TokenDocument]:
-    return [decode(record, TokenDocument) for record in Shards(output, "tokenize")]
+    return list(read_token_documents(output))
 
 
 def ids(document: TokenDocument) -> list[int]:

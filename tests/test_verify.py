@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from synthkit import recipe, settings, shard_bytes
 
 from ipt_jax.corpus.records import Pair, SynthGroup
-from ipt_jax.corpus.settings import UserError, check_settings
+from ipt_jax.corpus.settings import Fault, UserError, check_settings
 from synth import read_groups
-from synth.engine.scripted import ScriptedEngine
 from synth.prompt import wire_pair
 from synth.render import RenderSettings, run_render
 from synth.run import run_synth
@@ -223,11 +222,11 @@ def test_text_scores_alone_start_no_engine(groups: Path, tmp_path: Path, monkeyp
         check_settings(VerifySettings, {**plain, "scores": ["open_closed", "agreement"]}, where="recipe")
 
 
-def test_failing_requests_are_counted_and_leave_no_score(groups: Path, tmp_path: Path) -> None:
-    result = run_verify(
-        verify_settings(groups, tmp_path / "out", ["open_closed"], synthesizer={"faults": {"error": 1.0}})
-    )
-    assert result["unscored"] == {"open_closed.error": result["pairs"]}
+@pytest.mark.parametrize("reason", ["error", "timeout"])
+def test_failing_requests_are_counted_and_leave_no_score(groups: Path, tmp_path: Path, reason: str) -> None:
+    failing = {"faults": {reason: 1.0}, "request_timeout_seconds": 0.01}
+    result = run_verify(verify_settings(groups, tmp_path / "out", ["open_closed"], synthesizer=failing))
+    assert result["unscored"] == {f"open_closed.{reason}": result["pairs"]}
     assert result["scores"] == {}
 
 
@@ -237,29 +236,14 @@ def test_what_is_too_long_is_counted(groups: Path, tmp_path: Path) -> None:
     assert 0 < result["unscored"]["open_closed.too_long"] <= result["pairs"]
 
 
-class Dies(ScriptedEngine):
-    """Breaks at its hundredth request."""
-
-    asked = 0
-
-    async def score(self, *args: Any, **more: Any) -> float:
-        self.asked += 1
-        if self.asked == 100:
-            raise OSError("gone")
-        return await super().score(*args, **more)
-
-
-def test_a_broken_run_goes_on_where_it_stood(groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_dies_costs_what_was_in_flight(groups: Path, tmp_path: Path) -> None:
     names = ["grounded", "open_closed", "options"]
     run_verify(verify_settings(groups, tmp_path / "whole", names))
-    recipe = verify_settings(groups, tmp_path / "out", names, synthesizer={"max_num_seqs": 2})
-    with monkeypatch.context() as patch:
-        patch.setattr(verify_run, "open_engine", Dies)
-        with pytest.raises(OSError, match="gone"):
-            run_verify(recipe)
-    held = list((tmp_path / "out" / "spool").glob("*"))
-    assert held or shard_bytes(tmp_path / "out")
-    run_verify(recipe)
+    dying = {"max_num_seqs": 2, "faults": {"dies_at": 100}}
+    with pytest.raises(Fault, match="run the same command again"):
+        run_verify(verify_settings(groups, tmp_path / "out", names, synthesizer=dying))
+    assert stored(tmp_path / "out") > 0
+    run_verify(verify_settings(groups, tmp_path / "out", names))
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
     assert not (tmp_path / "out" / "spool").exists()
 

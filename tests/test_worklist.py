@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 from synthkit import groups_of, settings, shard_bytes, write_tokenizer
 
 from ipt_jax.corpus.digests import KnownDigests
+from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.settings import UserError, file_digest
+from ipt_jax.corpus.shards import Output
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth import read_groups, worklist
 from synth.config import RunSettings
 from synth.doubles import Marks, mark
+from synth.engine.base import weights_digest
 from synth.grouping import Group
 from synth.run import run_synth
 from synth.worklist import form_groups, list_work, load_work, save_work
@@ -114,16 +117,24 @@ def test_short_groups_by_source_are_few(tmp_path: Path) -> None:
 
 
 def test_forms_of_files(tmp_path: Path) -> None:
-    rows = [{"id": f"t{n}", "text": f"text {n}. " * (1 + n % 3), "source": "s"} for n in range(50)]
+    rows = [{"id": f"t{n}", "text": f"text {n}. " * (1 + n % 3), "source": "s"} for n in range(80)]
     folder = tmp_path / "corpus"
     folder.mkdir()
     write_rows(folder / "a.jsonl", rows[:20])
     (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows[20:30]).encode()))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[30:]), folder / "c.parquet", row_group_size=7)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[30:50]), folder / "c.parquet", row_group_size=7)
+    table = pyarrow.Table.from_pylist(rows[50:65])
+    with pyarrow.ipc.new_stream(folder / "d.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=4)
+    with Output(folder / "e", stage="render", identity={}, shard_name="documents") as output:
+        documents = [Document(row["id"], "s", "raw", [Segment(row["text"])]) for row in rows[65:]]
+        output.seal(0, 2, map(encode, documents[:5]))
+        output.seal(1, 2, map(encode, documents[5:]))
+        output.finish()
     run = settings(tmp_path, corpus__path=str(folder), rounds=2, groups_per_shard=4)
     shards = shards_apart(run)
-    assert [text.id for shard in shards for group in shard for text in group.texts] == [f"t{n}" for n in range(50)]
-    assert len(shards) == 7
+    assert [text.id for shard in shards for group in shard for text in group.texts] == [f"t{n}" for n in range(80)]
+    assert len(shards) == 10
 
 
 @given(st.permutations(range(30)), st.sets(st.integers(0, 29), max_size=10))
@@ -238,6 +249,18 @@ def test_marks_beyond_memory_are_on_disk() -> None:
         assert marks.suspects() == {mark("1234567")}
 
 
+def test_weights_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text(name)
+    settle(tmp_path / "model.safetensors")
+    first = KnownDigests(tmp_path / "digests.json")
+    expected = weights_digest(str(tmp_path), first)
+    first.save()
+    assert expected == weights_digest(str(tmp_path))
+    monkeypatch.setattr("ipt_jax.corpus.digests.file_digest", refuse_reading)
+    assert weights_digest(str(tmp_path), KnownDigests(tmp_path / "digests.json")) == expected
+
+
 def test_digests_are_kept_while_a_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
 
@@ -309,3 +332,10 @@ def test_every_text_is_accounted_for(tmp_path: Path) -> None:
     without = sum(all(pair.verdict == "rejected" for pair in text.pairs) for text in texts)
     assert result["texts_without_pairs"] == without > result["finished"]["error"]
     assert result["examples_dropped"] > 0 and result["texts_cut"] == 1
+
+
+def test_another_format_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_synth(settings(tmp_path))
+    monkeypatch.setattr("synth.run.FORMAT", 99)
+    with pytest.raises(UserError, match="made with format="):
+        run_synth(settings(tmp_path))

@@ -6,9 +6,10 @@ import numpy as np
 from tokenizers import Tokenizer as JsonTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ipt_jax.corpus.records import Kind, Parent, TokenDocument, encode
-from ipt_jax.corpus.shards import Output, write_shard
-from ipt_jax.data.sides import SideWriter, name_side_files, side_digests, side_names
+from ipt_jax.corpus.records import Kind, Parent, TokenDocument
+from ipt_jax.corpus.shards import Output
+from ipt_jax.data.pages import RECORDS, Written, write_token_shard
+from ipt_jax.data.sides import name_side_files, side_digests, side_names
 
 
 def write_tokens(
@@ -23,25 +24,25 @@ def write_tokens(
     shards: int = 1,
 ) -> Path:
     """A finished directory. In a raw document BOS and EOS (first, last) cover no character, other tokens two each."""
-    identity = {"tokenizer": tokenizer, "vocab_size": 100, "of": str(documents)}
+    identity = {"records": RECORDS, "tokenizer": tokenizer, "vocab_size": 100, "of": str(documents)}
     names = ids or [f"{kind}-{i}" for i in range(len(documents))]
     with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
         for shard, numbers in enumerate(np.array_split(np.arange(len(documents)), shards)):
             temporary, name = output.temporary(shard), f"tokens-{shard:05d}-of-{shards:05d}.array_record"
-            side, records = SideWriter(temporary), []
+            written = []
             for i in numbers.tolist():
                 tokens, mine = documents[i], (parents[i] if parents else [])
                 runs = loss_runs[i] if loss_runs else [(1, len(tokens))]
                 data = np.array(tokens, "<u2").tobytes()
-                records.append(encode(TokenDocument(names[i], kind, "uint16", data, runs, mine, "test")))
                 characters = np.full(len(tokens), 2, np.uint32)
                 characters[:1] = characters[1:][-1:] = 0
-                side.add(names[i], len(tokens), characters if kind == "raw" else None, mine)
-            write_shard(temporary, records)
-            sides = side_names(name, side.close())
+                document = TokenDocument(names[i], kind, "uint16", data, runs, mine, "test")
+                written.append(Written(document, characters if kind == "raw" else None))
+            records, digests = write_token_shard(temporary, written)
+            sides = side_names(name, digests)
             name_side_files(temporary, name)
             count = sum(len(documents[i]) for i in numbers)
-            output.seal_file(shard, shards, len(numbers), tokens=count, counts={kind: len(numbers)}, sides=sides)
+            output.seal_file(shard, shards, records, tokens=count, counts={kind: len(numbers)}, sides=sides)
         output.finish({"side_files": side_digests(output.manifest), "duplicate_ids": 0})
     return path
 

@@ -12,6 +12,8 @@ from ipt_jax.corpus.settings import UserError
 
 Kind = Literal["raw", "augmented", "task", "instruction"]
 KINDS: tuple[Kind, ...] = ("raw", "augmented", "task", "instruction")
+KIND_CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}  # 0 is padding
+TokenType = Literal["uint16", "uint32"]  # of token ids, little-endian
 Format = Literal["free", "free_cot", "choice", "choice_cot"]
 
 
@@ -91,11 +93,29 @@ class TokenDocument(msgspec.Struct, omit_defaults=True):
 
     id: str
     kind: Kind
-    dtype: Literal["uint16", "uint32"]
+    dtype: TokenType
     tokens: bytes
     loss_runs: list[tuple[int, int]]
     parents: list[Parent] = []
     source: str = ""
+
+
+class TokenPage(msgspec.Struct):
+    """Consecutive TokenDocuments of a shard, column by column: what one read of a disk brings, under one hash.
+
+    What a loader needs is little-endian bytes, so that it makes no object a document: the joined `tokens`, a row of
+    data.pages ROW a document, and loss `runs` (start, stop within the document; uint32). `first` is the number in the
+    shard of the first document. `parents` stand under the place of their document, where it has any.
+    """
+
+    first: int
+    dtype: TokenType
+    tokens: bytes
+    rows: bytes
+    runs: bytes
+    ids: list[str]
+    sources: list[str]
+    parents: dict[int, list[Parent]]
 
 
 Record = TypeVar("Record", bound=msgspec.Struct)

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ import zstandard
 from ipt_jax.corpus.datasets import HUB, hf_files, hub_files, is_hf, is_tfds, read_tfds, tfds_files, tfds_split
 from ipt_jax.corpus.records import Document, decode
 from ipt_jax.corpus.rows import Dropped, RowReader, SourceSettings
-from ipt_jax.corpus.settings import UserError, file_digest
+from ipt_jax.corpus.settings import DigestOf, UserError, file_digest
 from ipt_jax.corpus.shards import Shards, read_manifest
 from ipt_jax.corpus.tables import arrow_parts, parquet_parts, read_arrow, read_parquet
 
@@ -232,18 +232,15 @@ def read_source(settings: SourceSettings) -> Iterator[Document | Dropped]:
         yield from read_unit(unit, settings)
 
 
-def source_identity(settings: SourceSettings, digest_of: Callable[[Path], str] = file_digest) -> dict[str, Any]:
-    """What the source means for a fingerprint: contents and columns, never where the files lie.
-
-    `digest_of` hashes a file; `corpus.digests.KnownDigests` spares those that it hashed before.
-    """
+def source_identity(settings: SourceSettings, digest_of: DigestOf = file_digest) -> dict[str, Any]:
+    """What the source means for a fingerprint: contents and columns, never where the files lie."""
     inputs = _inputs(settings)
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
         contents = list(pool.map(lambda one: _contents(one, digest_of), inputs))
     return {**settings.model_dump(exclude={"path"}), "contents": contents}
 
 
-def _contents(one: _Input, digest_of: Callable[[Path], str]) -> str | list[str]:
+def _contents(one: _Input, digest_of: DigestOf) -> str | list[str]:
     if one.form == "shards":
         return read_manifest(one.path).fingerprint
     if one.form == "tfds":

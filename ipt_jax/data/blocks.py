@@ -1,4 +1,4 @@
-"""The documents of a source by block: what a plan holds of each source, 16 bytes a block of records.
+"""The documents of a source by block: what a plan holds of each source, 24 bytes a block of records.
 
 A block is a run of neighbouring records, a power of two of them: in the mean about 131,072 tokens, or a thousandth of
 a corpus that is smaller than a thousand such. The table of tokens and documents a block is made in one pass over the
@@ -20,31 +20,36 @@ import numpy as np
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data.converted import PARTS, Exclusion, Remains
-from ipt_jax.data.lengths import INDEX, IndexFiles, read_index, read_parents
+from ipt_jax.data.lengths import INDEX, IndexFiles, document_count, read_index, read_parents
 
 BLOCK_TOKENS = 1 << 17
 LEAST_BLOCKS = 1 << 10  # of a corpus that has as many records: what is near in it is spread over the epoch
 MOST_RECORDS = 1 << 16  # of a block
 _NO_PARTS = np.zeros(0, PARTS)
-VERSION = 2  # raised when the same shards would give another table
+VERSION = 3  # raised when the same shards would give another table
 
-# One document: tokens [start, start + length) of a record, which holds `tokens` in all and whose id has the key `id`.
-DOCUMENT = np.dtype([("record", "<i8"), ("start", "<u4"), ("length", "<u4"), ("tokens", "<u4"), ("id", "<u8")])
+# One document: tokens [start, start + length) of a record, which holds `tokens` in all, lies in record `page` of its
+# shard, and whose id has the key `id`.
+DOCUMENT = np.dtype(
+    [("record", "<i8"), ("start", "<u4"), ("length", "<u4"), ("tokens", "<u4"), ("page", "<u4"), ("id", "<u8")]
+)
 
 
 class Table(NamedTuple):
-    """Tokens and documents of each block of `size` records, and what stays of the records that lost tokens."""
+    """Of each block of `size` records tokens, documents, and the pages (of their shards) of its first and last record;
+    and what stays of the records that lost tokens."""
 
     size: int
     tokens: np.ndarray
     documents: np.ndarray
+    pages: np.ndarray
     remains: Remains
 
 
 class Index(Protocol):
-    """Index rows of ranges [first, stop) of records."""
+    """Index rows of ranges [first, stop) of records, joined."""
 
-    def __call__(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]: ...
+    def __call__(self, ranges: Sequence[tuple[int, int]]) -> np.ndarray: ...
 
 
 def contents(manifest: Manifest) -> str:
@@ -62,21 +67,21 @@ class SourceDocuments:
     """The documents of one source, by block."""
 
     def __init__(self, table: Table, index: Index, records: int, name: str):
-        self.table, self._index, self._records, self._name = table, index, records, name
+        self.table, self.index, self.records, self._name = table, index, records, name
         self.tokens = int(table.tokens.sum())
         self.documents = int(table.documents.sum())
 
     def of_blocks(self, blocks: np.ndarray) -> np.ndarray:
         """The documents of some blocks, block after block, each in corpus order."""
         size = self.table.size
-        ranges = [(block * size, min((block + 1) * size, self._records)) for block in blocks.tolist()]
-        rows = np.concatenate(self._index(ranges))
+        ranges = [(block * size, min((block + 1) * size, self.records)) for block in blocks.tolist()]
+        rows = self.index(ranges)
         counts = np.array([stop - first for first, stop in ranges])
         documents = np.zeros(len(rows), DOCUMENT)
         starts = np.cumsum(counts) - counts
         documents["record"] = np.arange(len(rows)) + np.repeat(blocks * size - starts, counts)
         documents["tokens"] = documents["length"] = rows["tokens"]
-        documents["id"] = rows["id"]
+        documents["page"], documents["id"] = rows["page"], rows["id"]
         documents = self.table.remains.apply(documents)
         self._check(blocks, documents)
         return documents
@@ -97,9 +102,9 @@ class SourceDocuments:
 
 def open_table(name: str, directory: Path, manifest: Manifest, converted: tuple[Path, Manifest] | None) -> Table:
     """The table of a source without what `converted` was made from: the kept one, or made and kept."""
-    size = block_size(manifest.records, manifest.tokens)
+    size = block_size(document_count(manifest), manifest.tokens)
     check_manifest(directory, manifest)
-    counts = [[entry.records, entry.tokens] for entry in manifest.shards]
+    counts = [[document_count(entry), entry.tokens] for entry in manifest.shards]
     made_from = [VERSION, size, contents(manifest), counts, manifest.summary["side_files"]]
     if converted:
         made_from += [contents(converted[1]), converted[1].summary["side_files"]]
@@ -122,6 +127,8 @@ def check_manifest(directory: Path, manifest: Manifest) -> None:
             for number, entry in enumerate(manifest.shards)
         ),
         "its records are not the sum of its shards'": manifest.records != sum(one.records for one in manifest.shards),
+        "its counts are not the sums of its shards'": document_count(manifest)
+        != sum(map(document_count, manifest.shards)),
         "its tokens are not the sum of its shards'": manifest.tokens != sum(one.tokens for one in manifest.shards),
     }
     for fault, found in faults.items():
@@ -134,8 +141,9 @@ def check_manifest(directory: Path, manifest: Manifest) -> None:
 
 def make_table(name: str, directory: Path, manifest: Manifest, size: int, parents: np.ndarray | None) -> Table:
     """One pass over the index files."""
-    blocks = -(-manifest.records // size)
+    blocks = -(-document_count(manifest) // size)
     tokens, documents = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
+    pages = np.zeros((blocks, 2), np.uint32)
     exclusion = Exclusion(name, directory, manifest, parents) if parents is not None else None
     first = 0
     for shard, index in enumerate(read_index(directory, manifest)):
@@ -147,8 +155,18 @@ def make_table(name: str, directory: Path, manifest: Manifest, size: int, parent
         part_places = parts["record"] // size
         _add(tokens, part_places, parts["stop"].astype(np.int64) - parts["start"])
         _add(documents, part_places, np.ones(len(parts), np.int64))
+        _add_pages(pages, size, first, index["page"])
         first += len(index)
-    return Table(size, tokens, documents, exclusion.finish() if exclusion else Remains.nothing())
+    return Table(size, tokens, documents, pages, exclusion.finish() if exclusion else Remains.nothing())
+
+
+def _add_pages(pages: np.ndarray, size: int, first: int, of_records: np.ndarray) -> None:
+    """Notes where blocks begin and end among the records from `first` on."""
+    records = np.arange(first, first + len(of_records))
+    begins, ends = records % size == 0, (records + 1) % size == 0
+    ends[-1:] = True  # the last block may end here; if not, a later shard says where
+    pages[records[begins] // size, 0] = of_records[begins]
+    pages[records[ends] // size, 1] = of_records[ends]
 
 
 def _add(sums: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
@@ -168,6 +186,7 @@ def _keep(path: Path, table: Table) -> None:
                 file,
                 tokens=table.tokens,
                 documents=table.documents,
+                pages=table.pages,
                 touched=remains.touched,
                 parts=remains.parts,
                 counts=np.array(remains.counts, np.int64),
@@ -181,13 +200,13 @@ def _load(path: Path, size: int) -> Table:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:  # one read of a network disk
             remains = Remains(kept["touched"], kept["parts"], tuple(kept["counts"].tolist()))
-            return Table(size, kept["tokens"], kept["documents"], remains)
+            return Table(size, kept["tokens"], kept["documents"], kept["pages"], remains)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, it is made again") from error
 
 
 def open_documents(name: str, directory: Path, manifest: Manifest, table: Table) -> SourceDocuments:
-    return SourceDocuments(table, IndexFiles(directory, manifest), manifest.records, name)
+    return SourceDocuments(table, IndexFiles(directory, manifest), document_count(manifest), name)
 
 
 def documents_in_memory(lengths: Sequence[int], name: str = "memory") -> SourceDocuments:
@@ -199,7 +218,8 @@ def documents_in_memory(lengths: Sequence[int], name: str = "memory") -> SourceD
     tokens = np.add.reduceat(index["tokens"].astype(np.int64), firsts)
     documents = np.diff(np.append(firsts, len(lengths)))
 
-    def read(ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        return [index[first:stop] for first, stop in ranges]
+    def read(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        return np.concatenate([index[first:stop] for first, stop in ranges])
 
-    return SourceDocuments(Table(size, tokens, documents, Remains.nothing()), read, len(lengths), name)
+    pages = np.zeros((len(firsts), 2), np.uint32)
+    return SourceDocuments(Table(size, tokens, documents, pages, Remains.nothing()), read, len(lengths), name)

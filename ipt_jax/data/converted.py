@@ -13,7 +13,7 @@ import numpy as np
 
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Manifest
-from ipt_jax.data.lengths import CharacterEnds
+from ipt_jax.data.lengths import CharacterEnds, document_count
 
 PARTS = np.dtype([("record", "<i8"), ("start", "<u4"), ("stop", "<u4")])
 
@@ -63,7 +63,7 @@ class Exclusion:
         self._name, self._directory, self._manifest = name, directory, manifest
         self._parents = parents[np.argsort(parents["id"])]
         self._found = np.zeros(len(parents), bool)
-        self._touched = np.zeros(manifest.records, bool)
+        self._touched = np.zeros(document_count(manifest), bool)
         self._parts: list[np.ndarray] = []
         self._shared, self._lost = 0, 0
 

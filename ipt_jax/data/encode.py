@@ -7,19 +7,17 @@ says so; BOS never is. Documents are taken in batches, because one call a docume
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
-from typing import Literal, NamedTuple
+from itertools import accumulate, chain, pairwise, repeat
+from typing import NamedTuple
 
 import numpy as np
 
-from ipt_jax.corpus.records import Document, Segment
+from ipt_jax.corpus.records import Document, Segment, TokenType
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
+from ipt_jax.data.converted import ranges
 
 BOS, EOS = Segment(control="bos"), Segment(control="eos")
-NO_CHARACTERS = np.zeros(1, np.uint32)
-Dtype = Literal["uint16", "uint32"]
-TOKEN_TYPES: dict[Dtype, str] = {"uint16": "<u2", "uint32": "<u4"}  # as they stand in records
 
 
 class TokenRow(NamedTuple):
@@ -30,101 +28,90 @@ class TokenRow(NamedTuple):
     characters: np.ndarray | None
 
 
-class Encoded(NamedTuple):
-    """One piece of text."""
-
-    tokens: np.ndarray
-    characters: np.ndarray
-
-
 def tokenize_documents(
     documents: Sequence[Document], tokenizer: Tokenizer, *, bos: bool = True, eos: bool = True
 ) -> Iterator[TokenRow]:
     """The tokens of each document. `bos` and `eos` act only where a document has no control segment."""
-    segmented = [_with_controls(document.segments, bos, eos) for document in documents]
-    first: list[str] = []
-    later: list[str] = []
-    for segments in segmented:
-        for segment, continuing in _texts(segments):
-            (later if continuing else first).append(segment.text)
+    segmented = [list(_pieces(document.segments, bos, eos)) for document in documents]
+    texts: dict[str, list[str]] = {"first": [], "later": []}
+    for pieces in segmented:
+        for segment, what in pieces:
+            if segment.text:
+                texts[what].append(segment.text)
     raw = any(document.kind == "raw" for document in documents)
-    firsts, laters = _encode(first, tokenizer, raw, False), _encode(later, tokenizer, raw, True)
-    controls = _controls(tokenizer)
-    for document, segments in zip(documents, segmented, strict=True):
-        pieces = [next(laters if continuing else firsts) for _, continuing in _texts(segments)]
-        yield _row(document, segments, pieces, controls)
+    pool = _Pool(texts["first"], texts["later"], tokenizer, raw)
+    rows = [pool.lay(document, pieces) for document, pieces in zip(documents, segmented, strict=True)]
+    tokens, characters = pool.laid()
+    end = 0
+    for document, (size, runs) in zip(documents, rows, strict=True):
+        start, end = end, end + size
+        yield TokenRow(tokens[start:end], runs, characters[start:end] if document.kind == "raw" and size else None)
 
 
-def token_dtype(tokenizer: Tokenizer) -> Dtype:
+def token_dtype(tokenizer: Tokenizer) -> TokenType:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
-def _with_controls(segments: list[Segment], bos: bool, eos: bool) -> list[Segment]:
-    if any(segment.control for segment in segments):
-        return segments
-    return [BOS] * bos + segments + [EOS] * eos
-
-
-def _texts(segments: list[Segment]) -> Iterator[tuple[Segment, bool]]:
-    """The segments that hold text, and whether each goes on from a former one of its example."""
+def _pieces(segments: list[Segment], bos: bool, eos: bool) -> Iterator[tuple[Segment, str]]:
+    """The segments that make tokens, each with what it is: `bos`, `eos`, a `first` text of its example or a `later`."""
+    if not any(segment.control for segment in segments):
+        segments = [BOS] * bos + segments + [EOS] * eos
     continuing = False
     for segment in segments:
         if segment.control:
             continuing = segment.control == "eos"
+            yield segment, segment.control
         elif segment.text:
-            yield segment, continuing
+            yield segment, "later" if continuing else "first"
             continuing = True
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, raw: bool, continuing: bool) -> Iterator[Encoded]:
-    """All pieces in one call of the tokenizer. Only raw text needs characters."""
-    if not texts:
-        return
-    batch = tokenizer.encode_batch(texts, continuing)
-    dtype = token_dtype(tokenizer)
-    tokens = np.fromiter(chain.from_iterable(batch), dtype, count=sum(map(len, batch)))  # half of np.array's time
-    characters = tokenizer.characters(texts, batch, tokens, continuing) if raw else tokens[:0]
-    start = 0
-    for ids in batch:
-        here = slice(start, start + len(ids))
-        yield Encoded(tokens[here], characters[here])
-        start = here.stop
+class _Pool:
+    """The tokens of all texts of a batch, encoded in one call, and of the control tokens; laid out piece by piece."""
 
+    def __init__(self, first: list[str], later: list[str], tokenizer: Tokenizer, raw: bool):
+        """`raw`: whether characters are wanted."""
+        dtype = token_dtype(tokenizer)
+        controls = {
+            name: one for name, one in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)) if one is not None
+        }
+        found = [np.array(list(controls.values()), dtype)]
+        covered = [np.zeros(len(controls), np.uint32)]
+        self._places: dict[str, Iterator[tuple[int, int]]] = {
+            name: repeat((place, place + 1)) for place, name in enumerate(controls)
+        }
+        for name, texts in (("first", first), ("later", later)):
+            batch = tokenizer.encode_batch(texts, name == "later") if texts else []
+            sizes = [len(ids) for ids in batch]
+            tokens = np.fromiter(chain.from_iterable(batch), dtype, count=sum(sizes))  # half of np.array's time
+            if raw and texts:  # no other text needs characters
+                covered.append(tokenizer.characters(texts, batch, tokens, name == "later"))
+            self._places[name] = pairwise(accumulate(sizes, initial=sum(map(len, found))))
+            found.append(tokens)
+        self._tokens = np.concatenate(found)
+        self._characters = np.concatenate(covered) if raw else None
+        self._laid: list[tuple[int, int]] = []
 
-def _controls(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """The control tokens that the tokenizer has, as arrays of one."""
-    found = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    return {name: np.array([one], token_dtype(tokenizer)) for name, one in found.items() if one is not None}
-
-
-def _row(
-    document: Document, segments: list[Segment], pieces: list[Encoded], controls: dict[str, np.ndarray]
-) -> TokenRow:
-    """Lays out the segments' tokens in order."""
-    parts: list[np.ndarray] = []
-    covered: list[np.ndarray] = []
-    runs: list[tuple[int, int]] = []
-    texts = iter(pieces)
-    end = 0
-    for segment in segments:
-        if segment.control:
-            if segment.control not in controls:
+    def lay(self, document: Document, pieces: list[tuple[Segment, str]]) -> tuple[int, list[tuple[int, int]]]:
+        """Lays a document's tokens behind those of the one before: how many they are, and which are targets."""
+        runs: list[tuple[int, int]] = []
+        end = 0
+        for segment, what in pieces:
+            if what not in self._places:
                 raise UserError(
-                    f"document {document.id!r} holds a {segment.control} control, but the tokenizer has none; "
-                    "give one that has"
+                    f"document {document.id!r} holds a {what} control, but the tokenizer has none; give one that has"
                 )
-            piece = Encoded(controls[segment.control], NO_CHARACTERS)
-        elif segment.text:
-            piece = next(texts)
-        else:
-            continue
-        parts.append(piece.tokens)
-        covered.append(piece.characters)
-        start, end = end, end + len(piece.tokens)
-        if segment.loss and segment.control != "bos":
-            _add_run(runs, start, end)
-    tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
-    return TokenRow(tokens, runs, np.concatenate(covered) if parts and document.kind == "raw" else None)
+            place = next(self._places[what])
+            self._laid.append(place)
+            start, end = end, end + place[1] - place[0]
+            if segment.loss and what != "bos":
+                _add_run(runs, start, end)
+        return end, runs
+
+    def laid(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens laid out, and the characters that each covers."""
+        places = ranges(*np.array(self._laid, np.int64).reshape(-1, 2).T)
+        return self._tokens[places], np.zeros(0) if self._characters is None else self._characters[places]
 
 
 def _add_run(runs: list[tuple[int, int]], start: int, stop: int) -> None:

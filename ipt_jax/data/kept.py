@@ -1,10 +1,11 @@
-"""Results that several threads need for a while: made once each, the latest `size` of them kept."""
+"""Results that several threads need for a while: made once each, the `size` made last are kept."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from threading import Lock
 from typing import Generic, TypeVar
+
+from ipt_jax.data.threads import in_threads
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -15,24 +16,40 @@ class Kept(Generic[K, V]):
 
     def __init__(self, make: Callable[[K], V], size: int):
         self._make, self._size = make, size
-        self._results: OrderedDict[K, Future[V]] = OrderedDict()
+        self._made: dict[K, V] = {}
+        self._making: dict[K, Future[V]] = {}
         self._lock = Lock()
 
     def __call__(self, key: K) -> V:
         with self._lock:
-            future = self._results.get(key)
-            mine = future is None
+            if key in self._made:
+                return self._made[key]
+            future, mine = self._making.get(key), key not in self._making
             if future is None:
-                future = self._results[key] = Future()
-                if len(self._results) > self._size:
-                    self._results.popitem(last=False)
-            else:
-                self._results.move_to_end(key)
+                future = self._making[key] = Future()
         if mine:
-            try:
-                future.set_result(self._make(key))
-            except BaseException as error:
-                with self._lock:
-                    self._results.pop(key, None)
-                future.set_exception(error)
+            self._finish(key, future)
         return future.result()
+
+    def many(self, keys: Sequence[K]) -> list[V]:
+        """The results of several keys; what is missing is made in threads. `make` must not call this."""
+        with self._lock:
+            found = {key: self._made[key] for key in keys if key in self._made}
+        missing = [key for key in keys if key not in found]
+        found.update(zip(missing, in_threads(self, missing), strict=True))
+        return [found[key] for key in keys]
+
+    def _finish(self, key: K, future: Future[V]) -> None:
+        try:
+            made = self._make(key)
+        except BaseException as error:
+            with self._lock:
+                del self._making[key]
+            future.set_exception(error)
+            return
+        with self._lock:
+            del self._making[key]
+            self._made[key] = made
+            if len(self._made) > self._size:
+                del self._made[next(iter(self._made))]
+        future.set_result(made)

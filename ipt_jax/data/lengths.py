@@ -1,13 +1,14 @@
 """Side files of token shards: what planning must know about each document without opening a shard.
 
-Beside `tokens-00000-of-00010.array_record` lie `….index.npy` (a row a document: tokens, characters, a key of its id),
-`….parents.npy` (a row a parent: key of the raw id, character span) and, where the shard holds raw documents,
-`….chars.npy` (characters that each token covers, control tokens none). Index and parents are checked against the
-manifest's digests and counts; the characters of a document are checked against its row when they are used.
+Beside `tokens-00000-of-00010.array_record` lie `….index.npy` (a row a document: tokens, characters, the record of the
+shard that holds it, a key of its id), `….parents.npy` (a row a parent: key of the raw id, character span) and, where
+the shard holds raw documents, `….chars.npy` (characters that each token covers, control tokens none). Index and parents
+are checked against the manifest's digests and counts; the characters of a document against its row when they are used.
 
 A key is the first 64 bits of BLAKE2b of the id: among 2e8 ids two share a key with probability 1e-3.
 """
 
+import bisect
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,18 @@ from ipt_jax.corpus.shards import Manifest, ShardEntry
 from ipt_jax.data.kept import Kept
 from ipt_jax.data.threads import in_threads
 
-INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("id", "<u8")])
+INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("page", "<u4"), ("id", "<u8")])
 PARENTS = np.dtype([("id", "<u8"), ("start", "<u4"), ("end", "<u4")])
 OPEN_FILES = 128
 
 
 def id_key(document_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "little")
+
+
+def document_count(counted: Manifest | ShardEntry) -> int:
+    """The documents of a token directory or of one shard. Its records are pages of them; its counts are by kind."""
+    return sum(counted.counts.values())
 
 
 def side_path(directory: Path, shard: str, what: str) -> Path:
@@ -38,23 +44,24 @@ def read_index(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
     """The index of each shard. Raises UserError naming a file that is absent or differs from the manifest."""
     for entry in manifest.shards:
         index = _read_checked(directory, manifest, entry, "index")
-        if len(index) != entry.records or int(index["tokens"].sum(dtype=np.int64)) != entry.tokens:
+        if len(index) != document_count(entry) or int(index["tokens"].sum(dtype=np.int64)) != entry.tokens:
             raise UserError(_damaged(side_path(directory, entry.name, "index")))
         yield index
 
 
 class IndexFiles:
-    """Index rows of any ranges of a directory's records, read as they are asked for."""
+    """Index rows of any ranges of a directory's documents, read as they are asked for."""
 
     def __init__(self, directory: Path, manifest: Manifest):
         self._paths = [side_path(directory, entry.name, "index") for entry in manifest.shards]
-        self._ends = np.cumsum([entry.records for entry in manifest.shards])
+        self._ends = np.cumsum([document_count(entry) for entry in manifest.shards]).tolist()
         self._files = Kept(self._open, OPEN_FILES)
 
-    def __call__(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        return in_threads(self._read, ranges)
+    def __call__(self, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The rows of all ranges, joined."""
+        return np.frombuffer(b"".join(in_threads(self._read, ranges)), INDEX)
 
-    def _read(self, span: tuple[int, int]) -> np.ndarray:
+    def _read(self, span: tuple[int, int]) -> bytes:
         first, stop = span
         found = []
         for shard, low, high in shards_of(self._ends, first, stop):
@@ -63,26 +70,26 @@ class IndexFiles:
             data = os.pread(file.fileno(), size, start + low * INDEX.itemsize)
             if len(data) != size:
                 raise UserError(_damaged(self._paths[shard]))
-            found.append(np.frombuffer(data, INDEX))
-        return np.concatenate(found) if len(found) > 1 else found[0]
+            found.append(data)
+        return b"".join(found)
 
     def _open(self, shard: int) -> tuple[BinaryIO, int]:
         """The file, which closes when its last user lets go of it, and where its rows begin."""
         path = self._paths[shard]
-        records = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+        documents = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
         try:
             file = path.open("rb", buffering=0)
         except OSError as error:
             raise UserError(f"{path}: absent; run ipt tokenize again to make it") from error
-        return file, os.fstat(file.fileno()).st_size - records * INDEX.itemsize  # rows end the file
+        return file, os.fstat(file.fileno()).st_size - documents * INDEX.itemsize  # rows end the file
 
 
-def shards_of(ends: np.ndarray, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(shard, first, stop within it) of records [first, stop) of a directory whose shards end at `ends`."""
-    shard = int(np.searchsorted(ends, first, side="right"))
+def shards_of(ends: Sequence[int], first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first, stop within it) of what has numbers [first, stop) in a directory whose shards end at `ends`."""
+    shard = bisect.bisect_right(ends, first)
     while first < stop:
-        start = int(ends[shard - 1]) if shard else 0
-        high = min(stop, int(ends[shard]))
+        start = ends[shard - 1] if shard else 0
+        high = min(stop, ends[shard])
         if first < high:
             yield shard, first - start, high - start
         first, shard = high, shard + 1

@@ -8,6 +8,7 @@ first call, uses jax's tree functions where jax is installed.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 
@@ -16,9 +17,11 @@ from ipt_jax.data.plan import Plan
 
 READ_THREADS = 2
 READ_TOKENS = 1 << 18  # of one host, in one element of the data set: larger ones outgrow the processor's caches
-READS_TO_LOAD = 36  # so far ahead the blocks of the next window are read: on a network disk they take a while
+READS_TO_LOAD = 36  # so far ahead the blocks of the next windows are read: on a network disk they take a while
+READS_TOGETHER = 4  # whose blocks are looked up at once
+LOADING_THREADS = 4
 AHEAD_BYTES = 256 << 20  # most memory that elements read ahead may take, beyond the two that overlap with a step
-AHEAD_READS = 32  # a window of blocks and more
+AHEAD_READS = 8  # more outgrow the caches; blocks are read further ahead
 TOKEN_BYTES = 5 * 4 + 1  # of a row's fields
 
 
@@ -29,7 +32,8 @@ class HostReads:
         self._plan, self._start, self.steps = plan, start, steps
         self._rows_per_step, self._host, self._hosts = rows_per_step, host, hosts
         self.stop = -(-plan.rows // rows_per_step)
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._ahead = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="ahead")
+        self._loaded, self._lock = 0, Lock()
 
     def __len__(self) -> int:
         return max(-(-(self.stop - self._start) // self.steps), 0)
@@ -38,10 +42,19 @@ class HostReads:
         """Each field's array [steps, rows_per_step / hosts, T]."""
         rows = self._rows(int(read))
         if self._hosts == 1:
-            # What fails here fails again, and is told, when its own turn comes.
-            self._ahead.submit(self._plan.load_blocks, self._rows(int(read) + READS_TO_LOAD).ravel().tolist())
+            self._load_ahead(int(read))
         made = self._plan.batch(rows.ravel().tolist(), whole_blocks=self._hosts == 1)
         return {name: array.reshape(*rows.shape, -1) for name, array in made.items()}
+
+    def _load_ahead(self, read: int) -> None:
+        """Has the blocks of the reads after this one read. What fails there fails again, and is told, in its turn."""
+        with self._lock:
+            first = max(self._loaded, read)
+            self._loaded = max(first, min((read + READS_TO_LOAD) // READS_TOGETHER * READS_TOGETHER, len(self)))
+            groups = range(first, self._loaded, READS_TOGETHER)
+        for group in groups:
+            rows = [self._rows(one).ravel() for one in range(group, min(group + READS_TOGETHER, self._loaded))]
+            self._ahead.submit(self._plan.load_blocks, np.concatenate(rows).tolist())
 
     def _rows(self, read: int) -> np.ndarray:
         """The rows of this host at the steps of a read; none beyond the last."""

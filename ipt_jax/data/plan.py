@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from ipt_jax.corpus.records import KINDS
+from ipt_jax.corpus.records import KINDS, TokenType
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import Manifest, Shards
 from ipt_jax.data.blocks import SourceDocuments, contents, open_documents, open_table
 from ipt_jax.data.mix import check_sources, solve_mix
 from ipt_jax.data.order import MergedOrder, Stream
 from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat, Packing
-from ipt_jax.data.records import RecordReader, Tokens
+from ipt_jax.data.pages import open_token_shards
+from ipt_jax.data.records import FOUND, Found, RecordReader
 from ipt_jax.data.rows import render
 from ipt_jax.data.settings import DataSettings, SourceMix
 from ipt_jax.data.table import plan_summary_table
@@ -77,15 +78,9 @@ class Plan:
         self.vocab_size: int = identity["vocab_size"]
         self.tokenizer_digest: str = identity["tokenizer"]
         self.tokenizer_dir = sources[0].path / "tokenizer"
-        self._dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        self._dtype: TokenType = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
         self._readers = [
-            RecordReader(
-                source.path,
-                source.manifest,
-                block=source.documents.table.size,
-                window=stream.window_blocks,
-                dtype=self._dtype,
-            )
+            RecordReader(source.path, source.manifest, source.documents, window=stream.window_blocks, dtype=self._dtype)
             for source, stream in zip(sources, self._streams, strict=True)
         ]
 
@@ -150,8 +145,8 @@ class Plan:
         """Several rows: each field's array [len(rows), T]. `whole_blocks` reads the neighbours of each document with
         it and keeps them for a while, for a reader that goes through all rows."""
         pieces = self._pieces(rows)
-        documents = self._read(pieces, whole_blocks)
-        return render(pieces, documents, len(rows), self.settings.seq_len, self._dtype)
+        found = self._read(pieces, whole_blocks)
+        return render(pieces, found, len(rows), self.settings.seq_len, self._dtype)
 
     def load_blocks(self, rows: Sequence[int]) -> None:
         """Reads the blocks that `batch(rows, whole_blocks=True)` will ask for."""
@@ -161,24 +156,27 @@ class Plan:
 
     def _pieces(self, rows: Sequence[int]) -> np.ndarray:
         """The pieces of some rows; `row` counts from 0."""
-        found = [np.zeros(0, PIECE)]
+        found = []
         for slot, first, stop in _runs(rows, self.rows):
-            found.append(self._packing.pieces(first, stop))
+            found.append(self._packing.pieces(first, stop).copy())
             found[-1]["row"] += slot - first
-        return np.concatenate(found)
+        return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, PIECE), *found])
 
-    def _read(self, pieces: np.ndarray, whole_blocks: bool) -> list[Tokens]:
-        """The record of each piece. Reads each once, each source's in ascending order."""
-        documents = np.empty(len(pieces), object)
+    def _read(self, pieces: np.ndarray, whole_blocks: bool) -> Found:
+        """The document of each piece."""
+        places, runs = np.empty(len(pieces), FOUND), [np.zeros((0, 2), np.uint32)]
+        buffers: list[bytes] = []
         for source, reader in enumerate(self._readers):
             mine = np.flatnonzero(pieces["source"] == source)
             if not len(mine):
                 continue
-            _, firsts, places = np.unique(pieces["document"]["record"][mine], return_index=True, return_inverse=True)
-            records = np.empty(len(firsts), object)
-            records[:] = reader.read(pieces["document"][mine[firsts]], whole_blocks=whole_blocks)
-            documents[mine] = records[places]
-        return documents.tolist()
+            found = reader.read(pieces["document"][mine], whole_blocks=whole_blocks)
+            found.places["buffer"] += len(buffers)
+            found.places["run"] += sum(map(len, runs))
+            places[mine] = found.places
+            buffers += found.buffers
+            runs.append(found.runs)
+        return Found(places, buffers, np.concatenate(runs))
 
 
 def _runs(rows: Sequence[int], end: int) -> Iterator[tuple[int, int, int]]:
@@ -212,7 +210,7 @@ def build_plan(settings: DataSettings, *, rows_per_step: int) -> Plan:
     """The plan of `settings`. Checks that shards are whole by size, and index files by checksum when their block table
     is made; each record is checked when it is read. Raises UserError for what is damaged or cannot be met."""
     check_sources(settings.sources)
-    opened = {source.name: Shards(source.path, "tokenize", verify=False) for source in settings.sources}
+    opened = {source.name: open_token_shards(source.path, verify=False) for source in settings.sources}
     _check_tokenizers(settings, opened)
     sources = [_open_source(source, opened) for source in settings.sources]
     amounts = solve_mix(settings, [source.documents.tokens for source in sources])

@@ -10,38 +10,32 @@ Documents 7 8 9 2 and 5 6 2, T = 5, packed by `concat`:
 All rows of a call are made together, by a few passes over all their tokens and about a microsecond a piece.
 """
 
-from collections.abc import Sequence
-from itertools import chain
-
 import numpy as np
 
-from ipt_jax.corpus.records import KINDS
-from ipt_jax.data.records import Tokens
+from ipt_jax.data.converted import ranges
+from ipt_jax.data.records import Found
 
-KIND_CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}  # 0 is padding
 INT_FIELDS = ("tokens", "targets", "segment_ids", "positions", "kinds")  # and loss_mask, of truth values
 
 
-def render(
-    pieces: np.ndarray, documents: Sequence[Tokens], rows: int, seq_len: int, dtype: str
-) -> dict[str, np.ndarray]:
-    """Each field's array [rows, T]. `pieces["row"]` counts from 0; `documents`: the record of each piece."""
+def render(pieces: np.ndarray, found: Found, rows: int, seq_len: int, dtype: str) -> dict[str, np.ndarray]:
+    """Each field's array [rows, T]. `pieces["row"]` counts from 0; `found`: the document of each piece."""
     lengths = pieces["length"].astype(np.int64)
     begins = np.cumsum(lengths) - lengths  # of each piece among the joined tokens
-    first = pieces["document"]["start"].astype(np.int64) + pieces["offset"]  # within the record
-    stop = pieces["document"]["start"].astype(np.int64) + pieces["document"]["length"]  # of the document
+    first = pieces["document"]["start"].astype(np.int64) + pieces["offset"]  # within the whole document
+    stop = pieces["document"]["start"].astype(np.int64) + pieces["document"]["length"]  # of what takes part of it
     numbers = np.arange(1, len(pieces) + 1) - np.searchsorted(pieces["row"], pieces["row"], side="left")
     # One allocation for all fields: large ones come in huge pages, and page faults were a quarter of the time.
     total = int(lengths.sum())
     flat = np.empty((len(INT_FIELDS), total), np.int32)
     tokens, targets, segment_ids, positions, kinds = flat
-    tokens[:], following = _joined(documents, first, lengths, stop, np.dtype(dtype))
-    targets[:-1] = tokens[1:]
-    targets[begins + lengths - 1] = following
+    joined = _gather(found, first, lengths, np.dtype(dtype))
+    tokens[:], targets[:-1] = joined, joined[1:]
+    targets[begins + lengths - 1] = _following(found, joined[begins], first, lengths, stop, np.dtype(dtype))
     segment_ids[:] = np.repeat(numbers.astype(np.uint16 if seq_len < 1 << 16 else np.int32), lengths)
     np.subtract(np.arange(total, dtype=np.int32), np.repeat(begins.astype(np.int32), lengths), out=positions)
-    kinds[:] = np.repeat(np.array([KIND_CODES[one.kind] for one in documents], np.uint8), lengths)
-    mask = _loss_mask(documents, begins, first, lengths, stop)
+    kinds[:] = np.repeat(found.places["kind"], lengths)
+    mask = _loss_mask(found, begins, first, lengths, stop)
     if total < rows * seq_len:
         filled = np.bincount(pieces["row"], lengths, minlength=rows).astype(np.int64)
         flat, mask = _padded(flat, mask, np.arange(seq_len) < filled[:, None])
@@ -49,31 +43,39 @@ def render(
     return fields | {"loss_mask": mask.reshape(rows, seq_len)}
 
 
-def _joined(
-    documents: Sequence[Tokens], first: np.ndarray, lengths: np.ndarray, stop: np.ndarray, dtype: np.dtype
-) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all pieces, one after another, and the token that follows each piece in its document, or 0."""
-    width = dtype.itemsize
-    low, high = (first * width).tolist(), ((first + lengths) * width).tolist()
-    joined = b"".join([one.tokens[a:b] for one, a, b in zip(documents, low, high, strict=True)])
-    tokens = np.frombuffer(joined, dtype.newbyteorder("<"))
-    following = np.zeros(len(documents), np.int32)
-    for piece in np.flatnonzero(first + lengths < stop).tolist():
-        after = documents[piece].tokens[high[piece] : high[piece] + width]
-        following[piece] = int.from_bytes(after, "little")
-    return tokens, following
+def _gather(found: Found, first: np.ndarray, lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The tokens of all pieces, one after another."""
+    low = (found.places["start"] + first) * dtype.itemsize
+    slices = zip(found.places["buffer"].tolist(), low.tolist(), (low + lengths * dtype.itemsize).tolist(), strict=True)
+    return np.frombuffer(b"".join([found.buffers[of][a:b] for of, a, b in slices]), dtype.newbyteorder("<"))
+
+
+def _following(
+    found: Found, firsts: np.ndarray, first: np.ndarray, lengths: np.ndarray, stop: np.ndarray, dtype: np.dtype
+) -> np.ndarray:
+    """The token that follows each piece in its document, or 0. `firsts`: the first token of each piece, which follows
+    the piece before where that one was cut there, as `concat` does at the end of a row."""
+    following = np.zeros(len(firsts), np.int32)
+    goes_on = first + lengths < stop
+    start, of = found.places["start"] + first, found.places["buffer"]
+    next_goes_on = goes_on[:-1] & (start[1:] == (start + lengths)[:-1]) & (of[1:] == of[:-1])
+    following[:-1][next_goes_on] = firsts[1:][next_goes_on]
+    goes_on[:-1] &= ~next_goes_on
+    for piece in np.flatnonzero(goes_on).tolist():
+        at = int(start[piece] + lengths[piece]) * dtype.itemsize
+        following[piece] = int.from_bytes(found.buffers[of[piece]][at : at + dtype.itemsize], "little")
+    return following
 
 
 def _loss_mask(
-    documents: Sequence[Tokens], begins: np.ndarray, first: np.ndarray, lengths: np.ndarray, stop: np.ndarray
+    found: Found, begins: np.ndarray, first: np.ndarray, lengths: np.ndarray, stop: np.ndarray
 ) -> np.ndarray:
     """Whether the token that each place predicts is a target. Token t is predicted at t - 1, within its document."""
-    counts = np.array([len(one.loss_runs) for one in documents], np.int64)
-    runs = np.array(list(chain.from_iterable(chain.from_iterable(one.loss_runs for one in documents))), np.int64)
-    piece = np.repeat(np.arange(len(documents)), counts)
-    low = np.maximum(runs[0::2], first[piece] + 1)
-    high = np.minimum(runs[1::2], np.minimum(first + lengths + 1, stop)[piece])
-    shift = (begins - first - 1)[piece]  # from a target's place in the record to that of its prediction here
+    runs = found.runs[ranges(found.places["run"], found.places["run"] + found.places["runs"])].astype(np.int64)
+    piece = np.repeat(np.arange(len(begins)), found.places["runs"])
+    low = np.maximum(runs[:, 0], first[piece] + 1)
+    high = np.minimum(runs[:, 1], np.minimum(first + lengths + 1, stop)[piece])
+    shift = (begins - first - 1)[piece]  # from a target's place in the document to that of its prediction here
     edges = np.stack([low + shift, high + shift], axis=1)[low < high].ravel()  # ascending: where loss begins and ends
     widths = np.diff(edges, prepend=0, append=int(lengths.sum()))
     return np.repeat(np.arange(len(widths)) % 2 == 1, widths)

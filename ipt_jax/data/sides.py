@@ -20,35 +20,36 @@ ALL = ("index", "parents", "chars")
 
 
 class SideWriter:
-    """The side files of the shard at `temporary`, a row a document in record order."""
+    """The side files of the shard at `temporary`, a row a document in their order."""
 
     def __init__(self, temporary: Path):
         self._index = _Column(_temporary(temporary, "index"), INDEX)
         self._parents = _Column(_temporary(temporary, "parents"), PARENTS)
         self._chars = _Column(_temporary(temporary, "chars"), np.dtype(np.uint8))
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[int, int, int, int]] = []
         self._parent_rows: list[tuple[int, int, int]] = []
         self._kept: list[np.ndarray] = []
         self._any_characters = False
 
-    def add(self, document_id: str, tokens: int, characters: np.ndarray | None, parents: list[Parent]) -> None:
-        """`characters`: how many characters of its text each token covers, for a raw document."""
-        covered = 0
-        if characters is None:
-            characters = np.zeros(tokens, np.uint8)
-        else:
-            covered, self._any_characters = int(characters.sum()), True
-        self._kept.append(characters)
-        self._rows.append((tokens, covered, id_key(document_id)))
+    def add(
+        self, document_id: str, page: int, tokens: int, characters: np.ndarray | None, parents: list[Parent]
+    ) -> None:
+        """`page`: the record that holds it. `characters`: how many of its text each token covers, if it is raw."""
+        self._any_characters |= characters is not None
+        self._kept.append(np.zeros(tokens, np.uint8) if characters is None else characters)
+        self._rows.append((tokens, 0, page, id_key(document_id)))
         self._parent_rows += [(id_key(parent.id), parent.start, parent.end) for parent in parents]
         if len(self._rows) == KEPT_ROWS:
             self._write_kept()
 
     def _write_kept(self) -> None:
         if self._rows:
-            self._index.write(np.array(self._rows, INDEX))
+            rows, characters = np.array(self._rows, INDEX), np.concatenate(self._kept)
+            starts = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
+            rows["characters"] = np.add.reduceat(characters, starts, dtype=np.uint32)
+            self._index.write(rows)
             self._parents.write(np.array(self._parent_rows, PARENTS))
-            self._chars.write(np.concatenate(self._kept))
+            self._chars.write(characters)
         self._rows, self._parent_rows, self._kept = [], [], []
 
     def close(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`ipt tokenize`: documents in, shards of TokenDocuments out.
+"""`ipt tokenize`: documents in, shards of their tokens out, page by page.
 
 One unit of the input (see corpus.sources) becomes one shard, written by a worker process under a temporary name and
 sealed by the parent, so that a run again makes only what is missing, and the number of workers changes no byte. A run
@@ -23,15 +23,16 @@ from pydantic import Field
 
 from ipt_jax.corpus.executor import run_units
 from ipt_jax.corpus.progress import Progress
-from ipt_jax.corpus.records import Document, TokenDocument, encode
+from ipt_jax.corpus.records import Document, TokenDocument
 from ipt_jax.corpus.settings import Settings, UserError
-from ipt_jax.corpus.shards import Manifest, Output, write_shard, writing
+from ipt_jax.corpus.shards import Manifest, Output, writing
 from ipt_jax.corpus.sources import UNIT_BYTES, SourceSettings, Unit, plan_units, read_unit, source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.duplicates import find_duplicates, usable
-from ipt_jax.data.encode import TOKEN_TYPES, token_dtype, tokenize_documents
-from ipt_jax.data.lengths import read_index
-from ipt_jax.data.sides import SideWriter, name_side_files, side_damage, side_digests, side_names
+from ipt_jax.data.encode import token_dtype, tokenize_documents
+from ipt_jax.data.lengths import document_count, read_index
+from ipt_jax.data.pages import RECORDS, Written, write_token_shard
+from ipt_jax.data.sides import name_side_files, side_damage, side_digests, side_names
 
 STAGE = "tokenize"
 SHARD = "tokens"
@@ -99,7 +100,7 @@ def run_tokenize(settings: TokenizeSettings) -> dict[str, Any]:
             manifest = output.manifest
     seconds = time.monotonic() - started
     return {
-        "documents": manifest.records,
+        "documents": document_count(manifest),
         "tokens": manifest.tokens,
         "dropped": manifest.dropped,
         "tokens_per_second": round(made_tokens / seconds, 1),
@@ -122,6 +123,7 @@ def _check_controls(settings: TokenizeSettings, tokenizer: Tokenizer) -> None:
 
 def _identity(settings: TokenizeSettings, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
+        "records": RECORDS,
         "tokenizer": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
         "inputs": [source_identity(source) for source in settings.inputs],
@@ -198,7 +200,7 @@ def _finish(output: Output, tokenizer: Tokenizer) -> Manifest:
 
 def _duplicate_ids(output: Output) -> int:
     """Documents whose id stood before, counted in passes over a part of the ids each: memory does not grow."""
-    passes = -(-output.manifest.records // IDS_A_PASS)
+    passes = -(-document_count(output.manifest) // IDS_A_PASS)
     count = 0
     for number in range(passes):
         indexes = read_index(output.path, output.manifest)
@@ -213,9 +215,7 @@ def tokenize_unit(job: Job) -> Made:
     tokenizer = _open_tokenizer(job.tokenizer)
     counts, dropped = Counter[str](), Counter[str]()
     with writing(job.temporary.parent):
-        side = SideWriter(job.temporary)
-        records = write_shard(job.temporary, _records(job, tokenizer, side, counts, dropped))
-        sides = side.close()
+        records, sides = write_token_shard(job.temporary, _written(job, tokenizer, counts, dropped))
     tokens = counts.pop("tokens", 0)
     return Made(records, tokens, dict(counts), dict(dropped), sides)
 
@@ -226,24 +226,22 @@ def _open_tokenizer(path: str) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _records(
-    job: Job, tokenizer: Tokenizer, side: SideWriter, counts: Counter[str], dropped: Counter[str]
-) -> Iterator[bytes]:
+def _written(job: Job, tokenizer: Tokenizer, counts: Counter[str], dropped: Counter[str]) -> Iterator[Written]:
     dtype = token_dtype(tokenizer)
+    little_endian = np.dtype(dtype).newbyteorder("<")
     for batch in _batches(job, dropped):
         rows = tokenize_documents(batch, tokenizer, bos=job.source.bos, eos=job.source.eos)
         for document, row in zip(batch, rows, strict=True):
-            size = len(row.tokens)
-            if not size:
+            if not len(row.tokens):
                 dropped["no_token"] += 1
                 continue
-            side.add(document.id, size, row.characters, document.parents)
             counts[document.kind] += 1
-            counts["tokens"] += size
-            data = row.tokens.astype(TOKEN_TYPES[dtype], copy=False).tobytes()
-            yield encode(
-                TokenDocument(document.id, document.kind, dtype, data, row.loss_runs, document.parents, document.source)
+            counts["tokens"] += len(row.tokens)
+            data = row.tokens.astype(little_endian, copy=False).tobytes()
+            made = TokenDocument(
+                document.id, document.kind, dtype, data, row.loss_runs, document.parents, document.source
             )
+            yield Written(made, row.characters)
 
 
 def _batches(job: Job, dropped: Counter[str]) -> Iterator[list[Document]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ipt_jax.corpus.records import KIND_CODES
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from ipt_jax.data.plan import Plan
-from ipt_jax.data.rows import KIND_CODES
 
 KIND_NAMES = {code: str(kind) for kind, code in KIND_CODES.items()}
 

@@ -4,7 +4,7 @@ and a scripted one for tests and rehearsals."""
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.settings import UserError, digest
+from ipt_jax.corpus.settings import DigestOf, UserError, digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import FAILURES, Completion, Engine, EngineDied, RequestFailed, weights_digest
@@ -33,20 +33,22 @@ def synthesizer_tokenizer(settings: SynthesizerSettings) -> Tokenizer:
     raise UserError(f"synthesizer.model {model}: no tokenizer.json or tokenizer.model in it; copy the model's there")
 
 
-def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer) -> str:
+def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer, digest_of: DigestOf = file_digest) -> str:
     """What answers, by its contents. The scripted engine has no weights, a server's are known by the name it gives."""
     if settings.engine == "scripted":
         return digest({"engine": "scripted", "tokenizer": tokenizer.digest})
     if settings.engine == "openai":
         return digest({"engine": "openai", "tokenizer": tokenizer.digest, "served_model": settings.served_name})
-    return weights_digest(settings.model)
+    return weights_digest(settings.model, digest_of)
 
 
-def synthesizer_identity(settings: SynthesizerSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+def synthesizer_identity(
+    settings: SynthesizerSettings, tokenizer: Tokenizer, digest_of: DigestOf = file_digest
+) -> dict[str, Any]:
     """What decides the answers, by contents: neither paths nor what only changes the speed."""
     return {
         **settings.meaning,
-        "weights": model_digest(settings, tokenizer),
+        "weights": model_digest(settings, tokenizer, digest_of),
         "tokenizer": {"digest": tokenizer.digest, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
     }
 

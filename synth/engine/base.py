@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ipt_jax.corpus.settings import Fault, UserError, digest, directory_digest, file_digest
+from ipt_jax.corpus.settings import DigestOf, Fault, UserError, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 
 
@@ -128,19 +128,19 @@ def refuse_vocabulary(model: str, tokenizer: Tokenizer, known: int) -> None:
         )
 
 
-def weights_digest(model: str) -> str:
+def weights_digest(model: str, digest_of: DigestOf = file_digest) -> str:
     """SHA-256 over config and weights of an HF directory or a checkpoint, wherever it lies. UserError without them."""
     directory = Path(model)
     if (directory / "config.json").is_file():
         weights = sorted(directory.glob("*.safetensors"))
         if not weights:
             raise UserError(f"synthesizer.model {model}: config.json but no *.safetensors; put the weights there")
-        return directory_digest([directory / "config.json", *weights])
+        return directory_digest([directory / "config.json", *weights], digest_of)
     checkpoint = latest_checkpoint(directory)
     folders = [checkpoint / name for name in ("params", "checkpoint")]  # of a training run, of `ipt import`
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [str(path.relative_to(checkpoint)) for path in files]
-    return digest([file_digest(checkpoint / "model.json"), *zip(names, map(file_digest, files), strict=True)])
+    return digest([digest_of(checkpoint / "model.json"), *zip(names, map(digest_of, files), strict=True)])
 
 
 def latest_checkpoint(directory: Path) -> Path:

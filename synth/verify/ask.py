@@ -146,6 +146,8 @@ async def ask_score(name: str, case: Case) -> float | str:
             return await ASKED_SCORES[name](replace(case, attempt=attempt))
         except Unscored as error:
             return str(error)
-        except RequestFailed:
-            continue
-    return "error"
+        except RequestFailed as error:
+            failure = error
+        if failure.lasting:
+            break
+    return failure.reason

@@ -16,7 +16,7 @@ TextScore = Literal[
     "combined",
 ]
 EngineScore = Literal["open_closed", "agreement"]
-ScoreName = TextScore | EngineScore
+ScoreName = Literal[TextScore, EngineScore]
 
 ENGINE_SCORES: frozenset[str] = frozenset(get_args(EngineScore))
 # An engine says more about options than their form does, where there is one.

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 from ipt_jax.corpus.executor import run_units
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import SynthGroup, decode, encode
-from ipt_jax.corpus.settings import UserError, digest
+from ipt_jax.corpus.settings import Fault, UserError, digest
 from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
 from synth.drive import drive
-from synth.engine import Engine, open_engine, synthesizer_identity
+from synth.engine import Engine, EngineDied, open_engine, synthesizer_identity
 from synth.groups import decode_group
+from synth.prompt import FORMAT
 from synth.spool import Spool
 from synth.verify.settings import VerifySettings
 from synth.verify.verifier import VERSION, Verifier, make_verifier, score_figures, tally_scores
@@ -68,7 +69,7 @@ def verify_identity(settings: VerifySettings, shards: Shards, verifier: Verifier
         "groups": digest([entry.sha256 for entry in shards.manifest.shards]),
         "scores": list(verifier.names),
         "version": VERSION,
-        "synthesizer": judge and synthesizer_identity(judge.synthesizer, judge.tokenizer),
+        "synthesizer": judge and {**synthesizer_identity(judge.synthesizer, judge.tokenizer), "format": FORMAT},
         "seed": judge and settings.seed,
     }
 
@@ -81,7 +82,10 @@ def fill(work: Work) -> None:
         judge = work.verifier.judge
         assert judge is not None
         engine = open_engine(judge.synthesizer, judge.tokenizer)
-        stopped_by = asyncio.run(ask_shards(engine, work, progress))
+        try:
+            stopped_by = asyncio.run(ask_shards(engine, work, progress))
+        except EngineDied as error:
+            raise Fault(f"{error}; what is scored is stored, run the same command again to go on") from error
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped_by is not None:
