@@ -118,7 +118,7 @@ def synthesize(
                 fill(settings, chain, store)
         except EngineDied as error:
             raise Fault(
-                f"{error}; {store.counts['texts']:,} of {work.texts:,} texts are stored in {settings.output}; "
+                f"{str(error).rstrip('.')}; {store.counts['texts']:,} of {work.texts:,} texts are stored in {settings.output}; "
                 "run the same command again to go on"
             ) from error
         except UserError:
