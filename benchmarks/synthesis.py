@@ -72,6 +72,7 @@ class Request:
     cached: int
     group: str
     round: int
+    seed: int = 0
 
     @property
     def new_tokens(self) -> int:
@@ -109,11 +110,11 @@ class Recorder:
         self.engine, self.tokenizer, self.places = engine, engine.tokenizer, engine.places
         self.requests: list[Request] = []
 
-    async def generate(self, prompt_ids: list[int], *, request_id: str, **asked: Any) -> Completion:
-        found = await self.engine.generate(prompt_ids, request_id=request_id, **asked)
+    async def generate(self, prompt_ids: list[int], *, request_id: str, seed: int, **asked: Any) -> Completion:
+        found = await self.engine.generate(prompt_ids, request_id=request_id, seed=seed, **asked)
         group, number, _ = request_id.split("/")
         ended = found.finish_reason == "stop"
-        request = Request(prompt_ids, found.ids, ended, found.cached_prompt_tokens, group, int(number))
+        request = Request(prompt_ids, found.ids, ended, found.cached_prompt_tokens, group, int(number), seed)
         self.requests.append(request)
         return found
 
@@ -138,7 +139,7 @@ async def ceiling(engine: Any, settings: RunSettings, known: Run) -> Run:
     wanted = sorted(known.requests, key=lambda one: (order[one.group], one.round, begun[one.group]))
 
     async def all_at_once() -> list[Request]:
-        asked = (write(engine, settings, one.prompt, f"{n}", new_tokens=one.new_tokens) for n, one in enumerate(wanted))
+        asked = (write(engine, settings, one.prompt, f"{n}", one.seed, one.new_tokens) for n, one in enumerate(wanted))
         return await asyncio.gather(*asked)
 
     return await timed(all_at_once, engine)
@@ -162,7 +163,7 @@ async def official(engine: Any, settings: RunSettings, texts: list[str]) -> Run:
                 whole = seeds + history + start
                 prompts.append(whole if len(whole.split(" ")) * 1.5 <= limit else seeds + start)
             ids = encode_strings(tokenizer, prompts, bos, eos)
-            asked = (write(engine, settings, one, f"{number}/{place}") for place, one in enumerate(ids))
+            asked = (write(engine, settings, one, f"{number}/{place}", place) for place, one in enumerate(ids))
             answers = await asyncio.gather(*asked)
             found += answers
             for place, answer in enumerate(answers):
@@ -207,7 +208,7 @@ def read_pairs(text: str) -> list[Pair]:
 
 
 async def write(
-    engine: Any, settings: RunSettings, prompt: list[int], name: str, new_tokens: int | None = None
+    engine: Any, settings: RunSettings, prompt: list[int], name: str, seed: int, new_tokens: int | None = None
 ) -> Request:
     """One request to vLLM without anything of this project around it. `new_tokens`: exactly so many."""
     from vllm import SamplingParams
@@ -217,7 +218,7 @@ async def write(
     eos, temperature = engine.tokenizer.eos_id, settings.synthesizer.temperature
     sampling = SamplingParams(
         temperature=temperature,
-        seed=random.Random(name).getrandbits(31) if temperature else None,
+        seed=seed if temperature else None,
         max_tokens=new_tokens or settings.synthesizer.max_new_tokens,
         ignore_eos=new_tokens is not None,
         stop_token_ids=None if new_tokens else [eos],
@@ -325,7 +326,7 @@ async def compare(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"a cache of {engine.cache_tokens:,} tokens", flush=True)
     least, most = map(int, arguments.tokens.split("-"))
     warm = [[engine.tokenizer.bos_id, *range(10 + n, 210 + n)] for n in range(4 * engine.places)]
-    await asyncio.gather(*(write(engine, first, ids, f"warm {n}", new_tokens=32) for n, ids in enumerate(warm)))
+    await asyncio.gather(*(write(engine, first, ids, f"warm {n}", 0, 32) for n, ids in enumerate(warm)))
     for rounds, one in settings.items():
         texts = write_corpus(folder / f"{rounds}.jsonl", groups * rounds, least, most, tokenizer)
         chain = make_chain(one, tokenizer, run_identity(one, tokenizer, KnownDigests(folder / "digests.json")))

@@ -16,7 +16,7 @@ from synth.config import SynthesizerSettings
 from synth.engine import Completion, Engine, RequestFailed
 from synth.grouping import Group, whole
 from synth.parse import parse_completion
-from synth.prompt import Prompt, Span, context_tokens, fit_text
+from synth.prompt import Prompt, Span, context_tokens, fit_text, surely_fits
 from synth.verify.verifier import Verifier
 
 ATTEMPTS = 3  # a request that fails so often yields a text without pairs, and so does one that fails for good
@@ -58,6 +58,8 @@ class Chain:
         """As much of the part as a prompt of its own can hold; None where not even one character can."""
         limit = self.synthesizer.max_prompt_tokens
         asked = text[slice(*part)]
+        if surely_fits(asked, self.tokenizer, limit):  # spares encoding most texts twice
+            return part
         size = fit_text(asked, self.tokenizer, limit)[1]
         if size < len(asked) and context_tokens(asked[:size], self.tokenizer) > limit:
             return None

@@ -11,6 +11,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from ipt_jax.corpus.records import SynthGroup
@@ -29,7 +30,17 @@ class Answers(Protocol[Held]):
 
 async def drive(engine: Engine, chain: Answers[Item], groups: Iterator[Item], put: Put[Item]) -> signal.Signals | None:
     """Answers all groups; the signal that ended it before that, if one did."""
-    stop = stop_on_signals()
+    with signals() as stop:
+        return await answer_all(engine, chain, groups, put, stop)
+
+
+async def answer_all(
+    engine: Engine,
+    chain: Answers[Item],
+    groups: Iterator[Item],
+    put: Put[Item],
+    stop: asyncio.Future[signal.Signals],
+) -> signal.Signals | None:
     tasks = [asyncio.create_task(answer(engine, chain, groups, put)) for _ in range(in_flight(engine.places))]
     done = asyncio.gather(*tasks)
     either: set[asyncio.Future[Any]] = {done, stop}
@@ -56,14 +67,19 @@ async def answer(engine: Engine, chain: Answers[Item], groups: Iterator[Item], p
         put(group, await chain.run(engine, group))
 
 
-def stop_on_signals() -> asyncio.Future[signal.Signals]:
+@contextmanager
+def signals() -> Iterator[asyncio.Future[signal.Signals]]:
     """Done when SIGINT or SIGTERM has come. Only a main thread may listen; elsewhere it stays open."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[signal.Signals] = loop.create_future()
-    if threading.current_thread() is threading.main_thread():
-        for name in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(name, set_once, stop, name)
-    return stop
+    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    for name in heard:
+        loop.add_signal_handler(name, set_once, stop, name)
+    try:
+        yield stop
+    finally:
+        for name in heard:
+            loop.remove_signal_handler(name)
 
 
 def set_once(stop: asyncio.Future[signal.Signals], name: signal.Signals) -> None:

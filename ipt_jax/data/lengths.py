@@ -25,6 +25,7 @@ from ipt_jax.data.threads import in_threads
 INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("page", "<u4"), ("id", "<u8")])
 PARENTS = np.dtype([("id", "<u8"), ("start", "<u4"), ("end", "<u4")])
 OPEN_FILES = 128
+SMALL_BYTES = 1 << 25  # index files of a directory that are together no larger are read whole, each once
 
 
 def id_key(document_id: str) -> int:
@@ -56,6 +57,7 @@ class IndexFiles:
         self._paths = [side_path(directory, entry.name, "index") for entry in manifest.shards]
         self._ends = np.cumsum([document_count(entry) for entry in manifest.shards]).tolist()
         self._files = Kept(self._open, OPEN_FILES)
+        self._small = Kept(self._whole, len(self._paths)) if self._ends[-1] * INDEX.itemsize <= SMALL_BYTES else None
 
     def __call__(self, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
         """The rows of all ranges, joined."""
@@ -65,13 +67,22 @@ class IndexFiles:
         first, stop = span
         found = []
         for shard, low, high in shards_of(self._ends, first, stop):
-            file, start = self._files(shard)
-            size = (high - low) * INDEX.itemsize
-            data = os.pread(file.fileno(), size, start + low * INDEX.itemsize)
-            if len(data) != size:
-                raise UserError(_damaged(self._paths[shard]))
-            found.append(data)
+            if self._small:
+                found.append(self._small(shard)[low * INDEX.itemsize : high * INDEX.itemsize])
+            else:
+                found.append(self._rows(shard, low, high))
         return b"".join(found)
+
+    def _whole(self, shard: int) -> bytes:
+        return self._rows(shard, 0, self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+
+    def _rows(self, shard: int, low: int, high: int) -> bytes:
+        file, start = self._files(shard)
+        size = (high - low) * INDEX.itemsize
+        data = os.pread(file.fileno(), size, start + low * INDEX.itemsize)
+        if len(data) != size:
+            raise UserError(_damaged(self._paths[shard]))
+        return data
 
     def _open(self, shard: int) -> tuple[BinaryIO, int]:
         """The file, which closes when its last user lets go of it, and where its rows begin."""
