@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from synth import read_groups
 
 WORDS = "the river runs past an old mill where bread is made and sold to people from towns on both sides".split()
 ROUNDS = 2
-TEXTS = {"scripted": 400, "vllm": 80, "openai": 400}  # a kill; enough that no run is over before its kill
+TEXTS = {"scripted": 400, "vllm": 80, "openai": 200}  # a kill; enough that no run is over before its kill
 LONGEST_WAIT = 3.0  # seconds from new groups to the kill
 AWAY = 5.0  # seconds that a killed server stays away
 COMMAND = [sys.executable, "-c", "from synth.cli import main; main()", "run"]
@@ -244,6 +245,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server is ended too
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ipt-kills-") as folder:
         found = play(arguments, Path(folder))

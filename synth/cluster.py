@@ -142,7 +142,8 @@ class Crew:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if self.lost_in_a_row > LOSSES * self.size:
             raise EngineDied(f"{self.lost} engines were lost, the last {self.lost_in_a_row} in a row ({reason})")
-        log.warning("lost engine %d at shard %s, another is started: %s", self.lost, shard, reason)
+        where = "without a shard" if shard is None else f"at shard {shard}"
+        log.warning("lost engine %d %s, another is started: %s", self.lost, where, reason)
         self.ray.kill(actor)  # it may live on behind a network that is down
         self._start()
 

@@ -27,6 +27,7 @@ from synth.drive import drive
 from synth.engine import Engine, open_engine, synthesizer_tokenizer
 from synth.grouping import Group, Place, Text, group_texts, make_group, neighbours, read_texts
 from synth.prompt import pairs_text
+from synth.retry import failed_texts
 from synth.run import make_chain
 from synth.store import tally
 
@@ -68,7 +69,7 @@ def run_estimate(settings: RunSettings, size: int, price_per_hour: float | None)
         "gpus": settings.synthesizer.tensor_parallel_size,
         "price_per_hour": price_per_hour,
         "rounds": figures,
-        "uncertainty": uncertainty(settings, trials),
+        "uncertainty": uncertainty(trials, engine.places),
     }
 
 
@@ -155,6 +156,7 @@ def describe(
         "cache_hit_rate": ratio(total["cached_prompt_tokens"], total["prompt_tokens"]),
         "pairs_per_text": ratio(total["pairs"], sum(sizes)),
         "well_formed": ratio(total["pairs"], total["written"]),
+        "failed_texts": total["failed"],
         "corpus": corpus,
     }
 
@@ -170,6 +172,7 @@ def measure(answer: SynthGroup, tokenizer: Tokenizer) -> dict[str, int]:
         **{name: counts[name] for name in names},
         "written": counts["pairs"] + rejected,
         "tokens": sum(map(len, ids)),
+        "failed": sum(failed_texts(counts).values()),
     }
 
 
@@ -195,9 +198,9 @@ def ratio(part: float, whole: float) -> float:
     return round(part / whole, 4) if whole else 0.0
 
 
-def uncertainty(settings: RunSettings, trials: dict[int, Trial]) -> str:
-    """What the figures can and cannot tell, in a sentence or two."""
-    fewest, places = min(len(trial.asked) for trial in trials.values()), settings.synthesizer.max_num_seqs
+def uncertainty(trials: dict[int, Trial], places: int) -> str:
+    """What the figures can and cannot tell, in a sentence or two; the engine works on `places` groups at once."""
+    fewest = min(len(trial.asked) for trial in trials.values())
     told = (
         f"± is one standard error over the groups of the sample ({fewest} or more for each M): it covers which texts "
         "were drawn, and neither another machine nor other work on this one."

@@ -118,8 +118,8 @@ def synthesize(
                 fill(settings, chain, store)
         except EngineDied as error:
             raise Fault(
-                f"{error}; {store.counts['texts']:,} of {work.texts:,} texts are stored in {settings.output}; "
-                "run the same command again to go on"
+                f"{str(error).rstrip('.')}; {store.counts['texts']:,} of {work.texts:,} texts are stored in "
+                f"{settings.output}; run the same command again to go on"
             ) from error
         except UserError:
             # An output that this call made and that holds nothing would only refuse the mended settings: with what was

@@ -210,6 +210,27 @@ def test_jax_serves_the_lowest_priority_first(tokenizer: Tokenizer, loaded: Lang
     assert served == [-2, -1, 0, 0]
 
 
+def test_jax_gives_a_late_request_up_and_serves_the_next(tokenizer: Tokenizer, loaded: LanguageModel) -> None:
+    synthesizer = SynthesizerSettings(
+        model="m", engine="jax", max_model_len=256, max_new_tokens=8, max_num_seqs=2, request_timeout_seconds=1e-6
+    )
+    prompt = [BOS, *tokenizer.encode(CONTEXT[:9])]
+
+    async def ask() -> tuple[list[object], Completion]:
+        engine = JaxEngine(synthesizer, tokenizer)
+        named = {"max_new_tokens": 8, "temperature": 0.0, "seed": 0}
+        late = [engine.generate(prompt, **named, request_id=f"g{number}/1/1") for number in range(5)]
+        found = await asyncio.gather(*late, return_exceptions=True)
+        engine._timeout = None
+        answer = await engine.generate(prompt, **named, request_id="h/1/1")
+        await engine.close()
+        return found, answer
+
+    late, answer = asyncio.run(ask())
+    assert [error.reason for error in late if isinstance(error, RequestFailed)] == ["timeout"] * 5
+    assert answer.ids == loaded.generate([prompt], 8)[0]
+
+
 def test_jax_runs_whole_groups(tmp_path: Path, tokenizer: Tokenizer, loaded: LanguageModel) -> None:
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")

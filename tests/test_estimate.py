@@ -18,7 +18,7 @@ from ipt_jax.corpus.settings import UserError
 from synth.cli import app
 from synth.config import RunSettings
 from synth.engine import synthesizer_tokenizer
-from synth.estimate import Sample, draw_sample, relative_error, run_estimate
+from synth.estimate import Sample, draw_sample, relative_error, run_estimate, show_estimate
 from synth.run import run_synth
 
 
@@ -91,6 +91,14 @@ def test_command(tmp_path: Path) -> None:
     assert not (tmp_path / "groups").exists()
     refused = estimate(tmp_path, "--price-per-hour", "2")
     assert isinstance(refused.exception, UserError) and "--estimate" in str(refused.exception)
+
+
+def test_failures_are_told_and_leave_no_error_bar(tmp_path: Path) -> None:
+    settings = run_settings(tmp_path, texts=30, synthesizer__faults={"error": 1.0})
+    result = run_estimate(settings, 6, None)
+    told = result["rounds"]["2"]
+    assert told["failed_texts"] == 6 and told["corpus"]["pairs"] == {"value": 0, "standard_error": None}
+    show_estimate(result)
 
 
 def test_places_enough_are_not_warned_of(tmp_path: Path) -> None:

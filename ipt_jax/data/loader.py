@@ -21,7 +21,7 @@ READS_TO_LOAD = 36  # so far ahead the blocks of the next windows are read: on a
 READS_TOGETHER = 4  # whose blocks are looked up at once
 LOADING_THREADS = 4
 AHEAD_BYTES = 256 << 20  # most memory that elements read ahead may take, beyond the two that overlap with a step
-AHEAD_READS = 8  # more outgrow the caches; blocks are read further ahead
+AHEAD_READS = 4  # more outgrow the caches; blocks are read further ahead
 TOKEN_BYTES = 5 * 4 + 1  # of a row's fields
 
 

@@ -70,6 +70,7 @@ class VllmEngine:
         return self._completion(await self._ask(prompt_ids, sampling, request_id, priority))
 
     async def _ask(self, prompt_ids: list[int], sampling: Any, request_id: str, priority: int = 0) -> Any:
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -81,6 +82,8 @@ class VllmEngine:
                     final = output  # the only one; leaving the loop early would abort the request
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine died: {' '.join(str(error).split())}") from error
+        except VLLMClientError as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}", "refused") from error
         except RequestFailed:
             raise
         except Exception as error:  # whatever vLLM raises for one request: told to the caller, who counts it
