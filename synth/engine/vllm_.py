@@ -158,6 +158,7 @@ def start_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Any:
             enable_prefix_caching=True,
             scheduling_policy="priority",
             enforce_eager=cpu,
+            enable_chunked_prefill=False if cpu else None,  # a seeded request cut in two kills the CPU worker
             disable_log_stats=True,
         ).create_engine_config()
     except ValueError as error:
