@@ -5,7 +5,7 @@ Every contestant runs in a fresh process that shuffles one corpus of documents, 
 run in turn, round after round; the table gives medians. This project gives six checked fields a row, Grain tokens,
 segment ids and positions, the others tokens alone. Grain cannot read this project's pages, so it has ArrayRecord files
 of its own: a document a record, its token ids and nothing else, uncompressed too. The last lines run this project with
-10 ms added to every read, on this corpus and on one of four times the tokens (`cc` is needed for it).
+10 ms added to every read, on this corpus and on one of eight times the tokens (`cc` is needed for it).
 
     python benchmarks/loader.py [--tokens 40e6] [--rounds 3] [--directory DIR]
 """
@@ -33,7 +33,7 @@ from token_corpus import SHARD_DOCUMENTS, web_lengths, write_corpus
 
 SEQ_LEN, ROWS = 2048, 16
 DELAY_US = 10_000
-LONG_TIMES = 4
+LONG_TIMES = 8
 LONG = f"{LONG_TIMES} times the tokens"
 Batches = Iterator[np.ndarray]
 

@@ -6,6 +6,7 @@ about 262,144 tokens of this host: documents then share reads. This module impor
 first call, uses jax's tree functions where jax is installed.
 """
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -15,11 +16,12 @@ import numpy as np
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.data.plan import Plan
 
-READ_THREADS = 2
+READ_THREADS = 2  # where there are several hosts, and reads wait for pages; on one, two would only take turns
 READ_TOKENS = 1 << 18  # of one host, in one element of the data set: larger ones outgrow the processor's caches
-READS_TO_LOAD = 36  # so far ahead the blocks of the next windows are read: on a network disk they take a while
+READS_TO_LOAD = 64  # so far ahead the blocks of the next windows are read: on a network disk they take a while
 READS_TOGETHER = 4  # whose blocks are looked up at once
-LOADING_THREADS = 4
+LOADING_THREADS = 2
+QUICK_SECONDS = 0.01  # a window's blocks take less from memory: they are then read where they are wanted
 AHEAD_BYTES = 256 << 20  # most memory that elements read ahead may take, beyond the two that overlap with a step
 AHEAD_READS = 4  # more outgrow the caches; blocks are read further ahead
 TOKEN_BYTES = 5 * 4 + 1  # of a row's fields
@@ -34,6 +36,7 @@ class HostReads:
         self.stop = -(-plan.rows // rows_per_step)
         self._ahead = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="ahead")
         self._loaded, self._lock = 0, Lock()
+        self._quick = False
 
     def __len__(self) -> int:
         return max(-(-(self.stop - self._start) // self.steps), 0)
@@ -41,7 +44,9 @@ class HostReads:
     def __getitem__(self, read: int) -> dict[str, np.ndarray]:
         """Each field's array [steps, rows_per_step / hosts, T]."""
         rows = self._rows(int(read))
-        if self._hosts == 1:
+        if self._hosts == 1 and self._quick:
+            self._load(rows.ravel().tolist())
+        elif self._hosts == 1:
             self._load_ahead(int(read))
         made = self._plan.batch(rows.ravel().tolist(), whole_blocks=self._hosts == 1)
         return {name: array.reshape(*rows.shape, -1) for name, array in made.items()}
@@ -54,7 +59,13 @@ class HostReads:
             groups = range(first, self._loaded, READS_TOGETHER)
         for group in groups:
             rows = [self._rows(one).ravel() for one in range(group, min(group + READS_TOGETHER, self._loaded))]
-            self._ahead.submit(self._plan.load_blocks, np.concatenate(rows).tolist())
+            self._ahead.submit(self._load, np.concatenate(rows).tolist())
+
+    def _load(self, rows: list[int]) -> None:
+        """Has their blocks read, and tells by the time it took whether reading ahead is worth its threads."""
+        began = time.perf_counter()
+        self._plan.load_blocks(rows)
+        self._quick = time.perf_counter() - began < QUICK_SECONDS
 
     def _rows(self, read: int) -> np.ndarray:
         """The rows of this host at the steps of a read; none beyond the last."""
@@ -87,7 +98,7 @@ def batches(
     if not len(source):
         return iter(())
     ahead = max(min(AHEAD_READS, AHEAD_BYTES // (steps * step_tokens * TOKEN_BYTES)), 2)
-    options = grain.ReadOptions(num_threads=min(READ_THREADS, ahead), prefetch_buffer_size=ahead)
+    options = grain.ReadOptions(num_threads=READ_THREADS if hosts > 1 else 1, prefetch_buffer_size=ahead)
     return _steps(iter(grain.MapDataset.source(source).to_iter_dataset(options)))
 
 

@@ -31,7 +31,7 @@ READER_OPTIONS = (
 )
 BUFFER_BYTES = 1 << 14  # what a single page costs; the default of 1 MiB reads that much for each
 OPEN_SHARDS = 128  # an open reader holds eight bytes a page of its shard
-WINDOWS_KEPT = 4  # those that are read ahead of the one in use, and a part of one
+WINDOWS_KEPT = 6  # those that are read ahead of the one in use, and a part of one
 
 # A document found: its tokens begin at token `start` of buffer `buffer`; its loss runs are runs [run, run + runs).
 FOUND = np.dtype([("buffer", "<i8"), ("start", "<i8"), ("kind", "<u4"), ("run", "<i8"), ("runs", "<i8")])

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TypeVar
 
-THREADS = 64
+THREADS = 32
 QUICK_SECONDS = 1e-4  # a read from memory; handing it to a thread costs as much
 A = TypeVar("A")
 B = TypeVar("B")
