@@ -58,9 +58,10 @@ from synth.worklist import list_work
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT.parent / "shared" / "data" / "fairytaleqa" / "train.jsonl"
 MODELS: dict[str, dict[str, Any]] = {
-    "walking": {"max_model_len": 2048, "max_new_tokens": 160, "temperature": 1.0, "max_num_seqs": 16},
+    "walking": {"max_model_len": 4096, "max_new_tokens": 160, "temperature": 1.0, "max_num_seqs": 16},
     "smollm2": {"max_model_len": 2048, "max_new_tokens": 40, "dtype": "bfloat16", "max_num_seqs": 6},
 }
+TEXT_TOKENS = {"walking": "64-1000", "smollm2": "24-96"}  # the paper's are of some 500 tokens
 GROUPS_PER_FLIGHT = 20  # so that the tail of a run does not count
 
 
@@ -371,9 +372,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="times that each contestant runs, in turn (default 1)")
     parser.add_argument("--groups", type=int, help=f"default {GROUPS_PER_FLIGHT} for each one in flight")
     parser.add_argument("--places", type=int, help="max_num_seqs (default 16; smollm2 6)")
-    parser.add_argument("--tokens", default="32-400", help="shortest and longest text (default 32-400)")
+    parser.add_argument("--tokens", help=f"shortest and longest text, by model (default {TEXT_TOKENS})")
     parser.add_argument("--directory", type=Path, help="where models are made, and kept; default a temporary one")
     arguments = parser.parse_args()
+    arguments.tokens = arguments.tokens or TEXT_TOKENS[arguments.model]
     with tempfile.TemporaryDirectory(prefix="ipt-synthesis-") as temporary:
         folder = arguments.directory or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
