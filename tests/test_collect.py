@@ -59,7 +59,8 @@ def test_segments_of_a_context_with_two_pairs(tmp_path: Path) -> None:
     segments = [BOS, Segment(" <CON> Ann came in May. </CON>\n\n", loss=False), Segment(pairs, loss=True), EOS]
     meta = {"dataset": "story", "contexts": ["s/1"]}
     assert documents == [Document("story/s/1", "story", "task", segments, meta=meta)]
-    expected = {"documents": 1, "contexts": 1, "pairs": 2, "tokens": None, "dropped": {}, "datasets": 1}
+    dropped = {"ignored_field_kind": 1}
+    expected = {"documents": 1, "contexts": 1, "pairs": 2, "tokens": None, "dropped": dropped, "datasets": 1}
     assert figures == expected
 
 
@@ -111,7 +112,7 @@ def test_every_row_and_pair_left_out_is_counted_by_reason(tmp_path: Path) -> Non
         {"question": "Choose.", "answer": "c", "options": ["a", "b"]},
         {"question": "A tag </END> inside?", "answer": "yes"},
         {"question": "", "answer": "yes"},
-        {"question": "Empty?", "answer": " "},
+        {"question": "Empty?", "answer": " ", "explanation": "None."},
         {"question": "Question 0?", "answer": "again"},
     ]
     rows = [
@@ -133,6 +134,7 @@ def test_every_row_and_pair_left_out_is_counted_by_reason(tmp_path: Path) -> Non
         "pair_empty_question": 1,
         "pair_empty_answer": 1,
         "pair_duplicate_question": 1,
+        "ignored_field_explanation": 1,
     }
     assert sorted(document.id for document in documents) == ["set/a", "set/set.jsonl:6"]
 

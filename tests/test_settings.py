@@ -45,6 +45,8 @@ def test_overrides_reach_blocks_and_lists(tmp_path: Path) -> None:
         ("items: [{name: a}, {name: b, nam: 2}]", [], "unknown key 'items.1.nam'; did you mean 'name'?"),
         ("tokens: many", [], "tokens: input should be a valid integer"),
         ("inner: {weight: 1}", [], "inner.name is missing; add it"),
+        ("items: [{weight: 1}, {}]", [], "items.0.name and items.1.name are missing; add them"),
+        ("items: [{name: a}]", ["items[0].name=b"], "named by its number; write items.0.name=b"),
         ("[1, 2]", [], "expected a mapping of settings, found list"),
         ("a: [", [], "not valid YAML"),
         ("tokens: 1", ["tokens"], "override 'tokens': expected key.sub=value"),
