@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from extras import shared
+from synthkit import damage_shard
 
 from ipt_jax.corpus.records import Document, Segment
 from ipt_jax.corpus.settings import UserError, load_settings
@@ -195,6 +196,9 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(tmp_path: P
     shard = next((tmp_path / "tuning").glob("*.array_record"))
     written = shard.stat().st_mtime_ns
     assert collect(tmp_path, path)[0] == figures and shard.stat().st_mtime_ns == written
+    whole = shard.read_bytes()
+    damage_shard(tmp_path / "tuning", 0)
+    assert collect(tmp_path, path)[0] == figures and shard.read_bytes() == whole
     with pytest.raises(UserError, match=r"made with max_contexts=10000, now 5"):
         collect(tmp_path, path, max_contexts=5)
     moved = path.rename(tmp_path / "sub.jsonl")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from renderkit import EVEN, PAIRS, group, recipe, render
+from synthkit import damage_shard
 
 from ipt_jax.corpus.records import Pair, Parent, SynthGroup, encode
 from ipt_jax.corpus.settings import UserError
@@ -274,6 +275,8 @@ def test_stage_goes_on_and_refuses_other_settings(tmp_path: Path) -> None:
     first = run_render(recipe(**fields))
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.array_record")}
     (tmp_path / "out" / "documents-00001-of-00002.array_record").unlink()
+    assert run_render(recipe(**fields)) == first
+    damage_shard(tmp_path / "out", 0)
     assert run_render(recipe(**fields)) == first
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.array_record")} == whole
     with pytest.raises(UserError, match="made with seed=0, now 1"):
