@@ -379,7 +379,6 @@ def mistakes() -> Iterator[tuple[Callable[[Path], Any], str]]:
     yield run(benchmarks=[{"fields": ["q"]}]), "a path or a task"
     yield run(inputs=[{"path": "raw/*.jsonl"}]), r"inputs: '\*' is no name"
     yield run(inputs=[{"path": "raw.jsonl", "name": "removed.jsonl"}]), "'removed.jsonl' is a file of the output"
-    yield run(benchmarks=[{"path": __file__, "fields": ["q"]}]), "line 1 is not valid JSON"
     yield run(benchmarks=[{"path": "nowhere.jsonl", "fields": ["q"]}]), "no such file"
 
 
@@ -388,6 +387,14 @@ def test_mistakes_are_told(tmp_path: Path, call: Callable[[Path], Any], told: st
     with pytest.raises(UserError, match=told):
         call(tmp_path)
     assert not (tmp_path / "clean").exists()
+
+
+def test_a_benchmark_that_is_no_json_lines_is_told(tmp_path: Path) -> None:
+    (tmp_path / "b.parquet").write_bytes(b"PAR1\xff")
+    for path in (tmp_path / "b.parquet", write_records(tmp_path / "groups", "synth", [[]])):
+        with pytest.raises(UserError, match="benchmark .*: not JSON Lines; give one question a line in a .jsonl file"):
+            source = write_rows(tmp_path / "raw.jsonl", {"id": "r", "text": "abc"})
+            decontaminate(tmp_path, [{"path": source}], ROWS, benchmarks=[{"path": str(path), "fields": ["q"]}])
 
 
 def test_an_absent_field_is_named(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
     if first["type"] == "missing":
         missing = [_name(mistake) for mistake in mistakes if mistake["type"] == "missing"]
         more = f" (and {len(mistakes) - len(missing)} more)" if len(mistakes) > len(missing) else ""
-        return f"{' and '.join(missing)} {'are missing; add them' if missing[1:] else 'is missing; add it'}{more}"
+        return f"{', '.join(missing)} {'are missing; add them' if missing[1:] else 'is missing; add it'}{more}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{name}: {message[0].lower() + message[1:]}, given {first['input']!r}{more}"
 
