@@ -1,5 +1,6 @@
 """The plan: exact amounts, refusals that name the number to change, order by arithmetic, packing, what is left out."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -454,3 +455,38 @@ def test_the_block_table_is_kept_and_made_again(tmp_path: Path, capsys: pytest.C
     kept.unlink()
     assert plan_of(root).fingerprint == first and kept.is_file()
     assert not capsys.readouterr().err
+
+
+def test_a_kept_table_is_for_everybody_and_a_closed_one_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_tokens(tmp_path / "raw", random_documents([30] * 40)).parent
+    before = os.umask(0o022)
+    try:
+        first = plan_of(root).fingerprint
+    finally:
+        os.umask(before)
+    (kept,) = (tmp_path / "raw").glob("blocks-*.npz")
+    assert kept.stat().st_mode & 0o777 == 0o644
+    read = Path.read_bytes
+
+    def closed(path: Path) -> bytes:
+        if path == kept:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    assert plan_of(root).fingerprint == first
+    assert [path.name for path in kept.parent.glob("blocks-*")] == [kept.name]
+
+
+def test_a_table_that_cannot_be_kept_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    plan_of(write_tokens(tmp_path / "raw", random_documents([30] * 40)).parent)
+    assert "cannot keep the block table (No space left on device)" in capsys.readouterr().err
+    assert not list((tmp_path / "raw").glob("blocks-*"))
