@@ -57,7 +57,11 @@ def fail(error: Exception, _: object = None) -> None:
         (Fault("gone"), 1, "fault: gone"),
         (PermissionError(errno.EACCES, "Permission denied", "/in/x.jsonl"), 2, "error: /in/x.jsonl: Permission denied"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/in"), 2, "error: /in: Not a directory"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "fault: stdout cannot be written (No space left"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "fault: stdout or a file cannot be written (No space left",
+        ),
     ],
 )
 def test_what_lies_outside_is_one_line(
@@ -139,7 +143,7 @@ def test_a_full_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         run = prints("few", full.fileno())
         told = run.communicate()[1]
-    assert (run.returncode, len(told.splitlines())) == (1, 1) and "stdout cannot be written" in told
+    assert (run.returncode, len(told.splitlines())) == (1, 1) and "stdout or a file cannot be written" in told
 
 
 def test_a_terminal_of_ascii_shows_what_it_can() -> None:

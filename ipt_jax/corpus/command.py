@@ -81,7 +81,10 @@ def _failed(error: OSError) -> int:
         return _mistake(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its rights")
     if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         _close_stdout()
-        print(f"fault: stdout cannot be written ({error.strerror}); free space or send it elsewhere", file=sys.stderr)
+        print(
+            f"fault: stdout or a file cannot be written ({error.strerror}); free space or write elsewhere",
+            file=sys.stderr,
+        )
     else:
         traceback.print_exception(error)
     return 1
