@@ -14,7 +14,7 @@ import pytest
 from ipt_jax.corpus import read_documents
 from ipt_jax.corpus.records import Document, Parent, Segment, decode, encode
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import Output, Shards, read_manifest
+from ipt_jax.corpus.shards import Output, Shards, read_manifest, write_whole
 
 IDENTITY = {"seed": 0, "text": {"field": "text"}}
 
@@ -111,6 +111,17 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         output.seal(0, 1, endless())
     assert not (tmp_path / "o").exists()
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_whole(tmp_path / "page.html", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "page.html", b"new")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("page.html", b"old")]
 
 
 def test_a_mistake_after_the_first_shard_keeps_it(tmp_path: Path) -> None:

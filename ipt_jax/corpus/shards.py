@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -233,21 +234,15 @@ class Output:
             write_whole(self.path / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
-class writing:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
     """Turns a full disk, a read-only path or a missing permission under `path` into a UserError."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Raised, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, OSError):
-            is_file = isinstance(error, FileExistsError | NotADirectoryError)
-            cure = "a file lies there; give a directory" if is_file else "free space or give another path"
-            said = error.strerror or error
-            raise UserError(f"output {self.path}: cannot be written ({said}); {cure}") from error
+    try:
+        yield
+    except OSError as error:
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        cure = "a file lies there; give a directory" if is_file else "free space or give another path"
+        raise UserError(f"output {path}: cannot be written ({error.strerror or error}); {cure}") from error
 
 
 def lock_directory(path: Path) -> int:
@@ -293,11 +288,14 @@ def count_records(path: Path) -> int:
 def write_whole(path: Path, data: bytes) -> None:
     """Replaces `path` by `data` so that a reader sees the old or the new bytes, never a part."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
@@ -443,7 +441,8 @@ def damage(path: Path, entry: ShardEntry, *, checksum: bool = True) -> str | Non
     file = path / entry.name
     if not file.is_file():
         return f"{file}: listed in the manifest but absent"
-    size = file.stat().st_size
+    with file.open("rb") as opened:  # where it may not be read, that is said, no damage
+        size = os.fstat(opened.fileno()).st_size
     if size != entry.bytes:
         return f"{file}: {size} bytes where the manifest says {entry.bytes}"
     if checksum and _sha256(file) != entry.sha256:
