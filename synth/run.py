@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.digests import KnownDigests
+from ipt_jax.corpus.digests import KnownDigests, State
 from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
 from ipt_jax.corpus.shards import Manifest, Output, writing
@@ -32,7 +32,7 @@ from synth.retry import failed_texts, take_out_failed
 from synth.seeds import load_seed_examples
 from synth.store import DETAILS, Store
 from synth.verify.verifier import VERSION, make_verifier, score_figures
-from synth.worklist import form_groups, list_work, load_work, save_work
+from synth.worklist import corpus_states, form_groups, list_work, load_work, refuse_changes, save_work
 
 WORK = "worklist"  # folder in the output: the work list, and digests of the files of corpus and model
 LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistake
@@ -48,10 +48,11 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
         settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
     known = KnownDigests(Path(settings.output) / WORK / "digests.json")
+    states = corpus_states(settings)
     identity = run_identity(settings, tokenizer, known)
     summary = finished_summary(settings.output, identity)
     if summary is None or (retry_failed and summary["failed"]):
-        summary = synthesize(settings, tokenizer, identity, known, retry_failed)
+        summary = synthesize(settings, tokenizer, identity, known, states, retry_failed)
     elif retry_failed:
         tell("no text has failed; there is nothing to do")
     if failed := summary["failed"]:
@@ -96,14 +97,19 @@ def open_output(path: str, identity: dict[str, Any]) -> Output:
 
 
 def synthesize(
-    settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any], known: KnownDigests, retry_failed: bool
+    settings: RunSettings,
+    tokenizer: Tokenizer,
+    identity: dict[str, Any],
+    known: KnownDigests,
+    states: list[State],
+    retry_failed: bool,
 ) -> dict[str, Any]:
     """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
     chain = make_chain(settings, tokenizer, identity)
     listed = Path(settings.output) / WORK / "list.json"
     work = load_work(listed, chain.fingerprint) or list_work(settings, tokenizer, chain.fingerprint)
-    if len(work.names) != len(identity["corpus"]["contents"]):
-        raise UserError(f"corpus {settings.corpus.path}: files came or went while it was read; run again")
+    work.states = states
+    refuse_changes(settings, states)  # a list of other contents than were hashed must not be kept
     fresh = not Path(settings.output).exists()
     with open_output(settings.output, identity) as output:
         with writing(listed):
@@ -124,7 +130,7 @@ def synthesize(
         except UserError:
             # An output that this call made and that holds nothing would only refuse the mended settings: with what was
             # put beside its shards gone, it withdraws itself.
-            if fresh and not store.counts:
+            if fresh and not output.held and not any(file.stat().st_size for file in output.path.glob("spool/*")):
                 for folder in ("spool", WORK):
                     shutil.rmtree(output.path / folder, ignore_errors=True)
             raise

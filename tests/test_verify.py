@@ -322,7 +322,7 @@ def test_a_run_may_verify_at_once(groups: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_scores_texts_alone_without_a_judge(groups: Path, tmp_path: Path) -> None:
-    """What the documentation shows: `verify=[grounded,combined]`. The engine is asked for the pairs and nothing else."""
+    """What the documentation shows: `verify=[grounded,combined]`. The engine is asked for pairs and nothing else."""
     (tmp_path / "model").symlink_to(groups / "model")
     (tmp_path / "corpus.jsonl").symlink_to(groups / "corpus.jsonl")
     scores = ["grounded", "combined"]
