@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
 from ipt_jax.corpus.shards import Manifest, Output, writing
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
-from synth.chain import Chain
+from synth.chain import MEND, Chain, counted
 from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
 from synth.drive import drive
@@ -56,8 +57,8 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     elif retry_failed:
         tell("no text has failed; there is nothing to do")
     if failed := summary["failed"]:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in failed.items())
-        tell(f"{sum(failed.values()):,} of {summary['texts']:,} texts failed ({reasons}); --retry-failed asks again")
+        told = f"{sum(failed.values()):,} of {summary['texts']:,} texts failed ({counted(failed)})"
+        tell(f"{told}; --retry-failed asks again")
     return {**summary, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -137,8 +138,16 @@ def synthesize(
         finally:
             store.close()
         store.remove_spools()
+        refuse_failure(store.counts, chain.failures.last)
         manifest = output.finish(summarize(output.manifest, settings.synthesizer.engine))
     return manifest.summary
+
+
+def refuse_failure(counts: Counter[str], last: str) -> None:
+    """Raises Fault when every text has failed: such an output is not finished."""
+    failed = failed_texts(counts)
+    if failed and sum(failed.values()) == counts["texts"]:
+        raise Fault(f"all {counts['texts']:,} texts failed ({counted(failed)}){last}; {MEND}")
 
 
 def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any]) -> Chain:

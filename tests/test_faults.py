@@ -180,6 +180,24 @@ def test_engine_that_dies_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert shard_bytes(tmp_path / "groups") == shard_bytes(undisturbed.output)
 
 
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [(30, "all 30 texts failed (error 30)"), (400, "no request was answered and 50 texts have failed")],
+)
+def test_run_in_which_every_text_fails_ends_in_one_line(tmp_path: Path, texts: int, told: str) -> None:
+    """Soon, with the last reason, and with few lines before; the command that it names mends the output."""
+    failing = command(tmp_path, texts=texts, synthesizer__faults={"error": 1.0})
+    assert failing.returncode == 1
+    (line,) = [line for line in failing.stderr.splitlines() if line.startswith("fault: ")]
+    assert f"{told}, the last: scripted error; mend the cause, and run again with --retry-failed" in line
+    assert "Traceback" not in failing.stderr and failing.stderr.count("kept without pairs") == 5
+    assert "16 texts have failed (error 16), the last: scripted error" in failing.stderr
+    assert command(tmp_path, synthesizer__faults={"error": 1.0}).returncode == 1
+    again = command(tmp_path, "--retry-failed")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["texts"] == texts and not json.loads(again.stdout)["failed"]
+
+
 def spooled_texts(output: Path) -> list[GroupText]:
     found: list[GroupText] = []
     for path in sorted((output / "spool").glob("*.spool")):
