@@ -18,7 +18,7 @@ from typing import Any
 from ipt_jax.corpus.digests import KnownDigests, State
 from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
-from ipt_jax.corpus.shards import Manifest, Output, writing
+from ipt_jax.corpus.shards import Manifest, Output, refuse_unusable, writing
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.chain import MEND, Chain, counted
@@ -45,6 +45,7 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     `seconds` are those of this call.
     """
     started = time.monotonic()
+    refuse_unusable(Path(settings.output))
     if settings.executor == "ray":
         settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
@@ -181,7 +182,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         "groups": counts.get("groups", 0),
         "pairs": pairs,
         "rejected": rejected,
-        "well_formed": round(pairs / written, 4) if written else 0.0,
+        "well_formed": round(pairs / written, 4) if written else None,
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
         **{name: counts.get(name, 0) for name in names + DETAILS},
         "finished": part(counts, "finished."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from synthkit import BOS, EOS, groups_of, recipe, settings, shard_bytes, write_c
 
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.settings import UserError, check_settings
+from ipt_jax.corpus.shards import Manifest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth import read_groups
 from synth.chain import Chain
 from synth.config import RunSettings, SynthesizerSettings
 from synth.engine import Completion, RequestFailed
 from synth.grouping import make_group
-from synth.run import run_synth
+from synth.run import run_synth, summarize
 
 
 class Recorder:
@@ -273,6 +275,43 @@ def test_mistakes_are_told_and_nothing_is_written(
         run_synth(check_settings(RunSettings, plain, where="recipe"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "groups").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file", "/file: .*/file is no directory; give another path"),
+        ("file/x/y", "/file/x/y: .*/file is no directory; give another path"),
+        ("nowhere", "/nowhere: .*/nowhere is no directory; give another path"),
+        ("occupied", "holds 'other' but no manifest of this project; give an empty directory"),
+        ("closed/x", "/closed cannot be written"),
+    ],
+)
+def test_unusable_output_is_told_before_the_corpus_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to("absent")
+    for name in ("occupied", "closed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "occupied" / "other").touch()
+    run, access = settings(tmp_path, output=str(tmp_path / output)), os.access
+    # Permissions do not bind root, who runs many a container's tests.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
+    monkeypatch.setattr("synth.run.source_identity", None)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message) as error:
+        run_synth(run)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_share_of_no_pairs_is_none() -> None:
+    manifest = Manifest(1, "synth", "f", {})
+    manifest.counts = {"texts": 3}
+    assert summarize(manifest, "scripted")["well_formed"] is None
+    manifest.counts = {"texts": 3, "pairs": 1, "rejected.no_answer": 3}
+    assert summarize(manifest, "scripted")["well_formed"] == 0.25
 
 
 @pytest.mark.parametrize(
