@@ -193,7 +193,7 @@ class OpenAIEngine:
             raise EngineDied(
                 f"server {self._settings.server} answered nobody for {patience:g} s ({line(error)})"
             ) from error
-        if not self._away:
+        if self._seen and not self._away:
             self._away = True
             log.warning("server %s: %s; waiting up to %g s for it", self._settings.server, line(error), patience)
         longest = min(FIRST_PAUSE * 2 ** min(pauses, 20), LONGEST_PAUSE)
