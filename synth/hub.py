@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 
 from ipt_jax.corpus.executor import run_units
+from ipt_jax.corpus.files import TEMPORARY, sync_directory, write_whole, writing
 from ipt_jax.corpus.records import Document
 from ipt_jax.corpus.settings import UserError, digest
-from ipt_jax.corpus.shards import TEMPORARY, Shards, sync_directory, write_whole, writing
+from ipt_jax.corpus.shards import Shards
 from synth.card import data_card
 from synth.documents import HubSettings, RenderSettings, shard_documents
 from synth.rows import row, write_jsonl, write_parquet

@@ -18,9 +18,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from ipt_jax.corpus.files import write_whole, writing
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import Shards, write_whole, writing
+from ipt_jax.corpus.shards import Shards
 from synth.grounds import stretches
 from synth.groups import decode_group
 from synth.page import html_page

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.corpus.executor import run_units
+from ipt_jax.corpus.files import writing
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import encode
 from ipt_jax.corpus.settings import UserError, digest
-from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
+from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.documents import LAYOUT_COUNT, RenderSettings, shard_documents
 from synth.groups import decode_group

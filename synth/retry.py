@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ipt_jax.corpus.files import TEMPORARY, sync_directory, writing
 from ipt_jax.corpus.records import SynthGroup, decode
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import TEMPORARY, Output, damage, read_shard, sync_directory, writing
+from ipt_jax.corpus.shards import Output, damage, read_shard
 from synth.engine import FAILURES
 from synth.spool import Spool
 from synth.store import spool_path

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.corpus.digests import KnownDigests, State
+from ipt_jax.corpus.files import refuse_unusable, writing
 from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
-from ipt_jax.corpus.shards import Manifest, Output, refuse_unusable, writing
+from ipt_jax.corpus.shards import Manifest, Output
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.chain import MEND, Chain, counted

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from ipt_jax.corpus.files import writing
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import writing
 
 HEADER = struct.Struct("<III")  # payload bytes, place in the shard, CRC-32
 LOCK_SECONDS = 10.0  # a killed driver's worker may hold its spool for a moment longer

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import msgspec
 
 from ipt_jax.corpus.digests import State, file_state, refuse_change
+from ipt_jax.corpus.files import write_whole
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.settings import UserError, digest
-from ipt_jax.corpus.shards import write_whole
 from ipt_jax.corpus.sources import Form, Unit, input_paths, plan_units
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from trainkit import run_python
 
 import ipt_jax
+from ipt_jax.corpus.files import lock_directory
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import lock_directory
 from ipt_jax.hf import export, tensors
 from ipt_jax.hf.export import run_export
 from ipt_jax.hf.import_ import run_import

@@ -21,8 +21,8 @@ from token_shards import save_tokenizer
 from trainkit import SMALL, recipe_of, run_python, write_corpus
 
 from ipt_jax.config import Recipe
+from ipt_jax.corpus.files import lock_directory
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import lock_directory
 from ipt_jax.train import loop
 from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
 from ipt_jax.train.loop import run_train

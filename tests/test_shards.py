@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from ipt_jax.corpus import read_documents
+from ipt_jax.corpus.files import write_whole
 from ipt_jax.corpus.records import Document, Parent, Segment, decode, encode
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import Output, Shards, read_manifest, write_whole
+from ipt_jax.corpus.shards import Output, Shards, read_manifest
 
 IDENTITY = {"seed": 0, "text": {"field": "text"}}
 

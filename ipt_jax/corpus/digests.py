@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from ipt_jax.corpus.files import write_whole
 from ipt_jax.corpus.settings import UserError, digest, file_digest
-from ipt_jax.corpus.shards import write_whole
 
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks every two seconds
 

@@ -8,14 +8,12 @@ its process. ArrayRecord writes to local disks only.
 """
 
 import bisect
-import fcntl
 import hashlib
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +21,7 @@ from typing import Any, Self
 import msgspec
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from ipt_jax.corpus.files import TEMPORARY, lock_directory, refuse_foreign, sync_directory, write_whole, writing
 from ipt_jax.corpus.records import Document, decode
 from ipt_jax.corpus.settings import UserError, digest
 
@@ -30,9 +29,7 @@ SCHEMA = 1
 PACKED = "group_size:1,zstd:3"  # one record a group: each is read and checked alone
 UNPACKED = "group_size:1,uncompressed"  # three times as fast to read: for what a loader reads in a run
 READ_RECORDS = 1024  # records a batched read when streaming; single reads are forty times slower
-TEMPORARY = ".tmp"
 MEND = "delete this file, then run its stage again"  # what a model wrote is not compared with its checksum at a start
-OWN_FIRST = {".lock", f"manifest.json{TEMPORARY}"}  # what a run killed before its first manifest leaves
 Raised = type[BaseException] | None
 
 
@@ -232,45 +229,6 @@ class Output:
             write_whole(self.path / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a full disk, a read-only path or a missing permission under `path` into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        is_file = isinstance(error, FileExistsError | NotADirectoryError)
-        cure = "a file lies there; give a directory" if is_file else "free space or give another path"
-        raise UserError(f"output {path}: cannot be written ({error.strerror or error}); {cure}") from error
-
-
-def refuse_foreign(path: Path) -> None:
-    """Raises UserError where other files than a stage's lie in a directory without a manifest."""
-    if foreign := sorted({entry.name for entry in path.iterdir()} - OWN_FIRST):
-        raise UserError(f"output {path}: holds {foreign[0]!r} but no manifest of this project; give an empty directory")
-
-
-def refuse_unusable(path: Path) -> None:
-    """What a user can get wrong about an output, by a look: for stages that read long before they open theirs."""
-    found = next(one for one in (path, *path.parents) if os.path.lexists(one))
-    if not os.path.isdir(found):
-        raise UserError(f"output {path}: {found} is no directory; give another path")
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise UserError(f"output {path}: {found} cannot be written (its permissions); give another path")
-    if found == path and not (path / "manifest.json").exists():
-        refuse_foreign(path)
-
-
-def lock_directory(path: Path) -> int:
-    """Takes `path/.lock` until the returned descriptor is closed or the process dies. Raises UserError when held."""
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"output {path}: another run is writing here; wait for it or give another output") from None
-    return descriptor
-
-
 def write_shard(path: Path, records: Iterable[bytes], options: str = PACKED) -> int:
     """Writes `records` to `path`, closed and fsynced; returns their number. Raises OSError when the disk is full."""
     writer = ArrayRecordWriter(str(path), options)
@@ -298,28 +256,6 @@ def count_records(path: Path) -> int:
     count = reader.num_records()
     reader.close()
     return count
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data` so that a reader sees the old or the new bytes, never a part."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def refuse_other(path: Path, found: Manifest, wanted: Manifest) -> None:

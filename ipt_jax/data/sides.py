@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ipt_jax.corpus.files import TEMPORARY
 from ipt_jax.corpus.records import Parent
 from ipt_jax.corpus.settings import file_digest
-from ipt_jax.corpus.shards import TEMPORARY, Manifest, ShardEntry
+from ipt_jax.corpus.shards import Manifest, ShardEntry
 from ipt_jax.data.lengths import INDEX, PARENTS, id_key, side_path
 
 KEPT_ROWS = 4096  # documents whose rows wait in memory

@@ -22,10 +22,11 @@ import numpy as np
 from pydantic import Field
 
 from ipt_jax.corpus.executor import run_units
+from ipt_jax.corpus.files import writing
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import Document, TokenDocument
 from ipt_jax.corpus.settings import Settings, UserError
-from ipt_jax.corpus.shards import Manifest, Output, writing
+from ipt_jax.corpus.shards import Manifest, Output
 from ipt_jax.corpus.sources import UNIT_BYTES, SourceSettings, Unit, plan_units, read_unit, source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.duplicates import find_duplicates, usable

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ipt_jax.corpus.files import lock_directory, sync_directory, writing
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import lock_directory, sync_directory, writing
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ipt_jax.corpus.files import write_whole, writing
 from ipt_jax.corpus.markup import Markup, tag, whole_page
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import write_whole, writing
 from ipt_jax.report.details import samples, settings
 from ipt_jax.report.results import answers, results
 from ipt_jax.report.runs import Entrant, Run, read_entrants, read_runs

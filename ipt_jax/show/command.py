@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ipt_jax.corpus.files import write_whole, writing
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import write_whole, writing
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from ipt_jax.data.plan import Plan
 from ipt_jax.show.page import html_page

@@ -25,8 +25,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ipt_jax.config import Recipe, check_schedule, rows_per_step
+from ipt_jax.corpus.files import lock_directory, writing
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import lock_directory, writing
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import Plan, build_plan

@@ -16,7 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import Summary
 
-from ipt_jax.corpus.shards import write_whole
+from ipt_jax.corpus.files import write_whole
 from ipt_jax.train.loss import KINDS
 
 

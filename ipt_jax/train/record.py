@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.config import Recipe
-from ipt_jax.corpus.shards import write_whole
+from ipt_jax.corpus.files import write_whole
 from ipt_jax.data.plan import Plan
 from ipt_jax.train.program import Program
 

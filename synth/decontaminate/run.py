@@ -21,9 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ipt_jax.corpus.executor import run_units
+from ipt_jax.corpus.files import TEMPORARY, sync_directory, writing
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.settings import Settings, UserError, digest, file_digest
-from ipt_jax.corpus.shards import TEMPORARY, Output, Shards, load_manifest, sync_directory, writing
+from ipt_jax.corpus.shards import Output, Shards, load_manifest
 from ipt_jax.corpus.sources import SourceSettings, plan_units, source_identity
 from synth.decontaminate.benchmarks import BenchmarkSettings, read_items
 from synth.decontaminate.needles import Bounds, Item, Needles

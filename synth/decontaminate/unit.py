@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ipt_jax.corpus.files import TEMPORARY, writing
 from ipt_jax.corpus.records import encode
 from ipt_jax.corpus.settings import file_digest
-from ipt_jax.corpus.shards import TEMPORARY, Shards, write_shard, writing
+from ipt_jax.corpus.shards import Shards, write_shard
 from ipt_jax.corpus.sources import Dropped, SourceSettings, Unit, read_unit
 from synth.decontaminate.needles import Finder, Found, Needles
 from synth.decontaminate.records import Cleaned, Part, Record, clean, parts

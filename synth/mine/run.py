@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import Field, field_validator
 
 from ipt_jax.corpus.executor import run_units
+from ipt_jax.corpus.files import writing
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup, encode
 from ipt_jax.corpus.settings import Settings, UserError, digest, draw, uniform
-from ipt_jax.corpus.shards import Manifest, Output, write_shard, writing
+from ipt_jax.corpus.shards import Manifest, Output, write_shard
 from ipt_jax.corpus.sources import Dropped, Unit, plan_units, read_unit, source_identity
 from synth.collect import read_back
 from synth.config import CorpusSettings

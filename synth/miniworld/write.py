@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from ipt_jax.corpus.files import lock_directory, write_whole, writing
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import lock_directory, write_whole, writing
 from synth.miniworld.instructions import write_instruction
 from synth.miniworld.prose import write_article
 from synth.miniworld.questions import TUNING_SETS, held_out_questions, tuning_row

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipt_jax.corpus.executor import run_units
+from ipt_jax.corpus.files import writing
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.settings import Fault, UserError, digest
-from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard, writing
+from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard
 from synth.drive import drive
 from synth.engine import Engine, EngineDied, open_engine, synthesizer_identity
 from synth.groups import decode_group
