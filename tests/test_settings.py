@@ -1,11 +1,13 @@
 """Settings: overrides, one-line errors with the nearest key, numbers as people write them, independent draws."""
 
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipt_jax.corpus.command import show
 from ipt_jax.corpus.settings import Settings, UserError, digest, draw, load_settings, uniform
 
 
@@ -51,6 +53,8 @@ def test_overrides_reach_blocks_and_lists(tmp_path: Path) -> None:
         ("items: [{name: a}, {name: b, nam: 2}]", [], "unknown key 'items.1.nam'; did you mean 'name'?"),
         ("tokens: many", [], "tokens: input should be a valid integer"),
         ("inner: {weight: 1}", [], "inner.name is missing; add it"),
+        ("items: [{weight: 1}, {}]", [], "items.0.name, items.1.name are missing; add them"),
+        ("items: [{name: a}]", ["items[0].name=b"], "named by its number; write items.0.name=b"),
         ("[1, 2]", [], "expected a mapping of settings, found list"),
         ("a: [", [], "not valid YAML"),
         ("tokens: 2\nitems: []\ntokens: 1", [], "the key 'tokens' stands twice, again in line 3; keep one"),
@@ -97,3 +101,18 @@ def test_keys_are_not_joined() -> None:
 def test_digest_sees_meaning_not_order() -> None:
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
     assert digest({"a": [1, 2]}) != digest({"a": [2, 1]})
+
+
+def test_figures_are_printed_as_people_read_them(capsys: pytest.CaptureFixture) -> None:
+    result = {"tokens_per_second": 16530.4, "loss": 0.25, "rate": 2e-5, "texts": 1200, "hub": None, "dropped": {}}
+    show({**result, "shares": {"got": None, "asked": 0.5}, "gone": []}, as_json=False)
+    assert [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()] == [
+        ["tokens per second", "16,530"],
+        ["loss", "0.25"],
+        ["rate", "2e-05"],
+        ["texts", "1,200"],
+        ["hub", "none"],
+        ["dropped", "none"],
+        ["shares", "got none, asked 0.5"],
+        ["gone", "none"],
+    ]

@@ -154,6 +154,34 @@ def test_damage_is_named_with_its_file(tmp_path: Path, damage, said: str) -> Non
     assert "documents-00001-of-00002.array_record" in str(caught.value)
 
 
+def test_only_stages_that_ask_no_model_mend_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fill(tmp_path / "o")
+    file = tmp_path / "o" / "documents-00001-of-00002.array_record"
+    whole, listed = file.read_bytes(), (tmp_path / "o" / "manifest.json").read_text()
+    file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(UserError, match="documents-00001.*; delete this file, then run its stage again"):
+        Shards(tmp_path / "o")
+    with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output:
+        assert output.held == [0, 1] and output.complete
+    with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents", remake=True) as output:
+        assert output.held == [0] and not output.complete
+    assert "differ from the manifest's checksum" in capsys.readouterr().err
+    (tmp_path / "o" / "manifest.json").write_text(listed.replace('"tokens": 20', '"tokens": 30'))
+    with pytest.raises(UserError, match="undo the edit or put a copy back; or run stage 'test' again"):
+        Shards(tmp_path / "o")
+    with pytest.raises(UserError, match="put a copy back; to begin anew, give another output"):
+        fill(tmp_path / "o")
+    with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents", remake=True) as output:
+        assert output.held == []
+
+
+def test_an_output_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "o").write_text("mine")
+    with pytest.raises(UserError, match=r"/o: cannot be written \(File exists\); a file lies there; give a directory"):
+        fill(tmp_path / "o")
+    assert (tmp_path / "o").read_text() == "mine"
+
+
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     fill(tmp_path / "o")
     (tmp_path / "o" / "manifest.json").write_text("{")

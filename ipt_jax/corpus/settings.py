@@ -115,6 +115,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, for example train.seed=1")
+    if "[" in key:
+        dotted = re.sub(r"\[(\w*)\]", r".\1", key)
+        raise UserError(f"override {override!r}: an item of a list is named by its number; write {dotted}={text}")
     *parents, last = key.split(".")
     block: Any = data
     for name in parents:
@@ -150,7 +153,7 @@ def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
     """One line for the first mistake, unknown keys before others: they often cause the rest."""
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     first = mistakes[0]
-    name = ".".join(str(part) for part in first["loc"] if not _is_tag(part)) or "settings"
+    name = _name(first)
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_names(cls, first["loc"])
@@ -158,9 +161,15 @@ def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {name!r}; {hint}{more}"
     if first["type"] == "missing":
-        return f"{name} is missing; add it{more}"
+        missing = [_name(mistake) for mistake in mistakes if mistake["type"] == "missing"]
+        more = f" (and {len(mistakes) - len(missing)} more)" if len(mistakes) > len(missing) else ""
+        return f"{', '.join(missing)} {'are missing; add them' if missing[1:] else 'is missing; add it'}{more}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{name}: {message[0].lower() + message[1:]}, given {first['input']!r}{more}"
+
+
+def _name(mistake: Any) -> str:
+    return ".".join(str(part) for part in mistake["loc"] if not _is_tag(part)) or "settings"
 
 
 def _is_tag(part: int | str) -> bool:
