@@ -6,11 +6,13 @@ or fails to write, becomes a record. Groups know nothing of each other, so nothi
 """
 
 import logging
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup
-from ipt_jax.corpus.settings import digest
+from ipt_jax.corpus.settings import Fault, digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine import Completion, Engine, RequestFailed
@@ -20,7 +22,33 @@ from synth.prompt import Prompt, Span, context_tokens, fit_text, surely_fits
 from synth.verify.verifier import Verifier
 
 ATTEMPTS = 3  # a request that fails so often yields a text without pairs, and so does one that fails for good
+MEND = "mend the cause, and run again with --retry-failed"
+HOPELESS = 50  # texts that failed before any was answered: what fails them would fail all
+TOLD = 5  # failures that are told one by one
 log = logging.getLogger(__name__)
+
+
+class Failures:
+    """The texts that failed in this process, and whether any request was answered."""
+
+    def __init__(self) -> None:
+        self.texts, self.reasons, self.answered, self.last = 0, Counter[str](), False, ""
+
+    def add(self, text: str, failure: RequestFailed) -> None:
+        """Tells of it, the more seldom the more there were. Raises Fault when nothing but failures has come."""
+        self.texts += 1
+        self.reasons[failure.reason] += 1
+        self.last = f", the last: {failure}"
+        if self.texts <= TOLD:
+            log.warning("%s: failed, kept without pairs: %s", text, failure)
+        elif self.texts.bit_count() == 1:  # 8, 16, 32, …
+            log.warning("%d texts have failed (%s)%s", self.texts, counted(self.reasons), self.last)
+        if self.texts >= HOPELESS and not self.answered:
+            raise Fault(f"no request was answered and {self.texts} texts have failed{self.last}; {MEND}")
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,7 @@ class Chain:
     weights: str
     fingerprint: str
     verifier: Verifier | None = None
+    failures: Failures = field(default_factory=Failures)
 
     async def run(self, engine: Engine, group: Group) -> SynthGroup:
         """The group's record. A text of which nothing fits the budget is left out and counted."""
@@ -103,7 +132,7 @@ class Chain:
         seed = int(digest([self.seed, "generate", group_id, number])[:8], 16)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return await engine.generate(
+                completion = await engine.generate(
                     prompt_ids,
                     max_new_tokens=self.synthesizer.max_new_tokens,
                     temperature=self.synthesizer.temperature,
@@ -111,11 +140,13 @@ class Chain:
                     request_id=f"{group_id}/{number}/{attempt}",
                     priority=-number,
                 )
+                self.failures.answered = True
+                return completion
             except RequestFailed as error:
                 failure = error
             if failure.lasting:
                 break
-        log.warning("group %s, text %d: failed %d times, kept without pairs: %s", group_id, number, attempt, failure)
+        self.failures.add(f"group {group_id}, text {number}", failure)
         return Completion([], failure.reason, len(prompt_ids), 0)
 
     @property

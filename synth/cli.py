@@ -60,6 +60,8 @@ def run(
     from synth.run import run_synth
 
     settings = load_settings(RunSettings, config, overrides)
+    if retry_failed and estimate is not None:
+        raise UserError("--retry-failed: asks again, and --estimate writes nothing; leave one of them out")
     if estimate is not None or price_per_hour is not None:
         return show_costs(settings, estimate, price_per_hour, as_json)
     with quiet_stdout():

@@ -11,16 +11,17 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.digests import KnownDigests
+from ipt_jax.corpus.digests import KnownDigests, State
 from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
-from ipt_jax.corpus.shards import Manifest, Output, writing
+from ipt_jax.corpus.shards import Manifest, Output, refuse_unusable, writing
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
-from synth.chain import Chain
+from synth.chain import MEND, Chain, counted
 from synth.cluster import fill_with_ray, with_absolute_paths
 from synth.config import RunSettings
 from synth.drive import drive
@@ -32,7 +33,7 @@ from synth.retry import failed_texts, take_out_failed
 from synth.seeds import load_seed_examples
 from synth.store import DETAILS, Store
 from synth.verify.verifier import VERSION, make_verifier, score_figures
-from synth.worklist import form_groups, list_work, load_work, save_work
+from synth.worklist import corpus_states, form_groups, list_work, load_work, refuse_changes, save_work
 
 WORK = "worklist"  # folder in the output: the work list, and digests of the files of corpus and model
 LEAST_TEXT_TOKENS = 16  # a budget that leaves a text less than this is a mistake
@@ -44,19 +45,21 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     `seconds` are those of this call.
     """
     started = time.monotonic()
+    refuse_unusable(Path(settings.output))
     if settings.executor == "ray":
         settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
     known = KnownDigests(Path(settings.output) / WORK / "digests.json")
+    states = corpus_states(settings)
     identity = run_identity(settings, tokenizer, known)
     summary = finished_summary(settings.output, identity)
     if summary is None or (retry_failed and summary["failed"]):
-        summary = synthesize(settings, tokenizer, identity, known, retry_failed)
+        summary = synthesize(settings, tokenizer, identity, known, states, retry_failed)
     elif retry_failed:
         tell("no text has failed; there is nothing to do")
     if failed := summary["failed"]:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in failed.items())
-        tell(f"{sum(failed.values()):,} of {summary['texts']:,} texts failed ({reasons}); --retry-failed asks again")
+        told = f"{sum(failed.values()):,} of {summary['texts']:,} texts failed ({counted(failed)})"
+        tell(f"{told}; --retry-failed asks again")
     return {**summary, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -96,14 +99,19 @@ def open_output(path: str, identity: dict[str, Any]) -> Output:
 
 
 def synthesize(
-    settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any], known: KnownDigests, retry_failed: bool
+    settings: RunSettings,
+    tokenizer: Tokenizer,
+    identity: dict[str, Any],
+    known: KnownDigests,
+    states: list[State],
+    retry_failed: bool,
 ) -> dict[str, Any]:
     """Reads all that a user can get wrong before anything is written, then fills and seals the shards."""
     chain = make_chain(settings, tokenizer, identity)
     listed = Path(settings.output) / WORK / "list.json"
     work = load_work(listed, chain.fingerprint) or list_work(settings, tokenizer, chain.fingerprint)
-    if len(work.names) != len(identity["corpus"]["contents"]):
-        raise UserError(f"corpus {settings.corpus.path}: files came or went while it was read; run again")
+    work.states = states
+    refuse_changes(settings, states)  # a list of other contents than were hashed must not be kept
     fresh = not Path(settings.output).exists()
     with open_output(settings.output, identity) as output:
         with writing(listed):
@@ -124,15 +132,23 @@ def synthesize(
         except UserError:
             # An output that this call made and that holds nothing would only refuse the mended settings: with what was
             # put beside its shards gone, it withdraws itself.
-            if fresh and not store.counts:
+            if fresh and not output.held and not any(file.stat().st_size for file in output.path.glob("spool/*")):
                 for folder in ("spool", WORK):
                     shutil.rmtree(output.path / folder, ignore_errors=True)
             raise
         finally:
             store.close()
         store.remove_spools()
+        refuse_failure(store.counts, chain.failures.last)
         manifest = output.finish(summarize(output.manifest, settings.synthesizer.engine))
     return manifest.summary
+
+
+def refuse_failure(counts: Counter[str], last: str) -> None:
+    """Raises Fault when every text has failed: such an output is not finished."""
+    failed = failed_texts(counts)
+    if failed and sum(failed.values()) == counts["texts"]:
+        raise Fault(f"all {counts['texts']:,} texts failed ({counted(failed)}){last}; {MEND}")
 
 
 def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any]) -> Chain:
@@ -166,7 +182,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         "groups": counts.get("groups", 0),
         "pairs": pairs,
         "rejected": rejected,
-        "well_formed": round(pairs / written, 4) if written else 0.0,
+        "well_formed": round(pairs / written, 4) if written else None,
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
         **{name: counts.get(name, 0) for name in names + DETAILS},
         "finished": part(counts, "finished."),

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ipt_jax.corpus.digests import State, file_state, refuse_change
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import write_whole
@@ -38,7 +39,10 @@ class ListedUnit(NamedTuple):
 
 
 class WorkList(msgspec.Struct):
-    """What a pass over the corpus found; `dropped` are rows by reason, `names` those of its files."""
+    """What a pass over the corpus found; `dropped` are rows by reason, `names` those of its files.
+
+    `states` are those of its files before this call read them; they are not kept.
+    """
 
     fingerprint: str
     texts: int
@@ -48,14 +52,16 @@ class WorkList(msgspec.Struct):
     units: list[ListedUnit]
     shards: list[Shard]
     checksum: str = ""
+    states: list[State] = []
 
     def digest(self) -> str:
-        """Digest of all but the checksum."""
-        return digest(msgspec.to_builtins(msgspec.structs.replace(self, checksum="")))
+        """Digest of all that is kept but the checksum."""
+        return digest(msgspec.to_builtins(msgspec.structs.replace(self, checksum="", states=[])))
 
 
 def list_work(settings: RunSettings, tokenizer: Tokenizer, fingerprint: str) -> WorkList:
     """Reads every row of the corpus once. Raises UserError on a bad row, a doubled id, or no text."""
+    states = corpus_states(settings)
     units = plan_units(settings.corpus, UNIT_BYTES)
     dropped: Counter[str] = Counter()
     with Marks() as marks:
@@ -77,6 +83,7 @@ def list_work(settings: RunSettings, tokenizer: Tokenizer, fingerprint: str) -> 
         [Path(path).name for path in input_paths(settings.corpus)],
         listed(settings, units),
         shards,
+        states=states,
     )
 
 
@@ -106,6 +113,20 @@ def listed(settings: RunSettings, units: list[Unit]) -> list[ListedUnit]:
     return [ListedUnit(number[unit.path], *unit[1:]) for unit in units]
 
 
+def corpus_states(settings: RunSettings) -> list[State]:
+    """The states of the corpus' files, in reading order. To be taken before they are hashed."""
+    return [file_state(path) for path in input_paths(settings.corpus)]
+
+
+def refuse_changes(settings: RunSettings, states: list[State]) -> None:
+    """Raises UserError unless the corpus is made of the same files in the same states."""
+    paths = input_paths(settings.corpus)
+    if len(paths) != len(states):
+        raise UserError(f"corpus {settings.corpus.path}: files came or went while it was read; run again")
+    for path, state in zip(paths, states, strict=True):
+        refuse_change(path, state)
+
+
 def form_groups(settings: RunSettings, tokenizer: Tokenizer, work: WorkList, shards: Iterable[int]) -> Iterator[Group]:
     """The groups of the shards, in order. Neighbouring shards are read in one go, others from their own places."""
     paths = input_paths(settings.corpus)
@@ -116,20 +137,41 @@ def form_groups(settings: RunSettings, tokenizer: Tokenizer, work: WorkList, sha
             f"({', '.join(gone[:3]) or 'none'} gone); put them back, and run again to go on"
         )
     units = [Unit(paths[unit.input], *unit[1:]) for unit in work.units]
+    states = dict(zip(paths, work.states, strict=True))
     texts: Iterator[Text] = iter(())
     ahead = -1
     for shard in shards:
         entry = work.shards[shard]
         if shard != ahead:
-            texts = read_texts(settings, tokenizer, units, entry.start)
+            texts = unchanged(read_texts(settings, tokenizer, units, entry.start), units, entry.start.unit, states)
         yield from group_shard(settings, shard, islice(texts, entry.texts))
         ahead = shard + 1
+
+
+def unchanged(texts: Iterator[Text], units: list[Unit], unit: int, states: dict[str, State]) -> Iterator[Text]:
+    """The texts from `unit` on, as long as their files are in those states.
+
+    A file is looked at again after each of its texts was read, and when its last one was: what is read of a changed
+    file goes no further, and one that became shorter does not let the next one's texts into its place.
+    """
+    while True:
+        last = len(units) - 1
+        try:
+            text = next(texts, None)
+            last = text.place.unit if text else last
+        finally:  # also where a changed file cannot be read any more
+            for path in dict.fromkeys(one.path for one in units[unit : last + 1]):
+                refuse_change(path, states[path])
+        if text is None:
+            return
+        unit = last
+        yield text
 
 
 def save_work(path: Path, work: WorkList) -> None:
     work.checksum = work.digest()
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, msgspec.json.encode(work))
+    write_whole(path, msgspec.json.encode(msgspec.structs.replace(work, states=[])))
 
 
 def load_work(path: Path, fingerprint: str) -> WorkList | None:

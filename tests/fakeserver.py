@@ -40,6 +40,7 @@ class FakeServer(ThreadingHTTPServer):
         self.fates: list[Fate] = []
         self.left = Event()
         self.requests: list[dict[str, Any]] = []
+        self.models: tuple[str, str] | None = None  # type and body of another service's reply to /models
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -64,10 +65,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None: ...
 
     def reply(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(body).encode()
+        self.send(status, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -75,6 +78,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
             self.reply(401, {"error": {"message": "wrong key"}})
+        elif self.server.models:
+            self.send(200, self.server.models[1].encode(), {"Content-Type": self.server.models[0]})
         elif self.path == "/v1/models":
             card = {"id": self.server.name, "object": "model", "owned_by": self.server.owner, "max_model_len": 2000}
             self.reply(200, {"object": "list", "data": [card]})

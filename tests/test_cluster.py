@@ -14,7 +14,7 @@ import pytest
 from extras import need
 from synthkit import descendants, settings, shard_bytes
 
-from ipt_jax.corpus.settings import Fault
+from ipt_jax.corpus.settings import Fault, UserError
 from synth import cluster
 from synth.run import run_synth
 
@@ -80,3 +80,24 @@ def test_actors_that_only_die_end_the_run(tmp_path: Path, ray: Any, monkeypatch:
     with pytest.raises(Fault, match=r"3 engines were lost, the last 3 in a row .*0 of 150 texts are stored"):
         run_synth(dying)
     assert run_synth(settings(tmp_path, **CHANGES))["texts"] == 150
+
+
+def test_corpus_that_changes_stops_the_actors(tmp_path: Path, ray: Any) -> None:
+    run_synth(here := settings(tmp_path, **CHANGES, output=str(tmp_path / "here")))
+    there = settings(tmp_path, **CHANGES, synthesizer__faults={"latency_seconds": 0.05}, executor="ray")
+    corpus = tmp_path / "corpus.jsonl"
+    kept = corpus.read_bytes()
+
+    def change() -> None:
+        while not (spools := [*Path(there.output).glob("spool/*.spool")]) or not max(map(size, spools)):
+            time.sleep(0.01)
+        corpus.write_bytes(kept.replace(b"river", b"RIVER"))
+
+    changer = Thread(target=change)
+    changer.start()
+    with pytest.raises(UserError, match=r"corpus\.jsonl: changed since the run began"):
+        run_synth(there)
+    changer.join()
+    corpus.write_bytes(kept)
+    assert run_synth(there)["texts"] == 150
+    assert shard_bytes(there.output) == shard_bytes(here.output)

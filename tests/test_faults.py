@@ -19,6 +19,7 @@ from ipt_jax.corpus.records import GroupText, SynthGroup, decode
 from ipt_jax.corpus.settings import Fault, UserError, check_settings
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth import read_groups
+from synth import run as run_module
 from synth.config import FaultSettings, SynthesizerSettings
 from synth.engine import RequestFailed
 from synth.engine.scripted import ScriptedEngine
@@ -179,6 +180,24 @@ def test_engine_that_dies_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert shard_bytes(tmp_path / "groups") == shard_bytes(undisturbed.output)
 
 
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [(30, "all 30 texts failed (error 30)"), (400, "no request was answered and 50 texts have failed")],
+)
+def test_run_in_which_every_text_fails_ends_in_one_line(tmp_path: Path, texts: int, told: str) -> None:
+    """Soon, with the last reason, and with few lines before; the command that it names mends the output."""
+    failing = command(tmp_path, texts=texts, synthesizer__faults={"error": 1.0})
+    assert failing.returncode == 1
+    (line,) = [line for line in failing.stderr.splitlines() if line.startswith("fault: ")]
+    assert f"{told}, the last: scripted error; mend the cause, and run again with --retry-failed" in line
+    assert "Traceback" not in failing.stderr and failing.stderr.count("kept without pairs") == 5
+    assert "16 texts have failed (error 16), the last: scripted error" in failing.stderr
+    assert command(tmp_path, synthesizer__faults={"error": 1.0}).returncode == 1
+    again = command(tmp_path, "--retry-failed")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["texts"] == texts and not json.loads(again.stdout)["failed"]
+
+
 def spooled_texts(output: Path) -> list[GroupText]:
     found: list[GroupText] = []
     for path in sorted((output / "spool").glob("*.spool")):
@@ -245,3 +264,59 @@ def test_corpus_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.
     assert run_synth(run)["texts"] == 60
     ids = [text.raw_id for group in read_groups(run.output) for text in group.texts]
     assert len(ids) == len(set(ids)) == 60
+
+
+def rewritten(path: Path) -> None:
+    path.write_text(path.read_text().replace("river", "RIVER"))
+
+
+def exchanged(path: Path) -> None:
+    path.with_name("other").write_text(path.read_text().replace("river", "RIVER"))
+    os.replace(path.with_name("other"), path)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_at_a_line(path: Path) -> None:
+    os.truncate(path, len("".join(path.read_text().splitlines(keepends=True)[:30])))
+
+
+@pytest.mark.parametrize("change", [rewritten, exchanged, truncated, cut_at_a_line])
+@pytest.mark.parametrize("moment", ["while listed", 1, 20])
+def test_corpus_file_that_changes_is_named_and_nothing_of_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int | str, change: Any
+) -> None:
+    """Where what comes later is read from the same file, or the next one's texts could take its place."""
+    (tmp_path / "corpus").mkdir()
+    for number in range(2):
+        rows = write_corpus(tmp_path / "part.jsonl", 60, seed=number).read_text()
+        (tmp_path / "corpus" / f"{number}.jsonl").write_text(rows.replace('"id": "t', f'"id": "{number}t'))
+    changes = {"corpus": {"path": str(tmp_path / "corpus")}, "synthesizer__max_num_seqs": 2}
+    run_synth(undisturbed := settings(tmp_path, **changes, output=str(tmp_path / "undisturbed")))
+    run, file = settings(tmp_path, **changes), tmp_path / "corpus" / "0.jsonl"
+    kept, asked = file.read_bytes(), [0]
+    generate, listing = ScriptedEngine.generate, run_module.list_work
+
+    async def watched(engine: ScriptedEngine, *arguments: Any, **named: Any) -> Any:
+        asked[0] += 1
+        if asked[0] == moment:
+            change(file)
+        return await generate(engine, *arguments, **named)
+
+    def watched_listing(*arguments: Any) -> Any:
+        if moment == "while listed":
+            change(file)
+        return listing(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptedEngine, "generate", watched)
+        patch.setattr(run_module, "list_work", watched_listing)
+        with pytest.raises(UserError, match=f"{file}") as error:
+            run_synth(run)
+    assert "\n" not in str(error.value)
+    assert "RIVER" not in "".join(text.text for text in spooled_texts(tmp_path / "groups"))
+    file.write_bytes(kept)
+    assert run_synth(run)["texts"] == 120
+    assert shard_bytes(run.output) == shard_bytes(undisturbed.output)

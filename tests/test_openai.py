@@ -238,6 +238,43 @@ def test_mistakes_are_told_and_leave_no_output(
     assert not (tmp_path / "groups").exists()
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        ("text/html", "<html>welcome</html>"),
+        ("application/json", '[{"id": "model"}]'),
+        ("application/json", '{"data": null}'),
+        ("application/json", '{"data": ["model"]}'),
+        ("application/json", "{broken"),
+    ],
+)
+def test_another_service_is_told_and_leaves_no_output(
+    tmp_path: Path, tokenizer: Tokenizer, reply: tuple[str, str]
+) -> None:
+    with serving(FakeServer(tokenizer)) as server:
+        server.models = reply
+        with pytest.raises(UserError, match="no list of models .*mostly ends in /v1") as error:
+            run_synth(openai_settings(tmp_path, server.url))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "groups").exists()
+
+
+def test_server_that_was_never_there_is_soon_told_and_leaves_no_output(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    server = FakeServer(tokenizer)
+    server.server_close()
+    with pytest.raises(UserError, match="cannot be reached .*; start it, or give the address of one that runs"):
+        run_synth(openai_settings(tmp_path, server.url))
+    assert not (tmp_path / "groups").exists()
+
+
+def test_server_that_refuses_every_request_ends_the_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with serving(FakeServer(tokenizer)) as server:
+        server.fates = [400] * 1000
+        with pytest.raises(Fault, match=r"no request was answered and 50 texts have failed, .*told to say 400"):
+            run_synth(openai_settings(tmp_path, server.url, texts=200))
+    assert len(server.requests) < 70
+
+
 def test_identity_is_the_served_name_and_the_tokenizer_not_the_address(tokenizer: Tokenizer) -> None:
     def digest(**fields: Any) -> str:
         given = {"model": "a/model", "engine": "openai", "server": "http://x", **fields}

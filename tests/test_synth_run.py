@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from synthkit import BOS, EOS, damage_shard, groups_of, recipe, settings, shard_
 
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.settings import UserError, check_settings
+from ipt_jax.corpus.shards import Manifest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth import read_groups
 from synth.chain import Chain
 from synth.config import RunSettings, SynthesizerSettings
 from synth.engine import Completion, RequestFailed
 from synth.grouping import make_group
-from synth.run import run_synth
+from synth.run import run_synth, summarize
 
 
 class Recorder:
@@ -150,18 +152,16 @@ def test_every_prompt_fits_and_goes_on_from_kept_tokens(
         assert len({pair.question for pair in accepted}) == len(accepted)
 
 
-@pytest.mark.parametrize("fault", ["malformed", "truncated", "error"])
+@pytest.mark.parametrize("fault", ["malformed", "truncated"])
 def test_faults_are_counted_and_never_thrown(tmp_path: Path, fault: str) -> None:
     result = run_synth(settings(tmp_path, synthesizer__faults={fault: 1.0}))
     assert (result["texts"], result["groups"]) == (30, 10)
     rejected, finished = set(result["rejected"]), result["finished"]
-    if fault == "error":
-        assert (result["pairs"], rejected, finished) == (0, set(), {"error": 30})
-    elif fault == "truncated":
+    if fault == "truncated":
         assert finished == {"length": 30} and "truncated" in rejected
     else:
         assert {"no_answer", "two_answers", "no_question", "empty_answer", "leftover_text"} <= rejected
-    assert sum(result["rejected"].values()) > 0 or fault == "error"
+    assert sum(result["rejected"].values()) > 0
 
 
 def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
@@ -292,6 +292,43 @@ def test_mistakes_are_told_and_nothing_is_written(
         run_synth(check_settings(RunSettings, plain, where="recipe"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "groups").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file", "/file: .*/file is no directory; give another path"),
+        ("file/x/y", "/file/x/y: .*/file is no directory; give another path"),
+        ("nowhere", "/nowhere: .*/nowhere is no directory; give another path"),
+        ("occupied", "holds 'other' but no manifest of this project; give an empty directory"),
+        ("closed/x", "/closed cannot be written"),
+    ],
+)
+def test_unusable_output_is_told_before_the_corpus_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to("absent")
+    for name in ("occupied", "closed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "occupied" / "other").touch()
+    run, access = settings(tmp_path, output=str(tmp_path / output)), os.access
+    # Permissions do not bind root, who runs many a container's tests.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
+    monkeypatch.setattr("synth.run.source_identity", None)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message) as error:
+        run_synth(run)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_share_of_no_pairs_is_none() -> None:
+    manifest = Manifest(1, "synth", "f", {})
+    manifest.counts = {"texts": 3}
+    assert summarize(manifest, "scripted")["well_formed"] is None
+    manifest.counts = {"texts": 3, "pairs": 1, "rejected.no_answer": 3}
+    assert summarize(manifest, "scripted")["well_formed"] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,19 @@ def test_a_run_may_verify_at_once(groups: Path, tmp_path: Path) -> None:
         run_synth(settings(tmp_path, synthesizer__faults=faults))
 
 
+def test_a_run_scores_texts_alone_without_a_judge(groups: Path, tmp_path: Path) -> None:
+    """What the documentation shows: `verify=[grounded,combined]`. The engine is asked for pairs and nothing else."""
+    (tmp_path / "model").symlink_to(groups / "model")
+    (tmp_path / "corpus.jsonl").symlink_to(groups / "corpus.jsonl")
+    scores = ["grounded", "combined"]
+    ran = run_synth(settings(tmp_path, verify=scores, synthesizer__faults={"malformed": 0.3}))
+    verified = run_verify(verify_settings(groups, tmp_path / "out", scores))
+    assert verified["engine"] is None
+    assert ran["scores"].keys() == set(scores) and ran["scores"] == verified["scores"]
+    pairs = [[text.pairs for text in group.texts] for group in read_groups(tmp_path / "groups")]
+    assert pairs == [[text.pairs for text in group.texts] for group in read_groups(tmp_path / "out")]
+
+
 def test_filtering_needs_no_engine(groups: Path, tmp_path: Path) -> None:
     """Every name can stand in `keep`; a pair that has no such score passes `not name < …` alone."""
     verified = run_verify(verify_settings(groups, tmp_path / "out", ENGINE_ALL))

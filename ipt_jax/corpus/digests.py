@@ -8,10 +8,11 @@ leave the same times. What is kept holds a checksum of itself; where it does not
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from ipt_jax.corpus.settings import digest, file_digest
+from ipt_jax.corpus.settings import UserError, digest, file_digest
 from ipt_jax.corpus.shards import write_whole
 
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks every two seconds
@@ -44,6 +45,33 @@ class KnownDigests:
     def save(self) -> None:
         if self._asked != self._known:
             write_whole(self.path, msgspec.json.encode(Kept(self._asked, digest(self._asked))))
+
+
+class State(NamedTuple):
+    """What a change of a file, or of the list of files in a directory, changes. Not the inode's number: some file
+    systems that machines share number anew on each of them, and whoever replaces a file sets its times."""
+
+    size: int
+    changed_ns: int
+    inode_changed_ns: int
+
+
+def file_state(path: str | Path) -> State:
+    """Raises UserError where nothing lies at `path`."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise UserError(f"input {path}: no such file; put it back, and run again to go on") from error
+    return State(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def refuse_change(path: str | Path, before: State) -> None:
+    """Raises UserError, naming the file, unless it is as it was."""
+    if file_state(path) != before:
+        raise UserError(
+            f"input {path}: changed since the run began; put it back as it was and run again to go on, or give another "
+            "output"
+        )
 
 
 def read_kept(path: Path) -> dict[str, str]:

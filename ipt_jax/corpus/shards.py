@@ -118,10 +118,8 @@ class Output:
                 print(f"{self.path / 'manifest.json'}: was edited; all shards are made again", file=sys.stderr)
             else:
                 raise UserError(f"{_edited(self.path)}; to begin anew, give another output")
-        elif foreign := sorted({entry.name for entry in self.path.iterdir()} - OWN_FIRST):
-            raise UserError(
-                f"output {self.path}: holds {foreign[0]!r} but no manifest of this project; give an empty directory"
-            )
+        else:
+            refuse_foreign(self.path)
         for leftover in self.path.glob(f"*{TEMPORARY}"):
             leftover.unlink()
         if self._remake:
@@ -242,8 +240,24 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         is_file = isinstance(error, FileExistsError | NotADirectoryError)
         cure = "a file lies there; give a directory" if is_file else "free space or give another path"
-        said = error.strerror or error
-        raise UserError(f"output {path}: cannot be written ({said}); {cure}") from error
+        raise UserError(f"output {path}: cannot be written ({error.strerror or error}); {cure}") from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises UserError where other files than a stage's lie in a directory without a manifest."""
+    if foreign := sorted({entry.name for entry in path.iterdir()} - OWN_FIRST):
+        raise UserError(f"output {path}: holds {foreign[0]!r} but no manifest of this project; give an empty directory")
+
+
+def refuse_unusable(path: Path) -> None:
+    """What a user can get wrong about an output, by a look: for stages that read long before they open theirs."""
+    found = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not os.path.isdir(found):
+        raise UserError(f"output {path}: {found} is no directory; give another path")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"output {path}: {found} cannot be written (its permissions); give another path")
+    if found == path and not (path / "manifest.json").exists():
+        refuse_foreign(path)
 
 
 def lock_directory(path: Path) -> int:

@@ -1,9 +1,9 @@
 """Any OpenAI-compatible completions server: token prompts out over HTTP, token ids back where the server gives them.
 
 Guaranteed: a server that is gone, overloaded or started anew is waited for with growing, scattered pauses, longer where
-it says `Retry-After`; requests that were in flight are sent again. A server that answers nobody for
-`server_patience_seconds` is an EngineDied. A request that the server refuses fails alone. Its key comes from the
-environment variable IPT_API_KEY and is written nowhere.
+it says `Retry-After`; requests that were in flight are sent again. One that was never there is the user's mistake. A
+server that answers nobody for `server_patience_seconds` is an EngineDied. A request that the server refuses fails
+alone. Its key comes from the environment variable IPT_API_KEY and is written nowhere.
 
 Servers of vLLM return token ids. Others give text, which is encoded here: `Completion.recoded`. The ids may then differ
 from the sampled ones, which costs prefix-cache hits and nothing else. vLLM counts cached tokens when it is started with
@@ -17,6 +17,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
+
 from ipt_jax.corpus.settings import UserError, uniform
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
@@ -26,9 +28,22 @@ KEY = "IPT_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
 LONGEST_RETRY_AFTER = 120.0
 CONNECT_SECONDS = 10.0
+KNOCKS = 4  # at a server that was never there; with the pauses between, some three seconds
 TRIES = 5  # of a request that makes the server fail, or at which it went away
 OVERLOADED = (429, 502, 503, 504)  # by the server itself, or by the gateway before it
 log = logging.getLogger(__name__)
+
+
+class Served(msgspec.Struct):
+    """A model as a server lists it."""
+
+    id: str
+    owned_by: str | None = None
+    max_model_len: int | None = None
+
+
+class ServedModels(msgspec.Struct):
+    data: list[Served]
 
 
 class OpenAIEngine:
@@ -54,7 +69,7 @@ class OpenAIEngine:
         self._extras: dict[str, Any] | None = None  # unknown until the server was looked at
         self._looking = asyncio.Lock()
         self._answered = 0.0  # when the server last answered anybody
-        self._away = False
+        self._seen = self._away = False
 
     async def generate(
         self,
@@ -101,21 +116,32 @@ class OpenAIEngine:
 
     async def _look_at_server(self) -> dict[str, Any]:
         """What to ask of it beyond the common interface. Raises UserError where it serves another model."""
-        name, served = self._settings.served_name, (await self._answer(self._client.models.list, "models")).data
+        name, served = self._settings.served_name, await self._served_models()
         found = next((model for model in served if model.id == name), None)
         if found is None:
             raise UserError(
-                f"synthesizer.server {self._settings.server}: serves {', '.join(model.id for model in served)}, not "
-                f"{name}; set synthesizer.served_model"
+                f"synthesizer.server {self._settings.server}: serves "
+                f"{', '.join(model.id for model in served) or 'nothing'}, not {name}; set synthesizer.served_model"
             )
-        longest = getattr(found, "max_model_len", None)
-        if longest is not None and self._settings.max_model_len > longest:
+        if found.max_model_len is not None and self._settings.max_model_len > found.max_model_len:
             raise UserError(
-                f"synthesizer.max_model_len: {self._settings.max_model_len}, the server's is {longest}; lower it"
+                f"synthesizer.max_model_len: {self._settings.max_model_len}, the server's is {found.max_model_len}; "
+                "lower it"
             )
         if found.owned_by != "vllm":
             return {}
         return {"return_token_ids": True, "stop_token_ids": [self.tokenizer.eos_id]}
+
+    async def _served_models(self) -> list[Served]:
+        """Raises UserError where another service answers."""
+        try:
+            reply = await self._answer(self._client.models.with_raw_response.list, "models")
+            return msgspec.json.decode(reply.content, type=ServedModels).data
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"synthesizer.server {self._settings.server}: its /models is no list of models ({error}); give the "
+                "base URL of an OpenAI-compatible server, which mostly ends in /v1"
+            ) from error
 
     async def _answer(self, ask: Callable[[], Awaitable[Any]], request_id: str) -> Any:
         """The server's reply, however often it must be asked."""
@@ -140,8 +166,10 @@ class OpenAIEngine:
     def _blames_request(self, error: Any) -> bool:
         """Whether the request may have caused it. Raises what no pause can mend."""
         if not isinstance(error, self._openai.APIStatusError):
-            cause = type(error.__cause__).__name__
-            return not cause.startswith("Connect")  # ConnectError, ConnectTimeout: it never reached the server
+            reached = not type(error.__cause__).__name__.startswith("Connect")  # ConnectError, ConnectTimeout
+            self._seen = self._seen or reached
+            return reached
+        self._seen = True
         server = f"synthesizer.server {self._settings.server}"
         if error.status_code in (401, 403):
             raise UserError(f"{server}: refuses the key ({error.status_code}); put the right one into {KEY}") from error
@@ -153,13 +181,19 @@ class OpenAIEngine:
         return error.status_code not in OVERLOADED
 
     async def _pause(self, error: Any, first_failure: float, request_id: str, pauses: int) -> None:
-        """Waits before the next try. Raises EngineDied when nobody was answered for too long."""
+        """Waits before the next try. Raises EngineDied when nobody was answered for too long, and UserError soon where
+        there was never a server."""
+        if not self._seen and pauses + 1 == KNOCKS:
+            raise UserError(
+                f"synthesizer.server {self._settings.server}: cannot be reached ({line(error)}); start it, or give the "
+                "address of one that runs"
+            ) from error
         patience = self._settings.server_patience_seconds
         if time.monotonic() - max(first_failure, self._answered) > patience:
             raise EngineDied(
                 f"server {self._settings.server} answered nobody for {patience:g} s ({line(error)})"
             ) from error
-        if not self._away:
+        if self._seen and not self._away:
             self._away = True
             log.warning("server %s: %s; waiting up to %g s for it", self._settings.server, line(error), patience)
         longest = min(FIRST_PAUSE * 2 ** min(pauses, 20), LONGEST_PAUSE)
@@ -171,6 +205,7 @@ class OpenAIEngine:
         if self._away:
             self._away = False
             log.warning("server %s answers again", self._settings.server)
+        self._seen = True
         self._answered = time.monotonic()
 
     def _completion(self, reply: Any, prompt_ids: list[int]) -> Completion:
