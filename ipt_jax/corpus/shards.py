@@ -9,7 +9,6 @@ its process. ArrayRecord writes to local disks only.
 
 import bisect
 import fcntl
-import hashlib
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ import msgspec
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ipt_jax.corpus.records import Document, decode
-from ipt_jax.corpus.settings import UserError, digest
+from ipt_jax.corpus.settings import UserError, digest, file_digest
 
 SCHEMA = 1
 PACKED = "group_size:1,zstd:3"  # one record a group: each is read and checked alone
@@ -202,7 +201,7 @@ class Output:
         found = count_records(temporary)
         assert found == records, f"{temporary}: wrote {records} records, found {found}"
         name = f"{self.shard_name}-{index:05d}-of-{total:05d}.array_record"
-        checksum, size = _sha256(temporary), temporary.stat().st_size
+        checksum, size = file_digest(temporary), temporary.stat().st_size
         entry = ShardEntry(name, records, tokens, size, checksum, counts or {}, dropped or {}, sides or {})
         with writing(self.path):
             os.replace(temporary, self.path / name)
@@ -251,17 +250,6 @@ def refuse_foreign(path: Path) -> None:
     """Raises UserError where other files than a stage's lie in a directory without a manifest."""
     if foreign := sorted({entry.name for entry in path.iterdir()} - OWN_FIRST):
         raise UserError(f"output {path}: holds {foreign[0]!r} but no manifest of this project; give an empty directory")
-
-
-def refuse_unusable(path: Path) -> None:
-    """What a user can get wrong about an output, by a look: for stages that read long before they open theirs."""
-    found = next(one for one in (path, *path.parents) if os.path.lexists(one))
-    if not os.path.isdir(found):
-        raise UserError(f"output {path}: {found} is no directory; give another path")
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise UserError(f"output {path}: {found} cannot be written (its permissions); give another path")
-    if found == path and not (path / "manifest.json").exists():
-        refuse_foreign(path)
 
 
 def lock_directory(path: Path) -> int:
@@ -459,7 +447,7 @@ def damage(path: Path, entry: ShardEntry, *, checksum: bool = True) -> str | Non
     size = file.stat().st_size
     if size != entry.bytes:
         return f"{file}: {size} bytes where the manifest says {entry.bytes}"
-    if checksum and _sha256(file) != entry.sha256:
+    if checksum and file_digest(file) != entry.sha256:
         return f"{file}: its bytes differ from the manifest's checksum{_first_unreadable(file)}"
     return None
 
@@ -505,8 +493,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         parts = [_flat(inner, f"{prefix}.{index}") for index, inner in enumerate(value)]
         return {key: inner for part in parts for key, inner in part.items()}
     return {prefix: value}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
