@@ -40,12 +40,13 @@ def tokenize(config: Config, overrides: Overrides = None, as_json: AsJson = Fals
 @app.command()
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Solve and print the token mix of a training recipe; refuse what cannot be met."""
-    from ipt_jax.config import Recipe, rows_per_step
+    from ipt_jax.config import Recipe, check_schedule, rows_per_step
     from ipt_jax.data.plan import build_plan, print_plan
 
     recipe = load_settings(Recipe, config, overrides)
     with quiet_stdout():
         solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
+        check_schedule(recipe, solved.steps)
     if as_json:
         show(solved.summary(), as_json)
     else:

@@ -81,6 +81,15 @@ def rows_per_step(recipe: Recipe) -> int:
     return batch_tokens // seq_len
 
 
+def check_schedule(recipe: Recipe, steps: int) -> None:
+    """Raises UserError where a plan of `steps` ends before the warm-up does."""
+    if recipe.optimizer.warmup_steps >= steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {recipe.optimizer.warmup_steps}, but the plan has {steps} steps; "
+            f"set it below {steps}, or lower train.batch_tokens for more steps"
+        )
+
+
 def accumulation_steps(recipe: Recipe, shards: int) -> int:
     """Micro-batches per step when rows are split over `shards` (data x fsdp) groups of devices."""
     rows = rows_per_step(recipe)

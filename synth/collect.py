@@ -4,7 +4,8 @@ One shard holds one data set. Of each, at most `max_contexts` contexts are kept,
 in an order drawn from (seed, id). A document is a few-shot sequence: one-shot examples of ONE data set, as many as fit
 `few_shot.max_tokens`; the loss stands on pairs and on the EOS after them. Every pair is read back with the parser of
 `synth run` first: what that would refuse is never taught. What is left out is counted by reason; reasons of single
-pairs begin with `pair_`. All rows are checked before anything is written.
+pairs begin with `pair_`; a pair's fields that nothing reads count as `ignored_field_NAME`. All rows are checked before
+anything is written.
 """
 
 import heapq
@@ -24,6 +25,7 @@ from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.parse import parse_completion, question_key
 from synth.prompt import context_block, example_segments, pair_text, pairs_text, shown, wire_pair
 
+FIELDS = {"question", "answer", "options", "rationale"}
 BATCH = 1000  # examples tokenized at once: the tokenizer's threads share them
 
 
@@ -76,7 +78,7 @@ def run_collect(settings: CollectSettings) -> dict[str, Any]:
         else None,
     }
     chosen = [choose(one, settings) for one in data_sets]
-    with Output(settings.output, stage="collect", identity=identity, shard_name="documents") as output:
+    with Output(settings.output, stage="collect", identity=identity, shard_name="documents", remake=True) as output:
         if not output.complete:
             with Progress(len(data_sets), "data sets", "synth collect") as progress:
                 for index, one in enumerate(data_sets):
@@ -166,6 +168,7 @@ def _example(row: dict[str, Any], where: str, default_id: str, dropped: Counter[
     pairs: dict[tuple[str, ...], Pair] = {}
     for entry in questions:
         pair = read_back(_pair(entry, where))
+        dropped.update(f"ignored_field_{name}" for name in entry.keys() - FIELDS)
         if pair.verdict == "rejected":
             dropped[f"pair_{pair.reason}"] += 1
         elif pairs.setdefault(question_key(pair), pair) is not pair:

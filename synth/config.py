@@ -1,4 +1,4 @@
-"""Settings of `synth run`, and the `synthesizer` block that `synth eval` and `synth verify` share with it.
+"""Settings of `synth run`, and the `synthesizer` block that `synth verify` shares with it.
 
 `Synthesizer` says which model answers, on which engine and within which budget. Identities of outputs cover what
 changes the answers (`meaning`), not what only changes the speed.

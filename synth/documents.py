@@ -7,6 +7,7 @@ reasoning and answers stand (`spans`, see synth/pieces.py) and which texts of th
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import isinf
 from typing import Literal
 
 import msgspec
@@ -84,6 +85,8 @@ class RenderSettings(Settings):
     @field_validator("layouts")
     @classmethod
     def _draws_something(cls, shares: LayoutShares) -> LayoutShares:
+        if isinf(sum(shares.weights.values())):
+            raise ValueError("the shares add up to more than a number can hold; give smaller ones")
         if not sum(shares.weights.values()):
             raise ValueError("every share is 0; give at least one layout a share")
         return shares

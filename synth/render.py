@@ -5,6 +5,7 @@ raw Document a text. One output shard for each input shard, written whole; a sec
 or EOS: `ipt tokenize` adds them. With `hub` the same documents also become a data set for the hub (synth/hub.py).
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def run_render(settings: RenderSettings) -> dict[str, Any]:
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     total = len(shards.paths)
     meaning = identity(settings, shards, tokenizer)
-    with Output(settings.output, stage="render", identity=meaning, shard_name="documents") as out:
+    with Output(settings.output, stage="render", identity=meaning, shard_name="documents", remake=True) as out:
         export = open_export(settings.hub, out.manifest.fingerprint) if settings.hub else None
         jobs = [ShardJob(settings, shard, out.temporary(shard)) for shard in range(total) if not out.has(shard)]
         done = sum(shards.manifest.shards[shard].records for shard in range(total) if out.has(shard))
@@ -70,6 +71,9 @@ def run_render(settings: RenderSettings) -> dict[str, Any]:
         manifest = out.manifest if out.complete else out.finish()
         if settings.hub and export:
             export_hub(settings, settings.hub, export, shards, manifest.fingerprint)
+    if not manifest.counts.get("pairs"):
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.dropped.items()) or "none was there"
+        print(f"synth render: no pair passed ({reasons}); every text stands alone", file=sys.stderr)
     return summary(manifest, settings)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ipt_jax.corpus.records import SynthGroup, decode
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import TEMPORARY, Output, read_shard, sync_directory, writing
+from ipt_jax.corpus.shards import TEMPORARY, Output, damage, read_shard, sync_directory, writing
 from synth.engine import FAILURES
 from synth.spool import Spool
 from synth.store import spool_path
@@ -39,7 +39,7 @@ def failed_texts(counts: dict[str, int]) -> dict[str, int]:
 
 def reopen(output: Output, shard: int, groups_per_shard: int) -> int:
     """Makes a sealed shard an open one; the number of groups that it lost."""
-    if damaged := output.damage(shard):
+    if damaged := damage(output.path, output.entry(shard)):
         raise UserError(f"{damaged}; put the file back from a copy, or delete it and run again")
     file = output.path / output.entry(shard).name
     taken = keep_good(output, spool_path(output, shard), read_shard(file), groups_per_shard)

@@ -35,7 +35,7 @@ def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer) -> list[list
             prompt.examples.pop()
     if len(prompt.examples) < count:
         raise UserError(
-            f"seed_examples {path}: {len(prompt.examples)} of {len(rows)} rows have pairs, at most {share} tokens, a "
-            f"prompt's part for each of {count} and a text; lower count or raise max_model_len"
+            f"seed_examples {path}: {count} examples are asked for, {len(prompt.examples)} of {len(rows)} rows with "
+            f"pairs have at most {share} tokens, a prompt's room for each; lower count or raise max_model_len"
         )
     return prompt.examples

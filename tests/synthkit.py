@@ -89,6 +89,14 @@ def shard_bytes(output: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(output).glob("*.array_record"))}
 
 
+def damage_shard(output: str | Path, index: int) -> None:
+    """Flips a bit in the middle of a shard."""
+    file = sorted(Path(output).glob("*.array_record"))[index]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
 def descendants(parent: int, title: str) -> list[psutil.Process]:
     """The processes below `parent`, children of children included, whose command line begins with `title`."""
     found = []

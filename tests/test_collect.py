@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from extras import shared
+from synthkit import damage_shard
 
 from ipt_jax.corpus.records import Document, Segment
 from ipt_jax.corpus.settings import UserError, load_settings
@@ -59,7 +60,8 @@ def test_segments_of_a_context_with_two_pairs(tmp_path: Path) -> None:
     segments = [BOS, Segment(" <CON> Ann came in May. </CON>\n\n", loss=False), Segment(pairs, loss=True), EOS]
     meta = {"dataset": "story", "contexts": ["s/1"]}
     assert documents == [Document("story/s/1", "story", "task", segments, meta=meta)]
-    expected = {"documents": 1, "contexts": 1, "pairs": 2, "tokens": None, "dropped": {}, "datasets": 1}
+    dropped = {"ignored_field_kind": 1}
+    expected = {"documents": 1, "contexts": 1, "pairs": 2, "tokens": None, "dropped": dropped, "datasets": 1}
     assert figures == expected
 
 
@@ -111,7 +113,7 @@ def test_every_row_and_pair_left_out_is_counted_by_reason(tmp_path: Path) -> Non
         {"question": "Choose.", "answer": "c", "options": ["a", "b"]},
         {"question": "A tag </END> inside?", "answer": "yes"},
         {"question": "", "answer": "yes"},
-        {"question": "Empty?", "answer": " "},
+        {"question": "Empty?", "answer": " ", "explanation": "None."},
         {"question": "Question 0?", "answer": "again"},
     ]
     rows = [
@@ -133,6 +135,7 @@ def test_every_row_and_pair_left_out_is_counted_by_reason(tmp_path: Path) -> Non
         "pair_empty_question": 1,
         "pair_empty_answer": 1,
         "pair_duplicate_question": 1,
+        "ignored_field_explanation": 1,
     }
     assert sorted(document.id for document in documents) == ["set/a", "set/set.jsonl:6"]
 
@@ -193,6 +196,9 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(tmp_path: P
     shard = next((tmp_path / "tuning").glob("*.array_record"))
     written = shard.stat().st_mtime_ns
     assert collect(tmp_path, path)[0] == figures and shard.stat().st_mtime_ns == written
+    whole = shard.read_bytes()
+    damage_shard(tmp_path / "tuning", 0)
+    assert collect(tmp_path, path)[0] == figures and shard.read_bytes() == whole
     with pytest.raises(UserError, match=r"made with max_contexts=10000, now 5"):
         collect(tmp_path, path, max_contexts=5)
     moved = path.rename(tmp_path / "sub.jsonl")

@@ -277,6 +277,8 @@ def test_a_second_run_goes_on_and_equals_an_undisturbed_one(tmp_path: Path) -> N
     shards = shard_bytes(output)
     assert len(shards) == len(Shards(tmp_path / "groups").paths) > 2
     sorted(output.glob("*.array_record"))[1].unlink()
+    damaged = sorted(output.glob("*.array_record"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"!" + damaged.read_bytes()[-8:])
     (output / "groups-00001.99.tmp").write_bytes(b"half")
     sorted(output.glob("*.removed.jsonl"))[0].write_text("edited")
     assert decontaminate(tmp_path, inputs, rows, workers=2) == whole
@@ -286,6 +288,28 @@ def test_a_second_run_goes_on_and_equals_an_undisturbed_one(tmp_path: Path) -> N
         decontaminate(tmp_path, inputs, rows, ngram=8)
     with pytest.raises(UserError, match="benchmarks.bench"):
         decontaminate(tmp_path, inputs, ROWS)
+
+
+def test_the_output_lies_apart_and_holds_nothing_else(tmp_path: Path) -> None:
+    groups = write_records(tmp_path / "groups", "synth", [[group("g", ("A text.", [pair("Who?", "Anna")]))]])
+    (tmp_path / "clean").mkdir()
+    inside = write_rows(tmp_path / "clean" / "raw.jsonl", {"id": "r", "text": "abc"})
+    for source, output, told in (
+        (groups, groups, "is or holds it, or lies in it"),
+        (groups, f"{groups}/clean", "is or holds it, or lies in it"),
+        (inside, str(tmp_path / "clean"), "is or holds it, or lies in it"),
+        (inside, groups, "holds 'manifest.json', not of this stage"),
+    ):
+        write_rows(tmp_path / "bench.jsonl")
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=told):
+            decontaminate(tmp_path, [{"path": source}], ROWS, output=output)
+        assert sorted(tmp_path.rglob("*")) == before
+    apart = write_rows(tmp_path / "apart.jsonl", {"id": "r", "text": "abc"})
+    Path(inside).unlink()
+    decontaminate(tmp_path, [{"path": groups}], ROWS)
+    decontaminate(tmp_path, [{"path": apart}], ROWS)
+    assert sorted(path.name for path in (tmp_path / "clean").iterdir()) == ["apart", "groups", "removed.jsonl"]
 
 
 def test_render_leaves_out_what_was_found(tmp_path: Path) -> None:
@@ -354,6 +378,7 @@ def mistakes() -> Iterator[tuple[Callable[[Path], Any], str]]:
     yield run(times=2), "inputs: two are called 'raw'"
     yield run(benchmarks=[{"fields": ["q"]}]), "a path or a task"
     yield run(inputs=[{"path": "raw/*.jsonl"}]), r"inputs: '\*' is no name"
+    yield run(inputs=[{"path": "raw.jsonl", "name": "removed.jsonl"}]), "'removed.jsonl' is a file of the output"
     yield run(benchmarks=[{"path": "nowhere.jsonl", "fields": ["q"]}]), "no such file"
 
 
@@ -362,6 +387,14 @@ def test_mistakes_are_told(tmp_path: Path, call: Callable[[Path], Any], told: st
     with pytest.raises(UserError, match=told):
         call(tmp_path)
     assert not (tmp_path / "clean").exists()
+
+
+def test_a_benchmark_that_is_no_json_lines_is_told(tmp_path: Path) -> None:
+    (tmp_path / "b.parquet").write_bytes(b"PAR1\xff")
+    for path in (tmp_path / "b.parquet", write_records(tmp_path / "groups", "synth", [[]])):
+        with pytest.raises(UserError, match="benchmark .*: not JSON Lines; give one question a line in a .jsonl file"):
+            source = write_rows(tmp_path / "raw.jsonl", {"id": "r", "text": "abc"})
+            decontaminate(tmp_path, [{"path": source}], ROWS, benchmarks=[{"path": str(path), "fields": ["q"]}])
 
 
 def test_an_absent_field_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from extras import shared
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from synthkit import shard_bytes, write_corpus
+from synthkit import damage_shard, shard_bytes, write_corpus
 
 from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.settings import UserError, check_settings
@@ -205,6 +205,7 @@ def test_a_second_run_goes_on(tmp_path: Path) -> None:
     shards = shard_bytes(tmp_path / "mined")
     assert len(shards) == 3
     sorted((tmp_path / "mined").glob("*.array_record"))[1].unlink()
+    damage_shard(tmp_path / "mined", 0)
     second = mine(tmp_path, corpus=corpus, workers=2)
     assert shard_bytes(tmp_path / "mined") == shards
     assert {**second, "seconds": 0} == {**first, "seconds": 0}

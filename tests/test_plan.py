@@ -1,5 +1,7 @@
 """The plan: exact amounts, refusals that name the number to change, order by arithmetic, packing, what is left out."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +145,47 @@ def test_what_cannot_be_met_is_refused(data: DataSettings, held: list[int], mess
     with pytest.raises(UserError, match=message) as caught:
         solve_mix(data, held)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "held", "message"),
+    [
+        (mix(tokens=1000, a={"share": 0.5}), [400], r"raise the shares \(sum 0.5\) to 1, or let one source"),
+        (mix(tokens=1000, a={"share": 1.0}, b={"epochs": 1}), [400, 90], "lower the shares, which sum to 1"),
+        (mix(tokens=100, a={}, b={"epochs": 1}, c={"share": 0.2}), [900, 400, 9], "raise data.tokens above 500,"),
+        (mix(tokens=10**9, a={}, b={"epochs": 1}, c={"share": 0.5}), [900, 400, 9], "lower data.tokens to 2600,"),
+        (mix(tokens=900, a={}, b={"share": 1.0}), [500, 300], "ask for 900 of the 900 tokens; lower those"),
+    ],
+)
+def test_a_budget_is_named_where_shares_leave_one(data: DataSettings, held: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        solve_mix(data, held)
+
+
+asked = st.one_of(
+    st.just({}),
+    st.floats(0.05, 5).map(lambda epochs: {"epochs": epochs}),
+    st.floats(0.001, 1).map(lambda share: {"share": share}),
+    st.integers(1, 5000).map(lambda tokens: {"tokens": tokens}),
+)
+capped = st.one_of(st.just({}), st.floats(0.5, 8).map(lambda most: {"max_epochs": most}))
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.tuples(asked, capped, st.integers(1, 100_000)), min_size=1, max_size=4),
+    st.one_of(st.integers(1, 10**9), st.integers(1, 10_000)),
+)
+def test_the_budget_that_a_refusal_names_is_accepted(parts: list[tuple[dict, dict, int]], tokens: int) -> None:
+    assume(sum(not one for one, _, _ in parts) <= 1 and sum(one.get("share", 0) for one, _, _ in parts) <= 1)
+    sources = {f"s{i}": one | cap for i, (one, cap, _) in enumerate(parts)}
+    held = [one for _, _, one in parts]
+    try:
+        solve_mix(mix(tokens=tokens, **sources), held)
+    except UserError as error:
+        named = re.search(r"data.tokens (to|above) (\d+)", str(error))
+        if named:
+            solve_mix(mix(tokens=int(named[2]) + (named[1] == "above"), **sources), held)
 
 
 def test_names_are_checked() -> None:
@@ -412,3 +455,38 @@ def test_the_block_table_is_kept_and_made_again(tmp_path: Path, capsys: pytest.C
     kept.unlink()
     assert plan_of(root).fingerprint == first and kept.is_file()
     assert not capsys.readouterr().err
+
+
+def test_a_kept_table_is_for_everybody_and_a_closed_one_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_tokens(tmp_path / "raw", random_documents([30] * 40)).parent
+    before = os.umask(0o022)
+    try:
+        first = plan_of(root).fingerprint
+    finally:
+        os.umask(before)
+    (kept,) = (tmp_path / "raw").glob("blocks-*.npz")
+    assert kept.stat().st_mode & 0o777 == 0o644
+    read = Path.read_bytes
+
+    def closed(path: Path) -> bytes:
+        if path == kept:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    assert plan_of(root).fingerprint == first
+    assert [path.name for path in kept.parent.glob("blocks-*")] == [kept.name]
+
+
+def test_a_table_that_cannot_be_kept_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    plan_of(write_tokens(tmp_path / "raw", random_documents([30] * 40)).parent)
+    assert "cannot keep the block table (No space left on device)" in capsys.readouterr().err
+    assert not list((tmp_path / "raw").glob("blocks-*"))

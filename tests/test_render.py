@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from renderkit import EVEN, PAIRS, group, recipe, render
+from synthkit import damage_shard
 
 from ipt_jax.corpus.records import Pair, Parent, SynthGroup, encode
 from ipt_jax.corpus.settings import UserError
@@ -275,9 +276,22 @@ def test_stage_goes_on_and_refuses_other_settings(tmp_path: Path) -> None:
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.array_record")}
     (tmp_path / "out" / "documents-00001-of-00002.array_record").unlink()
     assert run_render(recipe(**fields)) == first
+    damage_shard(tmp_path / "out", 0)
+    assert run_render(recipe(**fields)) == first
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.array_record")} == whole
     with pytest.raises(UserError, match="made with seed=0, now 1"):
         run_render(recipe(**fields, seed=1))
+
+
+def test_a_filter_that_leaves_no_pair_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    scored = wire_pair("Who?", "Ann")
+    scored.scores["grounded"] = 1.0
+    where = str(write_groups(tmp_path / "groups", [[group("a", [[scored]])]]))
+    run_render(recipe(groups=where, output=str(tmp_path / "some"), keep="grounded >= 1"))
+    assert "no pair passed" not in capsys.readouterr().err
+    result = run_render(recipe(groups=where, output=str(tmp_path / "none"), keep="grounded >= 2"))
+    assert result["pairs"] == 0
+    assert "synth render: no pair passed (keep 1); every text stands alone\n" in capsys.readouterr().err
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -291,6 +305,8 @@ def test_mistakes(tmp_path: Path) -> None:
         recipe(layouts={"dialog": 1})
     with pytest.raises(UserError, match="every share is 0"):
         recipe(layouts={"dialogue": 0})
+    with pytest.raises(UserError, match="add up to more than a number can hold; give smaller ones"):
+        recipe(layouts={"dialogue": 1e308, "text_first": 1e308})
     run_render(recipe(**fields))
     with pytest.raises(UserError, match="'render' wrote no groups"):
         run_render(recipe(groups=str(tmp_path / "out"), output=str(tmp_path / "again")))

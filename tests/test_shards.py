@@ -14,7 +14,7 @@ import pytest
 from ipt_jax.corpus import read_documents
 from ipt_jax.corpus.records import Document, Parent, Segment, decode, encode
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.corpus.shards import Output, Shards, read_manifest
+from ipt_jax.corpus.shards import Output, Shards, read_manifest, write_whole
 
 IDENTITY = {"seed": 0, "text": {"field": "text"}}
 
@@ -113,6 +113,17 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "o").exists()
 
 
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_whole(tmp_path / "page.html", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "page.html", b"new")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("page.html", b"old")]
+
+
 def test_a_mistake_after_the_first_shard_keeps_it(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError),
@@ -141,6 +152,34 @@ def test_damage_is_named_with_its_file(tmp_path: Path, damage, said: str) -> Non
     with pytest.raises(UserError, match=said) as caught:
         Shards(tmp_path / "o")
     assert "documents-00001-of-00002.array_record" in str(caught.value)
+
+
+def test_only_stages_that_ask_no_model_mend_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fill(tmp_path / "o")
+    file = tmp_path / "o" / "documents-00001-of-00002.array_record"
+    whole, listed = file.read_bytes(), (tmp_path / "o" / "manifest.json").read_text()
+    file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(UserError, match="documents-00001.*; delete this file, then run its stage again"):
+        Shards(tmp_path / "o")
+    with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output:
+        assert output.held == [0, 1] and output.complete
+    with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents", remake=True) as output:
+        assert output.held == [0] and not output.complete
+    assert "differ from the manifest's checksum" in capsys.readouterr().err
+    (tmp_path / "o" / "manifest.json").write_text(listed.replace('"tokens": 20', '"tokens": 30'))
+    with pytest.raises(UserError, match="undo the edit or put a copy back; or run stage 'test' again"):
+        Shards(tmp_path / "o")
+    with pytest.raises(UserError, match="put a copy back; to begin anew, give another output"):
+        fill(tmp_path / "o")
+    with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents", remake=True) as output:
+        assert output.held == []
+
+
+def test_an_output_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "o").write_text("mine")
+    with pytest.raises(UserError, match=r"/o: cannot be written \(File exists\); a file lies there; give a directory"):
+        fill(tmp_path / "o")
+    assert (tmp_path / "o").read_text() == "mine"
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def test_the_command(tmp_path: Path) -> None:
     }
     (tmp_path / "train.yaml").write_text(json.dumps(recipe))  # JSON is YAML
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from ipt_jax.cli import main; main()", "show", str(tmp_path / "train.yaml")]
+    def run(*arguments: str, stage: str = "show") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from ipt_jax.cli import main; main()", stage, str(tmp_path / "train.yaml")]
         return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
 
     shown = run("--rows", "2", "--step", "1", "--json")
@@ -103,3 +103,5 @@ def test_the_command(tmp_path: Path) -> None:
     refused = run("-o", str(tmp_path))
     assert refused.returncode == 2 and "a directory; give the path of a file" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+    refused = run("optimizer.warmup_steps=99", stage="plan")
+    assert refused.returncode == 2 and "optimizer.warmup_steps is 99, but the plan has" in refused.stderr

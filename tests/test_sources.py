@@ -42,15 +42,23 @@ def test_every_form_gives_the_same_documents(tmp_path: Path) -> None:
         assert documents == [Document(row["id"], "s", "raw", [Segment(row["text"])]) for row in ROWS], path
 
 
-def test_directories_and_globs(tmp_path: Path) -> None:
+def test_directories_and_globs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jsonl").write_bytes(jsonl(ROWS[:2]))
     (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS[2:3]))
     (tmp_path / "notes.txt").write_text("not a source")
     ids = [one.id for one in read_source(SourceSettings(path=str(tmp_path))) if isinstance(one, Document)]
     assert ids == ["r2", "r0", "r1"]
+    assert f"input {tmp_path}: files not read: 1 (notes.txt); expected .jsonl" in capsys.readouterr().err
     ids = [one.id for one in read_source(SourceSettings(path=f"{tmp_path}/*.jsonl")) if isinstance(one, Document)]
     assert ids == ["r2"]
+
+
+def test_a_kind_that_the_documents_contradict_is_refused(tmp_path: Path) -> None:
+    path = str(write_all_forms(tmp_path)[-1])
+    assert len(list(read_source(SourceSettings(path=path, kind="raw")))) == len(ROWS)
+    with pytest.raises(UserError, match="given kind: task, but record 1 is of kind raw; .* take kind out"):
+        list(read_source(SourceSettings(path=path, kind="task")))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from synthkit import BOS, EOS, groups_of, recipe, settings, shard_bytes, write_corpus, write_tokenizer
+from synthkit import BOS, EOS, damage_shard, groups_of, recipe, settings, shard_bytes, write_corpus, write_tokenizer
 
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.settings import UserError, check_settings
@@ -188,6 +188,23 @@ def test_second_run_reads_the_figures_and_does_nothing(tmp_path: Path) -> None:
     assert len(before) == 4
 
 
+def test_a_damaged_shard_is_made_again_once_it_is_deleted(tmp_path: Path) -> None:
+    recipe = settings(tmp_path)
+    run_synth(recipe)
+    before = shard_bytes(recipe.output)
+    damage_shard(recipe.output, 1)
+    with pytest.raises(UserError, match="groups-00001.*; delete this file, then run its stage again"):
+        list(read_groups(recipe.output))
+    (Path(recipe.output) / sorted(before)[1]).unlink()
+    run_synth(recipe)
+    assert shard_bytes(recipe.output) == before
+    manifest = Path(recipe.output) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    with pytest.raises(UserError, match="undo the edit or put a copy back; to begin anew, give another output"):
+        run_synth(recipe)
+    assert shard_bytes(recipe.output) == before
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -246,7 +263,7 @@ def test_seed_examples_from_a_file(tmp_path: Path) -> None:
     run_synth(recipe)
     shown = min(text.prompt_tokens - len(text.text) for group in read_groups(recipe.output) for text in group.texts)
     assert shown > 2 * len(" <CON> text 0 </CON>\n\n<QUE> who? <ANS> 0 </END>")
-    with pytest.raises(UserError, match="9 of 10 rows"):
+    with pytest.raises(UserError, match="10 examples are asked for, 9 of 10 rows with pairs have at most"):
         run_synth(settings(tmp_path, seed_examples={**seeds, "count": 10}, output=str(tmp_path / "other")))
 
 

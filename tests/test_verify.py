@@ -15,7 +15,7 @@ from extras import shared
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from synthkit import recipe, settings, shard_bytes
+from synthkit import damage_shard, recipe, settings, shard_bytes
 
 from ipt_jax.corpus.records import Pair, SynthGroup
 from ipt_jax.corpus.settings import Fault, UserError, check_settings
@@ -292,6 +292,7 @@ def test_second_run_reads_the_figures(groups: Path, tmp_path: Path) -> None:
     shards = sorted((tmp_path / "out").glob("*.array_record"))
     whole = shard_bytes(tmp_path / "out")
     shards[1].unlink()
+    damage_shard(tmp_path / "out", 0)
     run_verify(recipe)
     assert shard_bytes(tmp_path / "out") == whole
 

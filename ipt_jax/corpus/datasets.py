@@ -36,7 +36,7 @@ def hf_files(path: Path, split: str | None) -> list[Path]:
             raise UserError(f"input {path}: a data set without splits, given split: {split}; take split out")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return [path / file["filename"] for file in state["_data_files"]]
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"input {path}: not a whole Hugging Face data set ({error}); save it again") from error

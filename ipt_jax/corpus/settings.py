@@ -29,16 +29,44 @@ class Fault(RuntimeError):
 
 
 class Settings(pydantic.BaseModel):
-    """Base of every settings block: frozen, unknown keys and numbers that are not finite refused."""
+    """Base of every settings block: frozen; unknown keys, numbers that are not finite and flags for numbers refused."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        taken = {annotation, *typing.get_args(annotation)}
+        if isinstance(value, bool) and taken & {int, float} and bool not in taken:
+            raise ValueError("expected a number")
+        return value
 
 
 S = TypeVar("S", bound=Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `2e-4` and `100e9` as numbers; YAML 1.1 asks for a dot and would yield strings."""
+    """Safe YAML that reads `2e-4` and `100e9` as numbers (YAML 1.1 asks for a dot and would yield strings), and refuses
+    a key that stands twice (it would take the last) and the NUL character, which no path can hold."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"the key {key.value!r} stands twice, again in line {line}; keep one")
+                seen.add(key.value)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if "\0" in node.value:
+            raise yaml.YAMLError(f"a NUL character (\\0) in line {node.start_mark.line + 1}; take it out")
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -60,7 +88,8 @@ def load_settings(cls: type[S], path: str | Path, overrides: list[str] | None = 
     """The settings in the YAML file at `path`, with `key.sub=value` overrides. Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"config {path}: no such file; give the path of a YAML recipe")
+        what = "a directory" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+        raise UserError(f"config {path}: {what}; give the path of a YAML recipe")
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -86,6 +115,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, for example train.seed=1")
+    if "[" in key:
+        dotted = re.sub(r"\[(\w*)\]", r".\1", key)
+        raise UserError(f"override {override!r}: an item of a list is named by its number; write {dotted}={text}")
     *parents, last = key.split(".")
     block: Any = data
     for name in parents:
@@ -93,7 +125,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+        reason = "" if isinstance(error, yaml.MarkedYAMLError) else f": {error}"
+        raise UserError(f"override {override!r}: the value is not valid YAML{reason}") from error
     if isinstance(block, list):
         block[_index(block, last, override)] = value
     else:
@@ -120,7 +153,7 @@ def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
     """One line for the first mistake, unknown keys before others: they often cause the rest."""
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     first = mistakes[0]
-    name = ".".join(str(part) for part in first["loc"] if not _is_tag(part)) or "settings"
+    name = _name(first)
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_names(cls, first["loc"])
@@ -128,9 +161,15 @@ def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {name!r}; {hint}{more}"
     if first["type"] == "missing":
-        return f"{name} is missing; add it{more}"
+        missing = [_name(mistake) for mistake in mistakes if mistake["type"] == "missing"]
+        more = f" (and {len(mistakes) - len(missing)} more)" if len(mistakes) > len(missing) else ""
+        return f"{', '.join(missing)} {'are missing; add them' if missing[1:] else 'is missing; add it'}{more}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{name}: {message[0].lower() + message[1:]}, given {first['input']!r}{more}"
+
+
+def _name(mistake: Any) -> str:
+    return ".".join(str(part) for part in mistake["loc"] if not _is_tag(part)) or "settings"
 
 
 def _is_tag(part: int | str) -> bool:

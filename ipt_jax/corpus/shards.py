@@ -14,6 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +30,7 @@ PACKED = "group_size:1,zstd:3"  # one record a group: each is read and checked a
 UNPACKED = "group_size:1,uncompressed"  # three times as fast to read: for what a loader reads in a run
 READ_RECORDS = 1024  # records a batched read when streaming; single reads are forty times slower
 TEMPORARY = ".tmp"
+MEND = "delete this file, then run its stage again"  # what a model wrote is not compared with its checksum at a start
 OWN_FIRST = {".lock", f"manifest.json{TEMPORARY}"}  # what a run killed before its first manifest leaves
 Raised = type[BaseException] | None
 
@@ -68,8 +70,9 @@ class Output:
 
     `identity` holds the contents and meaning of the run's settings, never paths: a directory made with another identity
     is refused, naming the field. Shards that are whole are kept; what was left half-written is removed. `remake`, for
-    stages whose work is cheap: a manifest that was edited is named and its shards are made again, and so are files that
-    bear a shard's name without being one. Elsewhere an edited manifest is an error.
+    stages that ask no model: shards are compared with their checksums, and one that is damaged is named and made again;
+    so are all where the manifest was edited, and files that bear a shard's name without being one go. Elsewhere sizes
+    alone are compared, and an edited manifest is an error.
     """
 
     def __init__(
@@ -105,13 +108,15 @@ class Output:
 
     def _resume(self) -> None:
         if (self.path / "manifest.json").exists():
-            found = _load_manifest(self.path, edited=self._remake)
+            found = load_manifest(self.path)
             refuse_other(self.path, found, self.manifest)
             if found.checksum == found.digest():
                 self.manifest = found
                 self._keep_whole(found.shards)
-            else:
+            elif self._remake:
                 print(f"{self.path / 'manifest.json'}: was edited; all shards are made again", file=sys.stderr)
+            else:
+                raise UserError(f"{_edited(self.path)}; to begin anew, give another output")
         else:
             refuse_foreign(self.path)
         for leftover in self.path.glob(f"*{TEMPORARY}"):
@@ -122,11 +127,11 @@ class Output:
 
     def _keep_whole(self, entries: list[ShardEntry]) -> None:
         for entry in entries:
-            file = self.path / entry.name
-            if file.is_file() and file.stat().st_size == entry.bytes:
+            found = damage(self.path, entry, checksum=self._remake)
+            if found is None:
                 self._entries[_index(entry.name)] = entry
-            elif file.is_file():
-                print(f"{damage(self.path, entry)}; it is made again", file=sys.stderr)
+            elif (self.path / entry.name).is_file():
+                print(f"{found}; it is made again", file=sys.stderr)
         if len(self._entries) < len(entries):
             self.manifest.complete = False
 
@@ -137,10 +142,6 @@ class Output:
             if file.name not in listed:
                 print(f"{file}: not listed in the manifest; it is removed", file=sys.stderr)
                 file.unlink()
-
-    def damage(self, index: int) -> str | None:
-        """What is wrong with the listed shard `index`, by its checksum."""
-        return damage(self.path, self._entries[index])
 
     def drop(self, index: int) -> None:
         """Takes a shard off the list, its file stays; the directory is complete no more."""
@@ -230,20 +231,15 @@ class Output:
             write_whole(self.path / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
-class writing:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
     """Turns a full disk, a read-only path or a missing permission under `path` into a UserError."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Raised, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, OSError):
-            raise UserError(
-                f"output {self.path}: cannot be written ({error.strerror or error}); free space or give another path"
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        cure = "a file lies there; give a directory" if is_file else "free space or give another path"
+        raise UserError(f"output {path}: cannot be written ({error.strerror or error}); {cure}") from error
 
 
 def refuse_foreign(path: Path) -> None:
@@ -295,11 +291,14 @@ def count_records(path: Path) -> int:
 def write_whole(path: Path, data: bytes) -> None:
     """Replaces `path` by `data` so that a reader sees the old or the new bytes, never a part."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
@@ -333,7 +332,9 @@ def read_manifest(path: str | Path, stage: str | None = None) -> Manifest:
         raise UserError(f"{path}: no such directory; run the stage that makes it first")
     if not (path / "manifest.json").is_file():
         raise UserError(f"{path}: no manifest.json; give a directory that a stage of this project wrote")
-    manifest = _load_manifest(path)
+    manifest = load_manifest(path)
+    if manifest.checksum != manifest.digest():
+        raise UserError(f"{_edited(path)}; or run stage {manifest.stage!r} again, which mends it or says why not")
     if stage is not None and manifest.stage != stage:
         raise UserError(f"{path}: made by stage {manifest.stage!r}, expected {stage!r}; give that stage's output")
     if not manifest.complete:
@@ -341,22 +342,22 @@ def read_manifest(path: str | Path, stage: str | None = None) -> Manifest:
     return manifest
 
 
-def _load_manifest(path: Path, *, edited: bool = False) -> Manifest:
-    """The manifest. `edited`: the caller deals with one whose checksum does not fit."""
+def load_manifest(path: Path) -> Manifest:
+    """The manifest; whether its checksum fits is for the caller to see."""
     try:
         manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / 'manifest.json'}: damaged ({error}); delete the directory and run again") from error
+        cure = "put a copy back; without one, run the stage with another output: nothing else says what is whole here"
+        raise UserError(f"{path / 'manifest.json'}: damaged ({error}); {cure}") from error
     if manifest.schema != SCHEMA:
         raise UserError(
             f"{path / 'manifest.json'}: schema {manifest.schema}, this version reads {SCHEMA}; make it again"
         )
-    if not edited and manifest.checksum != manifest.digest():
-        raise UserError(
-            f"{path / 'manifest.json'}: was edited (its checksum does not fit); put the original back, or run stage "
-            f"{manifest.stage!r} again"
-        )
     return manifest
+
+
+def _edited(path: Path) -> str:
+    return f"{path / 'manifest.json'}: was edited (its checksum does not fit); undo the edit or put a copy back"
 
 
 class Shards:
@@ -406,8 +407,7 @@ class Shards:
             return self._readers[shard].read(indices)
         except (RuntimeError, IndexError) as error:
             raise UserError(
-                f"{self.paths[shard]}: damaged{_first_unreadable(self.paths[shard])} ({error}); "
-                "run its stage again to make it anew"
+                f"{self.paths[shard]}: damaged{_first_unreadable(self.paths[shard])} ({error}); {MEND}"
             ) from error
 
     def __iter__(self) -> Iterator[bytes]:
@@ -436,7 +436,7 @@ def read_shard(path: Path) -> Iterator[bytes]:
 def verify_shard(path: Path, entry: ShardEntry, *, checksum: bool) -> None:
     """Raises UserError, naming the file, when a listed shard is absent, of another size, or of other bytes."""
     if found := damage(path, entry, checksum=checksum):
-        raise UserError(f"{found}; run its stage again to make it anew")
+        raise UserError(f"{found}; {MEND}" if (path / entry.name).is_file() else f"{found}; run its stage again")
 
 
 def damage(path: Path, entry: ShardEntry, *, checksum: bool = True) -> str | None:
@@ -444,7 +444,8 @@ def damage(path: Path, entry: ShardEntry, *, checksum: bool = True) -> str | Non
     file = path / entry.name
     if not file.is_file():
         return f"{file}: listed in the manifest but absent"
-    size = file.stat().st_size
+    with file.open("rb") as opened:  # where it may not be read, that is said, no damage
+        size = os.fstat(opened.fileno()).st_size
     if size != entry.bytes:
         return f"{file}: {size} bytes where the manifest says {entry.bytes}"
     if checksum and file_digest(file) != entry.sha256:

@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ def find_files(path: str) -> list[Path]:
     if found.is_file() or (found.is_dir() and _directory_form(found)):
         return [found]
     if found.is_dir():
-        files = list(_walk(found))
+        files = [file for file in _walk(found) if file.is_dir() or _form(file)]
     else:
         hits = sorted(map(Path, glob.glob(path, recursive=True)))
         files = [hit for hit in hits if (_directory_form(hit) if hit.is_dir() else _form(hit))]
@@ -75,10 +76,10 @@ def find_files(path: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files before those of the folders below; hidden ones are left out, data sets are not looked into, and a link to
-    a folder above is not followed."""
+    """Files of any kind and data sets, files before those of the folders below; hidden ones are left out, data sets are
+    not looked into, and a link to a folder above is not followed."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    yield from (entry for entry in entries if entry.is_file() and _form(entry))
+    yield from (entry for entry in entries if entry.is_file())
     for entry in entries:
         if entry.is_dir() and _directory_form(entry):
             yield entry
@@ -140,8 +141,21 @@ def input_paths(settings: SourceSettings) -> list[str]:
 
 
 def plan_units(settings: SourceSettings, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-    """The source's units in reading order. Raises UserError for absent, empty and unknown files."""
+    """The source's units in reading order. Raises UserError for absent, empty and unknown files; what a directory holds
+    of other kinds is told on stderr."""
+    if not settings.path.startswith(HUB):
+        _tell_others(Path(settings.path))
     return [unit for one in _inputs(settings) for unit in _units(one, unit_bytes)]
+
+
+def _tell_others(folder: Path) -> None:
+    if not folder.is_dir() or _directory_form(folder):
+        return
+    others = [file for file in _walk(folder) if file.is_file() and not _form(file)]
+    if others:
+        names = f"{others[0].relative_to(folder)}{', …' if len(others) > 1 else ''}"
+        expected = f"{', '.join(JSONL)}, .parquet or .arrow"
+        print(f"input {folder}: files not read: {len(others)} ({names}); expected {expected}", file=sys.stderr)
 
 
 def _units(one: _Input, unit_bytes: int) -> Iterator[Unit]:
@@ -260,6 +274,11 @@ def _read_shard(path: Path, unit: Unit, settings: SourceSettings) -> Iterator[Do
                 f"input {shards.paths[unit.start]}: record {number} is no document (stage {shards.manifest.stage!r} "
                 "made it); give raw text, or the output of synth collect or synth render"
             ) from error
+        if "kind" in settings.model_fields_set and document.kind != settings.kind:
+            raise UserError(
+                f"input {shards.paths[unit.start]}: given kind: {settings.kind}, but record {number} is of kind "
+                f"{document.kind}; a stage's documents bring their own, take kind out"
+            )
         characters = sum(len(segment.text) for segment in document.segments)
         if characters < settings.min_characters:
             yield Dropped("too_short", f"{path.name}:{number}")

@@ -110,6 +110,8 @@ def _damaged(path: Path, what: str) -> Iterator[None]:
 
     try:
         yield
+    except PermissionError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"input {path}: {what} cannot be read ({reason}); fetch or write the file again") from error

@@ -46,6 +46,7 @@ class Tokenizer:
         self._spelled_controls: dict[str, int] = {}
         self._sentencepiece: Any = None
         self._json: Any = None
+        self.path.open("rb").close()  # a file that may not be read is told as such, not as a broken one
         if self.path.name.endswith(".json"):
             self._open_json()
         else:

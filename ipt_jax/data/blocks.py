@@ -7,13 +7,14 @@ starts read megabytes. Lengths of single documents are read from the index files
 block's sum.
 """
 
+import contextlib
 import io
 import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import NamedTuple, Protocol
+from uuid import uuid4
 
 import numpy as np
 
@@ -110,7 +111,8 @@ def open_table(name: str, directory: Path, manifest: Manifest, converted: tuple[
         made_from += [contents(converted[1]), converted[1].summary["side_files"]]
     path = directory / f"blocks-{digest(made_from)[:16]}.npz"
     if path.is_file():
-        return _load(path, size)
+        with contextlib.suppress(PermissionError):  # another user's, closed to us: made anew
+            return _load(path, size)
     parents = read_parents(*converted) if converted else None
     table = make_table(name, directory, manifest, size, parents)
     _keep(path, table)
@@ -179,9 +181,9 @@ def _add(sums: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
 
 def _keep(path: Path, table: Table) -> None:
     """Writes the table whole or not at all. Several hosts may do so at once: they write the same."""
-    remains = table.remains
+    remains, temporary = table.remains, path.with_name(f"{path.stem}-{uuid4().hex}.tmp")
     try:
-        with NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
+        with temporary.open("xb") as file:
             np.savez(
                 file,
                 tokens=table.tokens,
@@ -191,17 +193,20 @@ def _keep(path: Path, table: Table) -> None:
                 parts=remains.parts,
                 counts=np.array(remains.counts, np.int64),
             )
-        Path(file.name).replace(path)
+        temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         print(f"{path.parent}: cannot keep the block table ({error.strerror}); each start makes it", file=sys.stderr)
 
 
 def _load(path: Path, size: int) -> Table:
+    data = path.read_bytes()  # one read of a network disk
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:  # one read of a network disk
+        with np.load(io.BytesIO(data), allow_pickle=False) as kept:
             remains = Remains(kept["touched"], kept["parts"], tuple(kept["counts"].tolist()))
             return Table(size, kept["tokens"], kept["documents"], kept["pages"], remains)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, it is made again") from error
 
 

@@ -90,7 +90,7 @@ class IndexFiles:
         documents = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
         try:
             file = path.open("rb", buffering=0)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise UserError(f"{path}: absent; run ipt tokenize again to make it") from error
         return file, os.fstat(file.fileno()).st_size - documents * INDEX.itemsize  # rows end the file
 
@@ -131,7 +131,7 @@ class CharacterEnds:
         self._path = side_path(directory, shard, "chars")
         try:
             self._chars = np.load(self._path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (FileNotFoundError, ValueError, EOFError) as error:
             raise UserError(f"{self._path}: absent or damaged; delete it and run ipt tokenize again") from error
         self._index = index
         self._starts = np.cumsum(index["tokens"], dtype=np.int64) - index["tokens"]

@@ -150,6 +150,7 @@ class RecordReader:
                 f"{path}: {size} bytes where the manifest says {self._bytes[shard]}; "
                 "delete it and run ipt tokenize again"
             )
+        path.open("rb").close()  # a file that may not be read is told as such, not as a damaged one
         reader = ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=BUFFER_BYTES)
         expected = self._page_ends[shard] - (self._page_ends[shard - 1] if shard else 0)
         if not reader.ok() or reader.num_records() != expected:

@@ -133,10 +133,10 @@ def _identity(settings: TokenizeSettings, tokenizer: Tokenizer) -> dict[str, Any
 
 
 def _whole(output: Output, index: int) -> bool:
-    """Whether shard `index` is there with its side files, all as they were written. What is damaged is named."""
+    """Whether shard `index` is there with its side files as they were written. One that is damaged is named."""
     if not output.has(index):
         return False
-    found = output.damage(index) or side_damage(output.path, output.entry(index))
+    found = side_damage(output.path, output.entry(index))
     if found:
         print(f"{found}; it is made again", file=sys.stderr)
         output.drop(index)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ipt_jax.config import Recipe, rows_per_step
+from ipt_jax.config import Recipe, check_schedule, rows_per_step
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import lock_directory, writing
 from ipt_jax.corpus.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     run_dir = Path(recipe.run_dir)
 
     plan = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
-    check_schedule(recipe, plan)
+    check_schedule(recipe, plan.steps)
     model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     program = build_program(recipe, model, mesh, plan.steps)
@@ -129,14 +129,6 @@ def result(recipe: Recipe, record: Record, last: dict[str, Any] | None) -> dict[
         "tokens": record.tokens,
         "loss": last["loss"] if last else None,
     }
-
-
-def check_schedule(recipe: Recipe, plan: Plan) -> None:
-    if recipe.optimizer.warmup_steps >= plan.steps:
-        raise UserError(
-            f"optimizer.warmup_steps is {recipe.optimizer.warmup_steps}, but the plan has {plan.steps} steps; "
-            f"set it below {plan.steps}, or lower train.batch_tokens for more steps"
-        )
 
 
 def control_ids(plan: Plan) -> tuple[int | None, int | None]:

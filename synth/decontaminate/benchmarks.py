@@ -11,6 +11,8 @@ from ipt_jax.corpus.settings import Settings, UserError
 from ipt_jax.corpus.sources import find_files, read_jsonl
 from synth.decontaminate.needles import Item
 
+BINARY = (".parquet", ".arrow", ".array_record")
+
 
 class BenchmarkSettings(Settings):
     """`path`: JSON Lines files; or `task`: an lm-eval task, group or task file. `fields` hold what to look for.
@@ -56,6 +58,8 @@ def benchmark_rows(settings: BenchmarkSettings) -> Iterator[tuple[str, str, dict
             yield f"benchmark task {row_id}", row_id, row
         return
     for path in find_files(settings.path or ""):
+        if path.is_dir() or path.suffix in BINARY:
+            raise UserError(f"benchmark {path}: not JSON Lines; give one question a line in a .jsonl file")
         for line, row in read_jsonl(path):
             named = row.get("id")
             yield f"benchmark {path}: line {line}", f"{path.name}:{line}" if named is None else plain(named), row

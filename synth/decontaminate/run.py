@@ -23,13 +23,14 @@ from rich.text import Text
 from ipt_jax.corpus.executor import run_units
 from ipt_jax.corpus.progress import Progress
 from ipt_jax.corpus.settings import Settings, UserError, digest, file_digest
-from ipt_jax.corpus.shards import TEMPORARY, Output, Shards, sync_directory, writing
+from ipt_jax.corpus.shards import TEMPORARY, Output, Shards, load_manifest, sync_directory, writing
 from ipt_jax.corpus.sources import SourceSettings, plan_units, source_identity
 from synth.decontaminate.benchmarks import BenchmarkSettings, read_items
 from synth.decontaminate.needles import Bounds, Item, Needles
 from synth.decontaminate.unit import REMOVED, Job, Made, clean_unit, removed_path
 from synth.groups import decode_group
 
+STAGE = "decontaminate"
 NAME = re.compile(r"\w[\w.-]*")
 KINDS = ("pairs", "texts", "documents")
 NEEDLES = f"needles.msgpack{TEMPORARY}"
@@ -60,6 +61,7 @@ def run_decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:
     names = [one.label for one in settings.benchmarks]
     check_names("inputs", [one.label for one in settings.inputs])
     check_names("benchmarks", names)
+    check_apart(settings)
     items = [item for number, one in enumerate(settings.benchmarks) for item in read_items(number, one)]
     needles = Needles.build(items, names, Bounds(settings.ngram, min(settings.shortest, settings.ngram)))
     root = Path(settings.output)
@@ -82,8 +84,30 @@ def check_names(what: str, names: list[str]) -> None:
     """Names tell inputs and benchmarks apart, and those of inputs are folders."""
     if odd := [name for name in names if not NAME.fullmatch(name)]:
         raise UserError(f"{what}: {odd[0]!r} is no name of letters, digits, dots and dashes; give one with `name`")
+    if taken := [name for name in names if name == REMOVED or name.endswith(TEMPORARY)]:
+        raise UserError(f"{what}: {taken[0]!r} is a file of the output; give another `name`")
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{what}: two are called {doubled[0]!r}; tell them apart with `name`")
+
+
+def check_apart(settings: DecontaminateSettings) -> None:
+    """The output is empty, or this stage's own, and no input lies in it or around it."""
+    root = Path(settings.output)
+    for one in settings.inputs:
+        here, there = root.resolve(), Path(one.path).resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise UserError(f"output {root}: input {one.path} is or holds it, or lies in it; give a directory apart")
+    if not root.is_dir():
+        return
+    ours = {".lock", REMOVED, *(one.label for one in settings.inputs)}
+    for path in sorted(root.iterdir()):
+        if path.name not in ours and path.suffix != TEMPORARY and not is_own(path):
+            raise UserError(f"output {root}: holds {path.name!r}, not of this stage; give an empty directory")
+
+
+def is_own(path: Path) -> bool:
+    """Whether this stage made the folder, of another input."""
+    return (path / "manifest.json").is_file() and load_manifest(path).stage == STAGE
 
 
 def open_output(settings: DecontaminateSettings, source: InputSettings, items: list[Item]) -> Output:
@@ -98,7 +122,7 @@ def open_output(settings: DecontaminateSettings, source: InputSettings, items: l
     }
     shard_name = "groups" if holds_groups(source) else "documents"
     path = Path(settings.output) / source.label
-    return Output(path, stage="decontaminate", identity=identity, shard_name=shard_name)
+    return Output(path, stage=STAGE, identity=identity, shard_name=shard_name, remake=True)
 
 
 def holds_groups(source: InputSettings) -> bool:

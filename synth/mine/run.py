@@ -74,7 +74,7 @@ def run_mine(settings: MineSettings) -> dict[str, Any]:
         **settings.model_dump(include={"patterns", "max_pairs", "rounds", "grouping", "seed"}),
     }
     units = plan_units(settings.corpus)
-    with Output(settings.output, stage="mine", identity=identity, shard_name="groups") as output:
+    with Output(settings.output, stage="mine", identity=identity, shard_name="groups", remake=True) as output:
         todo = [index for index in range(len(units)) if not output.has(index)]
         jobs = [Job(units[i], settings, digest(identity), output.temporary(i).absolute()) for i in todo]
         total, left = sum(unit.size for unit in units), sum(job.unit.size for job in jobs)

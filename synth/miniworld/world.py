@@ -79,7 +79,7 @@ class World:
         if self.articles < self.provinces:
             raise UserError(
                 f"miniworld: {self.entities:,} entities need at least {self.provinces:,} articles to be told of, "
-                f"asked for {self.articles:,}; ask for more articles or fewer entities"
+                f"asked for {self.articles:,}; ask for more articles"
             )
 
     @property

@@ -54,7 +54,8 @@ def run_verify(settings: VerifySettings) -> dict[str, Any]:
         raise UserError(f"groups {settings.groups}: holds no groups; run synth run on a corpus that is not empty")
     verifier = make_verifier(settings.scores, settings.synthesizer, settings.seed)
     identity = verify_identity(settings, shards, verifier)
-    with Output(settings.output, stage="verify", identity=identity, shard_name="groups") as output:
+    asked = verifier.asked
+    with Output(settings.output, stage="verify", identity=identity, shard_name="groups", remake=not asked) as output:
         work = Work(settings, verifier, shards, output)
         if work.missing:
             fill(work)
