@@ -7,6 +7,7 @@ floats depend on what else is in the batch.
 """
 
 import asyncio
+import os
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.corpus.digests import KnownDigests, State
-from ipt_jax.corpus.files import refuse_unusable, writing
+from ipt_jax.corpus.files import refuse_foreign, writing
 from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.settings import Fault, UserError, digest, file_digest
 from ipt_jax.corpus.shards import Manifest, Output
@@ -46,7 +47,7 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     `seconds` are those of this call.
     """
     started = time.monotonic()
-    refuse_unusable(Path(settings.output))
+    refuse_output(Path(settings.output))
     if settings.executor == "ray":
         settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
@@ -62,6 +63,17 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
         told = f"{sum(failed.values()):,} of {summary['texts']:,} texts failed ({counted(failed)})"
         tell(f"{told}; --retry-failed asks again")
     return {**summary, "seconds": round(time.monotonic() - started, 3)}
+
+
+def refuse_output(path: Path) -> None:
+    """Raises UserError where no output can be, by a look: it is opened only after a pass over the corpus."""
+    found = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not os.path.isdir(found):
+        raise UserError(f"output {path}: {found} is no directory; give another path")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"output {path}: {found} cannot be written (its permissions); give another path")
+    if found == path and not (path / "manifest.json").exists():
+        refuse_foreign(path)
 
 
 def tell(line: str) -> None:

@@ -29,17 +29,6 @@ def refuse_foreign(path: Path) -> None:
         raise UserError(f"output {path}: holds {foreign[0]!r} but no manifest of this project; give an empty directory")
 
 
-def refuse_unusable(path: Path) -> None:
-    """What a user can get wrong about an output, by a look: for stages that read long before they open theirs."""
-    found = next(one for one in (path, *path.parents) if os.path.lexists(one))
-    if not os.path.isdir(found):
-        raise UserError(f"output {path}: {found} is no directory; give another path")
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise UserError(f"output {path}: {found} cannot be written (its permissions); give another path")
-    if found == path and not (path / "manifest.json").exists():
-        refuse_foreign(path)
-
-
 def lock_directory(path: Path) -> int:
     """Takes `path/.lock` until the returned descriptor is closed or the process dies. Raises UserError when held."""
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)

@@ -8,7 +8,6 @@ its process. ArrayRecord writes to local disks only.
 """
 
 import bisect
-import hashlib
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from ipt_jax.corpus.files import TEMPORARY, lock_directory, refuse_foreign, sync_directory, write_whole, writing
 from ipt_jax.corpus.records import Document, decode
-from ipt_jax.corpus.settings import UserError, digest
+from ipt_jax.corpus.settings import UserError, digest, file_digest
 
 SCHEMA = 1
 PACKED = "group_size:1,zstd:3"  # one record a group: each is read and checked alone
@@ -200,7 +199,7 @@ class Output:
         found = count_records(temporary)
         assert found == records, f"{temporary}: wrote {records} records, found {found}"
         name = f"{self.shard_name}-{index:05d}-of-{total:05d}.array_record"
-        checksum, size = _sha256(temporary), temporary.stat().st_size
+        checksum, size = file_digest(temporary), temporary.stat().st_size
         entry = ShardEntry(name, records, tokens, size, checksum, counts or {}, dropped or {}, sides or {})
         with writing(self.path):
             os.replace(temporary, self.path / name)
@@ -396,7 +395,7 @@ def damage(path: Path, entry: ShardEntry, *, checksum: bool = True) -> str | Non
         size = os.fstat(opened.fileno()).st_size
     if size != entry.bytes:
         return f"{file}: {size} bytes where the manifest says {entry.bytes}"
-    if checksum and _sha256(file) != entry.sha256:
+    if checksum and file_digest(file) != entry.sha256:
         return f"{file}: its bytes differ from the manifest's checksum{_first_unreadable(file)}"
     return None
 
@@ -442,8 +441,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         parts = [_flat(inner, f"{prefix}.{index}") for index, inner in enumerate(value)]
         return {key: inner for part in parts for key, inner in part.items()}
     return {prefix: value}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
