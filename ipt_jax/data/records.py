@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from ipt_jax.corpus.records import TokenType
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Manifest
-from ipt_jax.data.blocks import SourceDocuments
+from ipt_jax.data.blocks import BLOCK_TOKENS, SourceDocuments
 from ipt_jax.data.kept import Kept
 from ipt_jax.data.lengths import document_count, shards_of
 from ipt_jax.data.pages import PAGE_TOKENS, ROW
@@ -31,6 +31,7 @@ READER_OPTIONS = (
 )
 BUFFER_BYTES = 1 << 14  # what a single page costs; the default of 1 MiB reads that much for each
 OPEN_SHARDS = 128  # an open reader holds eight bytes a page of its shard
+SMALL_TOKENS = 1 << 26
 WINDOWS_KEPT = 6  # those that are read ahead of the one in use, and a part of one
 
 # A document found: its tokens begin at token `start` of buffer `buffer`; its loss runs are runs [run, run + runs).
@@ -79,7 +80,9 @@ class RecordReader:
         self._bytes = [entry.bytes for entry in manifest.shards]
         self._source, self._dtype = source, dtype
         self._block = source.table.size
-        while self._block * manifest.tokens < PAGE_TOKENS * self._ends[-1]:  # a page is held once, not in many blocks
+        # A page is held once, not in many blocks; a small corpus, all of which stays here, comes in fewer reads.
+        least = BLOCK_TOKENS if manifest.tokens <= SMALL_TOKENS else PAGE_TOKENS
+        while self._block * manifest.tokens < least * self._ends[-1]:
             self._block *= 2
         self._readers = Kept(self._open, OPEN_SHARDS)
         self._blocks = Kept(self._read_block, WINDOWS_KEPT * window)
