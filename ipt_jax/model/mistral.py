@@ -224,7 +224,8 @@ def _dtype_of(name: str, x: Array) -> Any:
 def embed(params: dict[str, Any], tokens: Array, compute_dtype: Any) -> Array:
     """[B, T, D]"""
     table = params["embedding"]
-    return _look_up(table.shape[0], table, tokens).astype(compute_dtype)
+    with jax.named_scope("embedding"):
+        return _look_up(table.shape[0], table, tokens).astype(compute_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -255,14 +256,16 @@ def decoder_layer(
 ) -> tuple[Array, Any]:
     """One layer on x [B, T, D]. `see(q, k, v)` is the attention; what else it returns (a cache) is handed through."""
     w = {name: value.astype(x.dtype) for name, value in layer.items()}
-    h = rms_norm(x, layer["attention_norm"], config.norm_eps)
-    q = checkpoint_name(rotate(project(h, w["query"]), tables), "query")  # [B, T, N, H]
-    k = checkpoint_name(rotate(project(h, w["key"]), tables), "key")  # [B, T, K, H]
-    v = checkpoint_name(project(h, w["value"]), "value")  # [B, T, K, H]
-    seen, carried = see(q, k, v)
-    x = x + checkpoint_name(project(seen, w["output"]), "output")
-    h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-    return x + gated_mlp(h, (w["gate"], w["up"], w["down"]), mlp_chunk), carried
+    with jax.named_scope("attention"):
+        h = rms_norm(x, layer["attention_norm"], config.norm_eps)
+        q = checkpoint_name(rotate(project(h, w["query"]), tables), "query")  # [B, T, N, H]
+        k = checkpoint_name(rotate(project(h, w["key"]), tables), "key")  # [B, T, K, H]
+        v = checkpoint_name(project(h, w["value"]), "value")  # [B, T, K, H]
+        seen, carried = see(q, k, v)
+        x = x + checkpoint_name(project(seen, w["output"]), "output")
+    with jax.named_scope("feed_forward"):
+        h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
+        return x + gated_mlp(h, (w["gate"], w["up"], w["down"]), mlp_chunk), carried
 
 
 def project(x: Array, w: Array) -> Array:

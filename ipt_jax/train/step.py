@@ -60,9 +60,10 @@ def loss_of(
         compute_dtype=dtype, remat=shape.remat, mlp_chunk=shape.mlp_chunk, attention=device.attention(shape.attention),
         constrain=device.constrain, gather=device.gather,
     )  # [M, T, D]  # fmt: skip
-    objective, sums = cross_entropy(
-        hidden, head, rows["targets"], rows["loss_mask"], rows["kinds"], chunk=shape.loss_chunk, z_loss=shape.z_loss
-    )
+    with jax.named_scope("loss"):
+        objective, sums = cross_entropy(
+            hidden, head, rows["targets"], rows["loss_mask"], rows["kinds"], chunk=shape.loss_chunk, z_loss=shape.z_loss
+        )
     return objective / count, sums
 
 
@@ -122,9 +123,11 @@ def make_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = gradients(state.params, batch, model=model, shape=shape, mesh=mesh, shardings=shardings.params)
-        norm = optax.global_norm(grads)
-        grads = clip(grads, norm, settings.clip_norm)
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(grads)
+            grads = clip(grads, norm, settings.clip_norm)
+            updates, moments = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss_sums": sums["loss"],
             "targets": sums["targets"],
@@ -133,6 +136,6 @@ def make_step(
             "tokens": (batch["segment_ids"] > 0).sum(),
             "pairs": visible_pairs(batch, model, shape),
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
+        return TrainState(state.step + 1, params, moments), metrics
 
     return train_step
