@@ -16,10 +16,15 @@ import optax
 
 
 def make_step(
-    shape: dict[str, int], tokens: np.ndarray, loop: bool, init: float, adamw: dict[str, float]
+    shape: dict[str, int],
+    tokens: np.ndarray,
+    loop: bool,
+    init: float,
+    adamw: dict[str, float],
+    compute_dtype: str = "float32",
 ) -> Callable[[], float]:
     """A function that trains on `tokens` [B, T] once and returns the loss before the update."""
-    params = init_params(shape, loop, init)
+    params = jax.jit(init_params, static_argnums=(0, 1, 2))(tuple(shape.items()), loop, init)
     optimizer = optax.adamw(**adamw)
     state = params, jax.jit(optimizer.init)(params)
     batch = jnp.asarray(tokens)
@@ -27,7 +32,11 @@ def make_step(
     @jax.jit(donate_argnums=0)
     def train(state: Any, tokens: Any) -> Any:
         params, moments = state
-        loss, grads = jax.value_and_grad(loss_of)(params, tokens)
+
+        def loss_in_dtype(params: Any) -> Any:
+            return loss_of(jax.tree.map(lambda w: w.astype(compute_dtype), params), tokens)
+
+        loss, grads = jax.value_and_grad(loss_in_dtype)(params)
         updates, moments = optimizer.update(grads, moments, params)
         return (optax.apply_updates(params, updates), moments), loss
 
@@ -39,13 +48,14 @@ def make_step(
     return step
 
 
-def init_params(shape: dict[str, int], loop: bool, init: float) -> dict[str, Any]:
+def init_params(fields: tuple[tuple[str, int], ...], loop: bool, init: float) -> dict[str, Any]:
+    shape = dict(fields)
     V, D, L, F = (shape[name] for name in ("vocab_size", "hidden_size", "layers", "intermediate_size"))
     N, K, H = (shape[name] for name in ("q_heads", "kv_heads", "head_dim"))
-    draw = np.random.default_rng(1)
+    keys = iter(jax.random.split(jax.random.key(1), 7 * L + 2))
 
     def normal(*size: int) -> Any:
-        return jnp.asarray(init * draw.standard_normal(size, dtype=np.float32))
+        return init * jax.random.normal(next(keys), size)
 
     layers = [
         dict(
@@ -63,7 +73,8 @@ def loss_of(params: dict[str, Any], tokens: Any) -> Any:
     layers = params["layers"]
     H = (layers[0] if isinstance(layers, list) else layers)["wq"].shape[-1]
     angles = jnp.arange(T)[:, None] * 10_000.0 ** (-jnp.arange(0, H, 2) / H)  # [T, H/2]
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    dtype = params["embedding"].dtype
+    cos, sin = jnp.cos(angles)[:, None].astype(dtype), jnp.sin(angles)[:, None].astype(dtype)
     mask = jnp.tril(jnp.ones((T, T), bool))
     x = params["embedding"][tokens]  # [B, T, D]
     if isinstance(layers, list):
@@ -71,7 +82,7 @@ def loss_of(params: dict[str, Any], tokens: Any) -> Any:
             x = decoder_layer(x, layer, cos, sin, mask)
     else:
         x, _ = jax.lax.scan(lambda x, layer: (decoder_layer(x, layer, cos, sin, mask), None), x, layers)
-    logits = rms_norm(x, params["norm"]) @ params["head"]
+    logits = (rms_norm(x, params["norm"]) @ params["head"]).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 

@@ -170,11 +170,16 @@ def forward(
     compute_dtype: Any = jnp.float32,
     remat: str | tuple[str, ...] = "none",
     mlp_chunk: int | None = None,
+    unroll: bool = False,
     attention: Attention = attend,
     constrain: Constrain = lambda x, axes: x,
     gather: Gather = lambda w, axes: w,
 ) -> Array:
-    """`Mistral.hidden` as a pure function of the parameters, and of the mesh through its last three arguments."""
+    """`Mistral.hidden` as a pure function of the parameters, and of the mesh through its last three arguments.
+
+    `unroll` writes the layers out instead of scanning them. What the backward pass keeps is then not copied into and
+    out of arrays [L, ...]; compilation takes longer.
+    """
     tables = rope_tables(config, np.arange(tokens.shape[1])[None] if positions is None else positions)
     axes = logical_axes(config)["layers"]
 
@@ -188,12 +193,14 @@ def forward(
 
     x = embed(params, tokens, compute_dtype)  # [B, T, D]
     x = constrain(x, ("batch", "length", None))
-    unroll = config.layers if config.layers <= SHALLOW else 1
-    x, _ = jax.lax.scan(rematerialized(step, remat), x, params["layers"], unroll=unroll)
+    at_once = config.layers if unroll or config.layers <= SHALLOW else 1
+    x, _ = jax.lax.scan(rematerialized(step, remat, unroll), x, params["layers"], unroll=at_once)
     return rms_norm(x, params["norm"], config.norm_eps)
 
 
-def rematerialized(step: Callable[..., Any], remat: str | tuple[str, ...]) -> Callable[..., Any]:
+def rematerialized(
+    step: Callable[..., Any], remat: str | tuple[str, ...], prevent_cse: bool = False
+) -> Callable[..., Any]:
     """What a layer keeps for its backward pass: products and attention, products, the named ones, or its input alone.
 
     What is cheap to compute again (norms, RoPE, the activation) is, in all of them. Whole weights are never kept: they
@@ -209,7 +216,7 @@ def rematerialized(step: Callable[..., Any], remat: str | tuple[str, ...]) -> Ca
     else:
         assert set(remat) <= set(SAVEABLE), f"remat {remat}; known: {SAVEABLE}"
         policy = policies.save_only_these_names(*remat)
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.checkpoint(step, policy=policy, prevent_cse=prevent_cse)
 
 
 def _products_and_attention(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -74,6 +74,7 @@ def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: i
         loss_chunk=chunk_size(tokens, chunk),
         mlp_chunk=_mlp_chunk(recipe, model, mesh, tokens),
         z_loss=recipe.train.z_loss,
+        unroll=device.platform in ("cuda", "gpu") and recipe.train.remat != "full",
     )
     optimizer = make_optimizer(recipe.optimizer, total_steps)
     state = abstract_state(model, optimizer)

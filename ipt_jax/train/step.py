@@ -43,6 +43,7 @@ class StepShape:
     loss_chunk: int  # tokens of a device whose logits exist at a time
     mlp_chunk: int | None  # tokens of a device whose feed-forward products exist at a time
     z_loss: float
+    unroll: bool  # layers written out, not scanned
 
 
 def loss_of(
@@ -57,8 +58,8 @@ def loss_of(
         {**params, "embedding": table}, model, rows["tokens"],
         segment_ids=rows["segment_ids"] if shape.separate_documents else None,
         positions=rows["positions"] if shape.separate_documents else None,
-        compute_dtype=dtype, remat=shape.remat, mlp_chunk=shape.mlp_chunk, attention=device.attention(shape.attention),
-        constrain=device.constrain, gather=device.gather,
+        compute_dtype=dtype, remat=shape.remat, mlp_chunk=shape.mlp_chunk, unroll=shape.unroll,
+        attention=device.attention(shape.attention), constrain=device.constrain, gather=device.gather,
     )  # [M, T, D]  # fmt: skip
     with jax.named_scope("loss"):
         objective, sums = cross_entropy(
@@ -77,10 +78,15 @@ def gradients(
     """
     count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
     device = OnDevice(mesh, model.hidden_size)
+    axes = logical_axes(model)
 
     def of_device(params: dict[str, Any], batch: Batch, count: Array) -> tuple[Any, dict[str, Array]]:
+        # Scanned layers cast their own slices: whole cast weights would be copied into the loop slice by slice.
+        weights = _cast_matrices(params, axes, shape.compute_dtype) if shape.unroll else params
+
         def of_rows(rows: Batch) -> tuple[Any, dict[str, Array]]:
-            return jax.grad(loss_of, has_aux=True)(params, rows, count, model=model, shape=shape, device=device)
+            grads, sums = jax.grad(loss_of, has_aux=True)(weights, rows, count, model=model, shape=shape, device=device)
+            return jax.tree.map(lambda grad: grad.astype(jnp.float32), grads), sums
 
         def add(total: Any, rows: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of_rows(rows)), None
@@ -90,7 +96,7 @@ def gradients(
         else:
             nothing = jax.tree.map(jnp.zeros_like, params), no_sums()
             (grads, sums), _ = jax.lax.scan(add, nothing, batch)
-        return jax.tree.map(device.add_up, grads, logical_axes(model)), device.add_up(sums)
+        return jax.tree.map(device.add_up, grads, axes), device.add_up(sums)
 
     if not device.manual:  # nothing but tensor is split
         return of_device(params, batch, count)
@@ -101,6 +107,11 @@ def gradients(
         in_specs=(specs, rows, PartitionSpec()), out_specs=(specs, PartitionSpec()),
     )  # fmt: skip
     return on_mesh(params, batch, count)
+
+
+def _cast_matrices(params: dict[str, Any], axes: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Matrices in the compute dtype; norms stay float32."""
+    return jax.tree.map(lambda w, names: w if "norm" in names else w.astype(dtype), params, axes)
 
 
 def visible_pairs(batch: Batch, model: ModelConfig, shape: StepShape) -> Array:

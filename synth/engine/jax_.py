@@ -5,12 +5,15 @@ request: there is no cache between them, so `cached_prompt_tokens` is 0.
 """
 
 import asyncio
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import Completion, refuse_vocabulary, time_limit, without_eos
+
+if TYPE_CHECKING:
+    from ipt_jax.generate import LanguageModel
 
 LOOP_TURNS = 6  # of the event loop, from an answer to the first request of the group that takes the place
 
@@ -33,14 +36,18 @@ class Asked(NamedTuple):
 
 
 class JaxEngine:
-    def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, settings: SynthesizerSettings, tokenizer: Tokenizer, model: "LanguageModel | None" = None
+    ) -> None:
+        """Loads `settings.model` unless a model is given."""
         import jax
 
         from ipt_jax import load
         from ipt_jax.generate import BatchGenerator
 
-        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        model = load(settings.model, dtype=default if settings.dtype == "auto" else settings.dtype)
+        if model is None:
+            default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            model = load(settings.model, dtype=default if settings.dtype == "auto" else settings.dtype)
         refuse_vocabulary(settings.model, tokenizer, model.config.vocab_size)
         if settings.max_model_len > model.config.max_positions:
             raise UserError(
