@@ -168,19 +168,29 @@ def _start(loop: Instruction, place: int, around: dict[str, Instruction]) -> int
 def group(rest: str) -> tuple[int, ...]:
     """Devices of a collective's first group, from any of the four ways in which groups are written."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return tuple(int(one) for one in found[1].split(","))
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, dims = ([int(one) for one in part.split(",")] for part in found.groups()[:2])
-        order = [int(one) for one in found[3].split(",")] if found[3] else None
-        return tuple(np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)[0].tolist())
-    if found := re.search(r"replica_groups=\w+\[([^\]]*)\] \{([^}]*)\}", rest):
+        return tuple(_numbers(found[1]))
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[\S+)", rest):
+        return tuple(_iota(found[2]).reshape(_numbers(found[1]))[0].tolist())
+    if found := re.search(r"replica_groups=\w+\[([^\]]*)\](?:, device_ids=\((\[\S+)\))? \{([^}]*)\}", rest):
         axes = re.findall(r"'(\w+)'=(\d+)", found[1])
-        chosen = re.findall(r"'(\w+)'", found[2])
-        devices = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
+        sizes, chosen = [int(size) for _, size in axes], re.findall(r"'(\w+)'", found[3])
+        devices = _iota(found[2] or f"[{math.prod(sizes)}]").reshape(sizes)
         return tuple(devices[tuple(slice(None) if name in chosen else 0 for name, _ in axes)].ravel().tolist())
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
         return tuple(int(one) for one in re.findall(r"\{(\d+)", found[1]))
     raise AssertionError(f"a collective without groups: {rest[:200]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """Devices in the order that `[8,8]T(1,0)` stands for: counted up over the dims, which are then transposed."""
+    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert found is not None, f"devices in an unknown form: {text}"
+    dims = _numbers(found[1])
+    return np.arange(math.prod(dims)).reshape(dims).transpose(_numbers(found[2]) if found[2] else None).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(one) for one in text.split(",")]
 
 
 def _sizes(instruction: Instruction, kind: str, devices: int) -> list[tuple[str, int]]:
