@@ -1,12 +1,13 @@
-"""A roofline over a compiled XLA program: the kernels of one step, and the least time that a device needs for them.
+"""A roofline over a compiled XLA program: the kernels of one step, and the time that a device's peaks allow for them.
 
 Guarantees: every instruction that runs is a kernel, loops count, products count at top level, in fusions, in library
 calls and as a TPU's convolutions, and fused attention counts the pairs that causality and the window leave. Bytes are
 those of device memory: a slice of a large operand counts as the slice, an update in place as the update, what a TPU
 keeps in its vector memory as nothing. Programs of CPUs, GPUs and TPUs are read.
 
-Does not guarantee a time that is reached: caches, launches, tile shapes and a library's own workspace are left out, so
-the prediction is a lower bound up to the peaks that it is given.
+Does not guarantee a time that is reached: kernels are taken to reach the peaks, one after another and without a gap, so
+a step takes longer. Bytes that stay in a cache from one kernel to the next are counted all the same: on a CPU, whose
+cache holds more of a small step, this outweighs.
 """
 
 from __future__ import annotations
