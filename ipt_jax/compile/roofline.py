@@ -329,7 +329,12 @@ class _Program:
         total = 0.0
         for user in self._users(name)[value.name]:
             first = user.operands[0] == value.name
-            if user.root and user.opcode in ("tuple", "bitcast") or is_collective(user) or self._target(user):
+            if (
+                user.root
+                and user.opcode in ("tuple", "bitcast")
+                or is_collective(user)
+                or self._target(user) in FREE_CALLS
+            ):
                 continue  # handed on, or moved by a collective that is counted where it starts
             if user.opcode in SLICES and first:
                 total += _elements(user.shape)
@@ -361,7 +366,7 @@ class _Program:
         if result.opcode in ("dynamic-update-slice", "scatter"):
             update = self.tables[name][result.operands[1 if result.opcode == "dynamic-update-slice" else -1]]
             return _elements(update.shape)
-        if result.opcode == "parameter" or is_collective(result) or self._target(result):
+        if result.opcode == "parameter" or is_collective(result) or self._target(result) in FREE_CALLS:
             return 0.0
         if result.opcode == "fusion":
             return self._written(self._callee(result), _arrays(result.shape))
@@ -405,9 +410,17 @@ def _neighbours(devices: tuple[int, ...]) -> int:
 
 @functools.lru_cache(maxsize=100_000)
 def _arrays(shape: str) -> list[tuple[str, Dims, bool]]:
-    """(dtype, dims, whether in device memory) of each array; a TPU's tiled arrays in another space are on the chip."""
+    """(dtype, dims, whether in device memory) of each array.
+
+    S(n) names another memory space. A GPU's S(1) is device memory that collectives use; a TPU's, whose arrays are
+    tiled, is vector memory.
+    """
     return [
-        (dtype, tuple(int(dim) for dim in dims.split(",") if dim), not ("T(" in layout and "S(" in layout))
+        (
+            dtype,
+            tuple(int(dim) for dim in dims.split(",") if dim),
+            "S(" not in layout or ("S(1)" in layout and "T(" not in layout),
+        )
         for dtype, dims, layout in ARRAY.findall(shape)
     ]
 
