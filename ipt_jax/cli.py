@@ -96,10 +96,12 @@ def compile(
     topology: Annotated[
         str, typer.Option(help="h100:N, a100:N, v5e:AxB, v6e:AxB or v5p:AxBxC.", show_default=False)
     ] = ...,  # type: ignore[assignment]
-    fit: Annotated[bool, typer.Option("--fit", help="Search micro-batch and remat for what fits.")] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Search micro-batch and remat for the most predicted tokens/s.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compile the real train step for hardware that is not here: memory, kernels, collectives."""
+    """Compile the real train step for hardware that is not here: memory, kernels, collectives, predicted speed."""
     from ipt_jax.compile.command import print_result, run_compile
     from ipt_jax.config import Recipe
 

@@ -21,7 +21,8 @@ from ipt_jax.compile.fit import largest, sizes
 from ipt_jax.compile.hlo import attention_kernels, collectives
 from ipt_jax.compile.measure import _needed, ideal_fsdp
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.model.flops import recomputed_flops_per_token
+from ipt_jax.model.config import ModelSettings, resolve_model
+from ipt_jax.model.flops import recomputed_flops_per_token, visible_pairs
 from ipt_jax.parallel.topology import parse_topology, prepare_environment
 
 GPU = """
@@ -256,6 +257,36 @@ def test_its_collectives_are_those_of_an_ideal_schedule(topology: str, rows: int
         "reduce-scatter",
     }
     assert result["reduce_dtypes"] == ["bf16"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("topology", "rows", "products"), [("h100:8", 16, 1), ("v5e:4x4", 8, 3)])
+def test_the_predicted_step_holds_the_models_products(topology: str, rows: int, products: int) -> None:
+    """The model's, those recomputed, and of attention those that a backward kernel computes again: scores (cuDNN);
+    splash's two kernels three in all."""
+    result = compiled(rows, topology)
+    model = resolve_model(ModelSettings(preset="mistral-1.3b"))
+    again = recomputed_flops_per_token(model, 2048, "full")
+    again += products * 2 * model.layers * model.q_heads * model.head_dim * visible_pairs([2048], None) / 2048
+    parts = result["predicted_parts"]
+    flops = sum(part["flops"] for part in parts.values()) * result["devices"]
+    assert flops == pytest.approx(result["batch_tokens"] * (result["model_flops_per_token"] + again), rel=1e-12)
+    assert set(parts) == {"attention", "feed_forward", "loss", "optimizer", "embedding", "other"}
+    assert sum(part["seconds"] for part in parts.values()) == pytest.approx(result["predicted_step_seconds"])
+    limits = ("products", "memory", "exposed_collective")
+    assert sum(result[f"predicted_{name}_seconds"] for name in limits) == pytest.approx(
+        result["predicted_step_seconds"]
+    )
+    assert result["predicted_limit"] == "products" and 0.5 < result["predicted_mfu_bound"] < 0.8
+    assert 0 <= result["predicted_exposed_collective_seconds"] <= result["predicted_collective_seconds"]
+
+
+@pytest.mark.timeout(900)
+def test_predicted_stands_in_every_line_on_speed() -> None:
+    done = compile_ipt("configs/pretrain/500m_vanilla.yaml", "--topology", "a100:8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if "tokens/s" in line or "MFU" in line or "seconds" in line]
+    assert len(lines) == 3 and all("predicted" in line for line in lines)
 
 
 @pytest.mark.timeout(900)

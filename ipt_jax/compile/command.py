@@ -48,16 +48,18 @@ def tell(line: str) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """The figures of one compilation, and the frontier where one was searched."""
+    """The figures of one compilation, and all that fits where that was searched."""
     console = Console(highlight=False)
     if "frontier" in result:
         console.print(_frontier(result["frontier"]))
-        console.print("Taken: what recomputes least, then the larger micro-batch.\n")
+        console.print("Chosen: the first line, which has the most predicted tokens/s.\n")
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _lines(result):
         table.add_row(name, value)
     console.print(table)
     if "collectives" in result:
+        console.print()
+        console.print(_predicted_parts(result))
         console.print()
         console.print(_collectives(result))
 
@@ -84,7 +86,43 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("peak", f"{_gib(result['peak_bytes_per_device'])} a device ({room})"))
     lines.append(("fits", "yes" if result["fits"] else f"no: {result.get('refused', 'more than is usable')}"))
     lines.extend(("fallback", note) for note in result["fallbacks"])
+    if "predicted_step_seconds" in result:
+        lines.extend(_predicted(result))
     return [*lines, ("compiled in", f"{result['compile_seconds']} s")]
+
+
+def _predicted(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The step's speed, predicted: no such device has been met."""
+    products, memory = result["predicted_products_seconds"], result["predicted_memory_seconds"]
+    exposed, moved = result["predicted_exposed_collective_seconds"], result["predicted_collective_seconds"]
+    shares = f"products {products:.3f}, memory {memory:.3f}, exposed collectives {exposed:.3f} of {moved:.3f}"
+    speed, each = result["predicted_tokens_per_second"], result["predicted_tokens_per_second_per_device"]
+    return [
+        ("predicted step", f"at least {result['predicted_step_seconds']:.3f} s ({shares})"),
+        ("predicted speed", f"at most {speed:,.0f} tokens/s, {each:,.0f} a device"),
+        ("predicted MFU", f"at most {result['predicted_mfu_bound']:.1%}"),
+        ("predicted limit", result["predicted_limit"]),
+    ]
+
+
+def _predicted_parts(result: dict[str, Any]) -> Table:
+    """Seconds, products and bytes of a device's step, by part."""
+    table = Table("part", "predicted seconds", "predicted share", "TFLOP a device", "GB of memory", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, total in sorted(result["predicted_parts"].items(), key=lambda item: -item[1]["seconds"]):
+        share = total["seconds"] / result["predicted_step_seconds"]
+        counted = (f"{total['flops'] / 1e12:,.2f}", f"{total['bytes'] / 1e9:,.2f}")
+        table.add_row(part, f"{total['seconds']:.4f}", f"{share:.1%}", *counted)
+    peaks = result["predicted_from"]
+    between = f", {peaks['network_bytes_per_second'] / 1e9:,.0f} GB/s between nodes" if result["devices"] > 8 else ""
+    table.caption = (
+        f"Predicted from {peaks['flops_per_second'] / 1e12:,.1f} TFLOP/s, "
+        f"{peaks['memory_bytes_per_second'] / 1e9:,.0f} GB/s of memory and "
+        f"{peaks['link_bytes_per_second'] / 1e9:,.0f} GB/s of links a device{between}: data sheets, not measured."
+    )
+    table.caption_justify = "left"
+    return table
 
 
 def _collectives(result: dict[str, Any]) -> Table:
@@ -106,12 +144,14 @@ def _collectives(result: dict[str, Any]) -> Table:
 
 
 def _frontier(frontier: list[dict[str, Any]]) -> Table:
-    table = Table("remat", "largest microbatch", "peak a device", "FLOPs recomputed", box=None)
+    predicted = ("predicted tokens/s", "predicted MFU")
+    table = Table("remat", "microbatch", "peak a device", "FLOPs recomputed", *predicted, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for one in frontier:
-        recomputed = f"{one['recomputed']:.1%}"
-        table.add_row(_label(one["remat"]), str(one["microbatch"]), _gib(one["peak_bytes_per_device"]), recomputed)
+        settings = (_label(one["remat"]), str(one["microbatch"]), _gib(one["peak_bytes_per_device"]))
+        speed = (f"{one['predicted_tokens_per_second']:,.0f}", f"{one['predicted_mfu_bound']:.1%}")
+        table.add_row(*settings, f"{one['recomputed']:.1%}", *speed)
     return table
 
 

@@ -1,7 +1,8 @@
-"""`--fit`: the largest micro-batch that fits under each way of recomputing, and which to take.
+"""`--fit`: which micro-batch and way of recomputing fit, ranked by predicted tokens/s.
 
-For every remat the micro-batches that divide the batch are tried largest-first by bisection: memory grows with the
-rows, so a handful of compilations finds the edge. Taken is what recomputes least; among equals, the larger micro-batch.
+For every remat the micro-batches that divide the batch are tried by bisection: memory grows with the rows, so a handful
+of compilations finds the largest that fits. Of all that were tried and fit, the one with the most predicted tokens/s is
+chosen. That need not be the largest: where memory is short, XLA recomputes on its own account.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def search(
     compile_recipe: Compile,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """{chosen, frontier, tried}: results of `compile_recipe`, each with `recomputed` (share of the model's FLOPs)."""
-    frontier, tried = [], []
+    """{chosen, frontier, compilations}: results of `compile_recipe`, each with `recomputed`, a share of FLOPs.
+
+    The frontier is all that fits, sorted by predicted tokens/s, the most first: that one is chosen.
+    """
+    tried: list[dict[str, Any]] = []
     for remat in REMATS:
 
         def attempt(microbatch: int, remat: Remat = remat) -> dict[str, Any]:
@@ -43,17 +47,24 @@ def search(
                 model, recipe.data.seq_len, remat
             ) / model_flops_per_token(model, recipe.data.seq_len)
             tried.append(result)
-            tell(
-                f"remat {label(remat)}, microbatch {microbatch}: {result['peak_bytes_per_device'] / 2**30:.2f} GiB, "
-                f"{'fits' if result['fits'] else 'does not fit'} ({result['compile_seconds']} s)"
-            )
+            tell(_line(result, remat, microbatch))
             return result
 
-        best = largest(sizes(rows_per_step(recipe), shards), attempt)
-        if best is not None:
-            frontier.append(best)
-    chosen = min(frontier, key=lambda one: (one["recomputed"], -one["microbatch"]), default=None)
-    return {"chosen": chosen, "frontier": frontier, "compilations": len(tried)}
+        largest(sizes(rows_per_step(recipe), shards), attempt)
+    frontier = sorted(
+        (one for one in tried if one["fits"]), key=lambda one: one["predicted_tokens_per_second"], reverse=True
+    )
+    return {"chosen": frontier[0] if frontier else None, "frontier": frontier, "compilations": len(tried)}
+
+
+def _line(result: dict[str, Any], remat: Remat, microbatch: int) -> str:
+    memory = f"{result['peak_bytes_per_device'] / 2**30:.2f} GiB"
+    fits = "does not fit"
+    if result["fits"]:
+        fits = f"fits, predicted {result['predicted_tokens_per_second']:,.0f} tokens/s"
+    return (
+        f"remat {label(remat)}, microbatch {microbatch}: {memory}, {fits} (compiled in {result['compile_seconds']} s)"
+    )
 
 
 def sizes(rows: int, shards: int) -> list[int]:

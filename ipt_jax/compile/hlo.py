@@ -8,17 +8,23 @@ that for an all-reduce, S for a permute. Both of XLA's dialects are read, that o
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
-BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "s4": 1, "u4": 1, "token": 0}
 
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)$")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+OPERANDS = re.compile(r"(?:[^()]+|\((?:[^()]+|\([^()]*\))*\))*")  # up to the parenthesis that closes them
+WRAPPED = re.compile(r"\n(?=\"|\}\})")  # a Pallas kernel's attributes go over several lines
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,12 @@ class Instruction:
     opcode: str
     rest: str  # operands and attributes
     root: bool
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the instructions that this one reads."""
+        found = OPERANDS.match(self.rest)
+        return tuple(re.findall(r"%([\w.\-]+)", found[0])) if found and self.opcode != "parameter" else ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ def parse(text: str) -> tuple[Computations, str]:
     """Instructions by computation, and the entry's name."""
     computations: Computations = {}
     entry, current = "", None
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    for line in WRAPPED.sub("", re.sub(r"/\*.*?\*/", "", text)).splitlines():
         if not line.startswith(" ") and (head := COMPUTATION.match(line)):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
@@ -70,19 +82,26 @@ def collectives(text: str) -> list[Collective]:
     computations, entry = parse(text)
     found = []
     for instruction, loops in _walk(computations, entry, ()):
-        kind = instruction.opcode.removesuffix("-start")
-        if instruction.opcode == "fusion":  # a TPU's reduce-scatter in one piece
-            kind, inner = "reduce-scatter", computations[_name(instruction, "calls")]
-            instruction = next(one for one in inner if one.opcode.startswith("all-reduce"))
-        elif kind not in KINDS:
-            continue
-        times = 1
-        for trips in loops:
-            times *= trips
-        devices = _group_size(instruction.rest)
-        for dtype, size in _sizes(instruction, kind, devices):
-            found.append(Collective(kind, dtype, size, devices, times, loops))
+        if instruction.opcode == "fusion" or is_collective(instruction):
+            found += collectives_of(instruction, computations, loops)
     return found
+
+
+def is_collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def collectives_of(
+    instruction: Instruction, computations: Computations, loops: tuple[int, ...] = ()
+) -> list[Collective]:
+    """The arrays that one collective moves; of a fusion, that of a TPU's reduce-scatter in one piece."""
+    kind = instruction.opcode.removesuffix("-start")
+    if instruction.opcode == "fusion":
+        kind, inner = "reduce-scatter", computations[attribute(instruction, "calls")]
+        instruction = next(one for one in inner if one.opcode.startswith("all-reduce"))
+    devices = len(group(instruction.rest))
+    sizes = _sizes(instruction, kind, devices)
+    return [Collective(kind, dtype, size, devices, math.prod(loops), loops) for dtype, size in sizes]
 
 
 def _walk(
@@ -90,42 +109,42 @@ def _walk(
 ) -> Iterator[tuple[Instruction, tuple[int, ...]]]:
     """Each instruction that runs, and the trips of the loops around it."""
     for one in computations[name]:
-        callee = _name(one, "calls") or _name(one, "to_apply")
+        callee = attribute(one, "calls") or attribute(one, "to_apply")
         if one.opcode == "while":
-            trips = _trips(one, computations, computations[name])
-            yield from _walk(computations, _name(one, "body"), (*loops, trips))
+            trips = trips_of(one, computations, computations[name])
+            yield from _walk(computations, attribute(one, "body"), (*loops, trips))
         elif one.opcode == "fusion" and callee.startswith("all-reduce-scatter"):
             yield one, loops
         elif one.opcode == "conditional":
-            for branch in re.findall(r"%([\w.\-]+)", _attribute(one, "branch_computations")):
+            for branch in re.findall(r"%([\w.\-]+)", braced(one, "branch_computations")):
                 yield from _walk(computations, branch, loops)
-        elif one.opcode in ("fusion", "call", "async-start") and not _goes_on(callee, computations):
+        elif one.opcode in ("fusion", "call", "async-start") and not goes_on(callee, computations):
             yield from _walk(computations, callee, loops)
         elif one.opcode not in ("fusion", "call", "async-start"):
             yield one, loops
 
 
-def _goes_on(callee: str, computations: Computations) -> bool:
+def goes_on(callee: str, computations: Computations) -> bool:
     """Whether a fusion of a TPU's program only goes on with a collective that another one has started."""
     done = any('"AsyncCollectiveDone"' in one.rest for one in computations[callee])
     return done or callee.startswith("async_collective_fusion")
 
 
-def _name(instruction: Instruction, attribute: str) -> str:
-    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.rest)
+def attribute(instruction: Instruction, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.rest)
     return found[1] if found else ""
 
 
-def _attribute(instruction: Instruction, attribute: str) -> str:
-    found = re.search(rf"\b{attribute}=\{{([^}}]*)\}}", instruction.rest)
+def braced(instruction: Instruction, name: str) -> str:
+    found = re.search(rf"\b{name}=\{{([^}}]*)\}}", instruction.rest)
     return found[1] if found else ""
 
 
-def _trips(loop: Instruction, computations: Computations, around: list[Instruction]) -> int:
+def trips_of(loop: Instruction, computations: Computations, around: list[Instruction]) -> int:
     """How often a loop runs: what the compiler noted, else the bound that its counter is compared with."""
     if noted := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
         return int(noted[1])
-    condition = {one.name: one for one in computations[_name(loop, "condition")]}
+    condition = {one.name: one for one in computations[attribute(loop, "condition")]}
     compare = next(one for one in condition.values() if one.root)
     counter, bound = re.findall(r"%([\w.\-]+)", compare.rest)[:2]
     assert compare.opcode == "compare" and "direction=LT" in compare.rest, f"loop {loop.name} ends by {compare}"
@@ -146,21 +165,32 @@ def _start(loop: Instruction, place: int, around: dict[str, Instruction]) -> int
     return int(value.rest.split(")")[0]) if value is not None and value.opcode == "constant" else 0
 
 
-def _group_size(rest: str) -> int:
-    """Devices in one group of a collective, from any of the three ways in which groups are written."""
+def group(rest: str) -> tuple[int, ...]:
+    """Devices of a collective's first group, from any of the four ways in which groups are written."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\w+\[([^\]]*)\] \{([^}]*)\}", rest):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        count = 1
-        for name in re.findall(r"'(\w+)'", found[2]):
-            count *= sizes[name]
-        return count
+        return tuple(_numbers(found[1]))
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[\S+)", rest):
+        return tuple(_iota(found[2]).reshape(_numbers(found[1]))[0].tolist())
+    if found := re.search(r"replica_groups=\w+\[([^\]]*)\](?:, device_ids=\((\[\S+)\))? \{([^}]*)\}", rest):
+        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
+        sizes, chosen = [int(size) for _, size in axes], re.findall(r"'(\w+)'", found[3])
+        devices = _iota(found[2] or f"[{math.prod(sizes)}]").reshape(sizes)
+        return tuple(devices[tuple(slice(None) if name in chosen else 0 for name, _ in axes)].ravel().tolist())
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
-        return found[1].count("{")
+        return tuple(int(one) for one in re.findall(r"\{(\d+)", found[1]))
     raise AssertionError(f"a collective without groups: {rest[:200]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """Devices in the order that `[8,8]T(1,0)` stands for: counted up over the dims, which are then transposed."""
+    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert found is not None, f"devices in an unknown form: {text}"
+    dims = _numbers(found[1])
+    return np.arange(math.prod(dims)).reshape(dims).transpose(_numbers(found[2]) if found[2] else None).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(one) for one in text.split(",")]
 
 
 def _sizes(instruction: Instruction, kind: str, devices: int) -> list[tuple[str, int]]:

@@ -2,7 +2,8 @@
 
 Guarantees that the program is the one `ipt train` runs on such devices: the same recipe, model and mesh go through
 `build_program`, and the state and the batch exist as shapes alone. Data is never opened. What is reported is read from
-the compiled program (memory, kernels, collectives), but for `ideal` and `model_flops_per_token`, which are arithmetic.
+the compiled program (memory, kernels, collectives), but for `ideal` and `model_flops_per_token`, which are arithmetic,
+and what begins with `predicted_`, which is a roofline over the program at data sheets' peaks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 
+from ipt_jax.compile.hardware import predict_step
 from ipt_jax.compile.hlo import Collective, attention_kernels, collectives
 from ipt_jax.config import Recipe
 from ipt_jax.model.config import ModelConfig, param_count
@@ -78,7 +80,8 @@ def compile_recipe(recipe: Recipe, model: ModelConfig, topology: Topology, dumps
         - memory.alias_size_in_bytes
     )
     kernels, found = attention_kernels(text), collectives(text)
-    return result | {
+    return {
+        **result,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -92,6 +95,9 @@ def compile_recipe(recipe: Recipe, model: ModelConfig, topology: Topology, dumps
         "reduce_dtypes": sorted({one.dtype for one in found if one.kind == "reduce-scatter"}),
         "ideal": ideal_fsdp(program),
         "compile_seconds": round(seconds, 1),
+        **predict_step(
+            text, result["device_kind"], result["devices"], result["batch_tokens"], result["model_flops_per_token"]
+        ),
     }
 
 
