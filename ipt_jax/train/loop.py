@@ -34,6 +34,7 @@ from ipt_jax.hf.load import load_params
 from ipt_jax.model.config import ModelConfig, resolve_model
 from ipt_jax.model.mistral import abstract_params
 from ipt_jax.model.source import read_model_config, resolve_checkpoint
+from ipt_jax.parallel.devices import training_devices
 from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
 from ipt_jax.parallel.process import enable_compile_cache, initialize_distributed
 from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
@@ -50,12 +51,13 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
     processes = initialize_distributed()
     enable_compile_cache()
+    devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
     run_dir = Path(recipe.run_dir)
 
     plan = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
     check_schedule(recipe, plan.steps)
     model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
-    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, devices)
     program = build_program(recipe, model, mesh, plan.steps)
 
     with claim(run_dir), Checkpoints(run_dir, model, recipe.train.keep_checkpoints) as checkpoints:
