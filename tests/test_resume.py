@@ -20,9 +20,11 @@ import pytest
 from token_shards import save_tokenizer
 from trainkit import SMALL, recipe_of, run_python, write_corpus
 
+import ipt_jax
 from ipt_jax.config import Recipe
 from ipt_jax.corpus.files import lock_directory
 from ipt_jax.corpus.settings import UserError
+from ipt_jax.model.paths import LiteralPath
 from ipt_jax.train import loop
 from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
 from ipt_jax.train.loop import run_train
@@ -56,7 +58,7 @@ def child(recipe: Recipe, seconds_per_step: float) -> subprocess.Popen[str]:
 
 def parameters(run_dir: Path, step: int = STEPS) -> dict[str, Any]:
     with ocp.StandardCheckpointer() as reader:
-        return reader.restore(run_dir.absolute() / "checkpoints" / str(step) / "params")
+        return reader.restore(LiteralPath(run_dir.absolute() / "checkpoints" / str(step) / "params"))
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -188,6 +190,20 @@ def test_another_recipe_is_refused_naming_the_field(finished: Path, blocks: dict
     with pytest.raises(UserError) as refused:
         run(finished, **blocks)
     assert f"its checkpoint at step 11 was made with {field}; give another run_dir" in str(refused.value)
+
+
+def test_any_character_in_the_path_of_a_run(straight: Path, folder: Path) -> None:
+    """Orbax takes a directory for a pattern; checkpoints have to be found, resumed from, moved and loaded."""
+    run_dir = folder / "lr[1e-4] *?" / "run"
+    recipe = recipe_of(folder, mesh={"fsdp": 8}).model_copy(update={"run_dir": str(run_dir)})
+    assert run_train(recipe)["step"] == STEPS
+    assert checkpoints(run_dir) == [9, 11]
+    shutil.rmtree(run_dir / "checkpoints" / "11")
+    moved = run_dir.rename(folder / "**moved {a,b}")
+    assert run_train(recipe.model_copy(update={"run_dir": str(moved)}))["step"] == STEPS
+    same_bits(moved, straight / "run")
+    ours, theirs = (ipt_jax.load(path).logits(list(range(5, 25))) for path in (moved, straight / "run"))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_another_corpus_is_refused(finished: Path) -> None:
