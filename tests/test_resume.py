@@ -47,6 +47,19 @@ print(loop.run_train(Recipe.model_validate_json(sys.argv[1])), flush=True)
 """
 
 
+COMMAND = """
+import sys, time
+import ipt_jax.train.loop as loop
+from ipt_jax.cli import main
+whole = loop.place_batch
+def slow(*arguments):
+    time.sleep(0.2)
+    return whole(*arguments)
+loop.place_batch = slow
+main()
+"""
+
+
 def run(folder: Path, **blocks: dict[str, Any]) -> dict[str, Any]:
     return run_train(recipe_of(folder, mesh={"fsdp": 8}, **blocks))
 
@@ -137,15 +150,23 @@ def test_killed_and_resumed_is_bit_equal(straight: Path, folder: Path) -> None:
     same_bits(folder / "run", straight / "run")
 
 
-def test_sigterm_saves_and_ends_cleanly(straight: Path, folder: Path) -> None:
-    process = child(recipe_of(folder, mesh={"fsdp": 8}, train={"checkpoint_every": 100}), 0.2)
+def test_sigterm_saves_and_ends_as_unfinished(straight: Path, folder: Path) -> None:
+    """143: Kubernetes starts a pod again that ends with any code but 0. Finished, the same command ends with 0."""
+    recipe = recipe_of(folder, mesh={"fsdp": 8}, train={"checkpoint_every": 100})
+    (folder / "run.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_unset=True))
+    arguments = ("train", str(folder / "run.yaml"), "--json")
+    process = run_python(COMMAND, *arguments, JAX_NUM_CPU_DEVICES="8")
     wait_for(process, lambda: last_step(folder / "run") >= 2)
     process.send_signal(signal.SIGTERM)
     output, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    assert process.returncode == 143, error
     stopped = checkpoints(folder / "run")[-1]
-    assert 2 < stopped < STEPS and f"'step': {stopped}" in output and "SIGTERM: saved at step" in error
-    assert run(folder)["step"] == STEPS
+    result = json.loads(output)
+    assert 2 < stopped < STEPS and (result["step"], result["steps"]) == (stopped, STEPS)
+    assert f"SIGTERM: saved at step {stopped} of {STEPS}" in error
+    again = run_python(COMMAND, *arguments, JAX_NUM_CPU_DEVICES="8")
+    output, error = again.communicate(timeout=120)
+    assert (again.returncode, json.loads(output)["step"]) == (0, STEPS), error
     same_bits(folder / "run", straight / "run")
 
 
