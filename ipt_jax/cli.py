@@ -13,6 +13,8 @@ import typer
 from ipt_jax.corpus.command import AsJson, Config, Overrides, quiet_stdout, run_app, show
 from ipt_jax.corpus.settings import load_settings
 
+STOPPED = 143  # 128 + SIGTERM, as the shell reports it: saved and unfinished, so that a scheduler starts it again
+
 app = typer.Typer(
     name="ipt",
     help="Pre-train language models on instruction-augmented text.",
@@ -78,7 +80,7 @@ def show_rows(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Train a model; run again, it resumes from its latest checkpoint."""
+    """Train a model. Rerun to resume from the latest checkpoint. SIGTERM saves a checkpoint and exits with code 143."""
     from ipt_jax.config import Recipe
 
     recipe = load_settings(Recipe, config, overrides)
@@ -87,6 +89,8 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 
         result = run_train(recipe)
     show(result, as_json)
+    if result["step"] < result["steps"]:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()

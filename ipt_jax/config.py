@@ -57,6 +57,7 @@ class MeshSettings(Settings):
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    devices: int | None = Field(default=None, ge=1)  # that training needs; another number is an error
 
 
 class Recipe(Settings):

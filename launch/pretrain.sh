@@ -7,12 +7,13 @@
 #   under SLURM by themselves: srun --ntasks-per-node=1 launch/pretrain.sh CONFIG      (launch/slurm/pretrain.sbatch)
 #   on a TPU slice by themselves: the same command on all workers
 #   elsewhere by addresses: IPT_COORDINATOR=HOST:PORT IPT_NUM_PROCESSES=N IPT_PROCESS_ID=I launch/pretrain.sh CONFIG
+# A GPU that is lost, hidden or without its driver ends it with exit code 2; JAX_PLATFORMS=cpu trains on the CPU.
 # Stopped runs go on from their latest checkpoint when started again. What it sets, it prints; what you set, it keeps.
 set -euo pipefail
 
 say() { printf 'pretrain: %s\n' "$*" >&2; }
 mistake() { say "$*"; exit 2; }
-usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 case ${1:-} in
   "") usage >&2; exit 2 ;;
@@ -42,15 +43,44 @@ xla_flag() { # xla_flag --NAME=VALUE WHY
   esac
 }
 
+on_purpose="set JAX_PLATFORMS=cpu to train on the CPU on purpose"
+count_gpus() { # sets gpus to the number of GPUs that JAX may use; exits where a GPU or its driver is lost
+  gpus=0
+  if command -v nvidia-smi >/dev/null; then
+    local said status=0 limit
+    limit=$(command -v timeout || true) # a lost GPU can block nvidia-smi for ever
+    said=$(${limit:+"$limit" 60} nvidia-smi -L 2>&1) || status=$?
+    gpus=$(grep -c '^GPU ' <<<"$said" || true)
+    if [ "$status" -ne 0 ] || { [ -n "$said" ] && [ "$gpus" -eq 0 ]; }; then
+      said=$(grep -v '^GPU ' <<<"$said" | head -n 1 || true)
+      mistake "nvidia-smi fails: ${said:-no message} (exit code $status); repair the GPU or its driver, or $on_purpose"
+    fi
+  else # the program may be absent from a container that has the devices
+    gpus=$(find /dev -maxdepth 1 -name 'nvidia[0-9]*' 2>/dev/null | grep -c . || true)
+  fi
+  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    local name visible=0
+    for name in ${CUDA_VISIBLE_DEVICES//,/ }; do # CUDA stops at the first name that does not exist
+      case $name in
+        -1 | NoDevFiles | none | void) break ;;
+        *[!0-9]*) ;; # a UUID
+        *) [ "$name" -lt "$gpus" ] ||
+          mistake "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names GPU $name, but the GPUs here are 0 to $((gpus - 1)); look for a lost GPU with nvidia-smi -L, or correct the list" ;;
+      esac
+      visible=$((visible + 1))
+    done
+    [ "$visible" -gt 0 ] ||
+      mistake "CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES' hides all $gpus GPUs of this machine; unset it, or $on_purpose"
+    gpus=$visible
+  fi
+}
+
 gpus=0
-if [ "${JAX_PLATFORMS:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
-  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-  [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(printf %s "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c . || true)
-fi
+[ "${JAX_PLATFORMS:-}" = cpu ] || count_gpus
 
 if [ "$gpus" -gt 0 ]; then
   installed jax_cuda12_plugin jax_cuda13_plugin ||
-    mistake "$gpus GPUs here, but the JAX in $venv runs on the CPU: launch/setup.sh cuda, or JAX_PLATFORMS=cpu to train on the CPU"
+    mistake "$gpus GPUs here, but the JAX in $venv runs on the CPU: launch/setup.sh cuda, or $on_purpose"
   say "$gpus GPUs"
   default JAX_PLATFORMS cuda,cpu "a GPU that does not start is an error, not a silent run on the CPU"
   default XLA_PYTHON_CLIENT_MEM_FRACTION 0.9 "the trainer owns the GPU; JAX takes 0.75 of it by itself, the rest is for NCCL and cuDNN"
@@ -63,6 +93,11 @@ elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then
   say "TPU"
   default JAX_PLATFORMS tpu,cpu "a TPU that does not start is an error, not a silent run on the CPU"
 else
+  case ",${JAX_PLATFORMS:-}," in
+    *,cuda,* | *,gpu,* | *,tpu,*)
+      mistake "JAX_PLATFORMS=$JAX_PLATFORMS, but no GPU and no TPU was found on this machine; repair the driver, or $on_purpose"
+      ;;
+  esac
   say "no accelerator found: training on the CPU"
   default JAX_PLATFORMS cpu "keeps plugins of absent hardware quiet"
 fi

@@ -24,6 +24,7 @@ from ipt_jax.corpus.settings import UserError
 from ipt_jax.model.config import ModelSettings, resolve_model
 from ipt_jax.model.flops import recomputed_flops_per_token, visible_pairs
 from ipt_jax.parallel.topology import parse_topology, prepare_environment
+from ipt_jax.train.program import _attention
 
 GPU = """
 HloModule jit_step
@@ -207,6 +208,57 @@ def test_what_libtpu_says_of_too_large_a_program() -> None:
     assert _needed("INTERNAL: something else") is None
 
 
+# ---- rows that cuDNN gets wrong
+
+
+def choice(kind: str, seq_len: int, head_dim: int = 128, **train: Any) -> tuple[str, str]:
+    """What `build_program` takes for a GPU of this kind: kernel and reason."""
+    recipe = recipe_of(data={"seq_len": seq_len, "cross_document": "block"}, train=train)
+    return _attention(recipe, model_of(head_dim=head_dim), kind, "gpu")[:2]
+
+
+@pytest.mark.parametrize("attention", ["auto", "cudnn"])
+@pytest.mark.parametrize(
+    ("kind", "seq_len", "lengths"),
+    [
+        ("NVIDIA H100 80GB HBM3", 2000, "1920 or 2048"),
+        ("NVIDIA H100 PCIe", 192, "128 or 256"),
+        ("NVIDIA H200", 2047, "1920 or 2048"),
+        ("NVIDIA GH200 480GB", 64, "128"),
+    ],
+)
+def test_rows_whose_gradients_are_nan_on_hopper_are_refused(
+    kind: str, seq_len: int, lengths: str, attention: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        choice(kind, seq_len, attention=attention)
+    assert str(refused.value) == (
+        f"data.seq_len must be a multiple of 128 with data.cross_document: block on {kind}, got {seq_len} "
+        f"(NaN in cuDNN's backward pass); set data.seq_len to {lengths}, or train.attention to xla"
+    )
+
+
+def test_other_rows_and_kernels_are_not() -> None:
+    h100, a100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+    assert choice(h100, 1920)[0] == "cudnn"
+    assert choice(h100, 2000, attention="xla")[0] == "xla"
+    assert choice(h100, 2000, compute_dtype="float32")[0] == "xla"
+    assert choice(a100, 2000)[0] == "cudnn"
+    assert choice(a100, 2047) == ("xla", "cuDNN keeps documents apart in rows of an even length, seq_len is 2047")
+    allow = recipe_of(data={"seq_len": 2047})
+    assert [_attention(allow, model_of(), kind, "gpu")[0] for kind in (h100, a100)] == ["cudnn", "cudnn"]
+
+
+def test_wide_heads_run_in_cudnn_on_hopper_alone() -> None:
+    h100, a100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+    assert choice(h100, 2048, head_dim=256)[0] == "cudnn"
+    for kind, head_dim, bound in ((h100, 264, 256), (h100, 252, 256), (a100, 256, 128), (a100, 132, 128)):
+        assert choice(kind, 2048, head_dim=head_dim) == (
+            "xla",
+            f"cuDNN takes head_dim up to {bound} in multiples of 8 on {kind}, the model has {head_dim}",
+        )
+
+
 # ---- real compilers
 
 
@@ -306,3 +358,32 @@ def test_documents_kept_apart_stay_fused_and_hostile_variables_change_nothing() 
     result = json.loads(done.stdout)
     assert result["attention"] == "cudnn" and result["peak_bytes_per_device"] <= 8.7 * 2**30
     assert result["collectives"] == compiled(16, "h100:8")["collectives"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "data.seq_len=2000",
+            (
+                "data.seq_len must be a multiple of 128 with data.cross_document: block on NVIDIA H100 80GB HBM3, got "
+                "2000 (NaN in cuDNN's backward pass); set data.seq_len to 1920 or 2048, or train.attention to xla"
+            ),
+        ),
+        (
+            "model.head_dim=256",
+            (
+                "--topology h100:8: JAX traces cuDNN attention for the GPU of this process, which has none (The head "
+                "dim must be <= 128 and a multiple of 8, but got 256); add train.attention=xla to compile without it"
+            ),
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_for_hopper_is_one_line(override: str, said: str) -> None:
+    """`mesh.devices` is about the machine that trains: compiling for another number is not refused for it."""
+    done = compile_ipt(
+        "configs/pretrain/1.3b_vanilla.yaml", "train.batch_tokens=2048000", "train.microbatch=null", override,
+        "data.cross_document=block", "mesh.devices=3", "--topology", "h100:8",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"error: {said}"

@@ -119,6 +119,8 @@ def test_the_cluster_examples_start_what_exists() -> None:
     variables = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert variables["IPT_COORDINATOR"].startswith(f"{job['metadata']['name']}-0.{pod['subdomain']}:")
     assert variables["IPT_NUM_PROCESSES"] == str(job["spec"]["completions"])
+    each = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert container["args"] == [f"mesh.devices={job['spec']['completions'] * each}"]
     assert service["metadata"]["name"] == pod["subdomain"]
     assert "launch/pretrain.sh" in (LAUNCH / "slurm/pretrain.sbatch").read_text(encoding="utf-8")
 
@@ -222,6 +224,95 @@ def test_pretrain_refuses_to_leave_gpus_idle(environment: Path) -> None:
     done = launch("pretrain.sh", "pyproject.toml", path=gpus(environment / "smi", 8), IPT_VENV=str(environment))
     assert done.returncode == 2
     assert "8 GPUs here" in done.stderr and "launch/setup.sh cuda" in done.stderr
+
+
+ON_PURPOSE = "set JAX_PLATFORMS=cpu to train on the CPU on purpose"
+LOST = (
+    "Unable to determine the device handle for GPU7: 0000:DB:00.0: GPU is lost. Reboot the system to recover this GPU"
+)
+
+
+@pytest.mark.parametrize(
+    ("lines", "variables", "said"),
+    [
+        (
+            ["echo 'NVIDIA-SMI has failed.'", "exit 9"],
+            {},
+            f"nvidia-smi fails: NVIDIA-SMI has failed. (exit code 9); repair the GPU or its driver, or {ON_PURPOSE}",
+        ),
+        (
+            ["echo 'No devices found.'"],
+            {"JAX_PLATFORMS": "cuda,cpu"},
+            f"nvidia-smi fails: No devices found. (exit code 0); repair the GPU or its driver, or {ON_PURPOSE}",
+        ),
+        (
+            ["echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)'", f"echo '{LOST}' >&2", "exit 15"],
+            {},
+            f"nvidia-smi fails: {LOST} (exit code 15); repair the GPU or its driver, or {ON_PURPOSE}",
+        ),
+        (["exit 2"], {}, f"nvidia-smi fails: no message (exit code 2); repair the GPU or its driver, or {ON_PURPOSE}"),
+    ],
+)
+def test_pretrain_stops_where_nvidia_smi_fails(
+    environment: Path, lines: list[str], variables: dict[str, str], said: str
+) -> None:
+    smi = script(environment / "smi/nvidia-smi", *lines).parent
+    done = launch("pretrain.sh", "pyproject.toml", path=smi, IPT_VENV=str(environment), **variables)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"pretrain: {said}\n")
+    assert (
+        launch("pretrain.sh", "pyproject.toml", path=smi, IPT_VENV=str(environment), JAX_PLATFORMS="cpu").returncode
+        == 0
+    )
+
+
+@pytest.mark.parametrize("platforms", ["cuda,cpu", "cuda", "gpu,cpu", "cpu,tpu"])
+def test_pretrain_stops_where_the_accelerator_asked_for_is_absent(environment: Path, platforms: str) -> None:
+    none = gpus(environment / "none", 0)
+    done = launch("pretrain.sh", "pyproject.toml", path=none, IPT_VENV=str(environment), JAX_PLATFORMS=platforms)
+    said = f"JAX_PLATFORMS={platforms}, but no GPU and no TPU was found on this machine; repair the driver"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"pretrain: {said}, or {ON_PURPOSE}\n")
+
+
+@pytest.mark.parametrize(
+    ("visible", "said"),
+    [
+        ("", f"CUDA_VISIBLE_DEVICES='' hides all 4 GPUs of this machine; unset it, or {ON_PURPOSE}"),
+        ("-1", f"CUDA_VISIBLE_DEVICES='-1' hides all 4 GPUs of this machine; unset it, or {ON_PURPOSE}"),
+        (
+            "NoDevFiles",
+            f"CUDA_VISIBLE_DEVICES='NoDevFiles' hides all 4 GPUs of this machine; unset it, or {ON_PURPOSE}",
+        ),
+        (
+            "0,1,2,3,4",
+            (
+                "CUDA_VISIBLE_DEVICES=0,1,2,3,4 names GPU 4, but the GPUs here are 0 to 3; "
+                "look for a lost GPU with nvidia-smi -L, or correct the list"
+            ),
+        ),
+    ],
+)
+def test_pretrain_stops_where_gpus_are_hidden_or_fewer_than_named(environment: Path, visible: str, said: str) -> None:
+    smi = gpus(environment / "smi", 4)
+    done = launch("pretrain.sh", "pyproject.toml", path=smi, IPT_VENV=str(environment), CUDA_VISIBLE_DEVICES=visible)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"pretrain: {said}\n")
+
+
+@pytest.mark.parametrize(("visible", "count"), [("3", 1), ("0,2", 2), ("GPU-0,GPU-3", 2), ("1,-1,2", 1)])
+def test_pretrain_counts_the_gpus_that_are_visible(environment: Path, visible: str, count: int) -> None:
+    smi = gpus(environment / "smi", 4)
+    done = launch("pretrain.sh", "pyproject.toml", path=smi, IPT_VENV=str(environment), CUDA_VISIBLE_DEVICES=visible)
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"pretrain: {count} GPUs\n")
+
+
+def test_a_slurm_job_states_how_many_devices_it_asked_for(tmp_path: Path) -> None:
+    script(tmp_path / "srun", 'echo "$@"')
+    variables = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "h100:8"}
+    done = launch("slurm/pretrain.sbatch", "recipe.yaml", "train.seed=1", path=tmp_path, **variables)
+    assert done.stdout == "--kill-on-bad-exit=1 launch/pretrain.sh recipe.yaml mesh.devices=16 train.seed=1\n"
+    for arguments, left in ([], variables), (["recipe.yaml"], {"SLURM_JOB_NUM_NODES": "2"}):
+        refused = launch("slurm/pretrain.sbatch", *arguments, path=tmp_path, **left)
+        assert refused.returncode != 0 and not refused.stdout and refused.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_cudnn_is_asked_for_what_the_rows_need(monkeypatch: pytest.MonkeyPatch) 
     assert (asked["local_window_size"], asked["mask"], asked["is_causal"]) == ((2, 0), None, True)
     attend_cudnn(q, q, q, window=4, segment_ids=jnp.array([[1, 1, 2, 2]]))
     assert asked["local_window_size"] is None, "a window as long as the row is none"
+    assert asked["mask"].dtype == jnp.bool_ and "bias" not in asked, "no gradient flows through a mask"
     assert asked["mask"].astype(int).tolist() == [[[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]]]
 
 

@@ -20,9 +20,11 @@ import pytest
 from token_shards import save_tokenizer
 from trainkit import SMALL, recipe_of, run_python, write_corpus
 
+import ipt_jax
 from ipt_jax.config import Recipe
 from ipt_jax.corpus.files import lock_directory
 from ipt_jax.corpus.settings import UserError
+from ipt_jax.model.paths import LiteralPath
 from ipt_jax.train import loop
 from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
 from ipt_jax.train.loop import run_train
@@ -45,6 +47,19 @@ print(loop.run_train(Recipe.model_validate_json(sys.argv[1])), flush=True)
 """
 
 
+COMMAND = """
+import sys, time
+import ipt_jax.train.loop as loop
+from ipt_jax.cli import main
+whole = loop.place_batch
+def slow(*arguments):
+    time.sleep(0.2)
+    return whole(*arguments)
+loop.place_batch = slow
+main()
+"""
+
+
 def run(folder: Path, **blocks: dict[str, Any]) -> dict[str, Any]:
     return run_train(recipe_of(folder, mesh={"fsdp": 8}, **blocks))
 
@@ -56,7 +71,7 @@ def child(recipe: Recipe, seconds_per_step: float) -> subprocess.Popen[str]:
 
 def parameters(run_dir: Path, step: int = STEPS) -> dict[str, Any]:
     with ocp.StandardCheckpointer() as reader:
-        return reader.restore(run_dir.absolute() / "checkpoints" / str(step) / "params")
+        return reader.restore(LiteralPath(run_dir.absolute() / "checkpoints" / str(step) / "params"))
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -135,15 +150,23 @@ def test_killed_and_resumed_is_bit_equal(straight: Path, folder: Path) -> None:
     same_bits(folder / "run", straight / "run")
 
 
-def test_sigterm_saves_and_ends_cleanly(straight: Path, folder: Path) -> None:
-    process = child(recipe_of(folder, mesh={"fsdp": 8}, train={"checkpoint_every": 100}), 0.2)
+def test_sigterm_saves_and_ends_as_unfinished(straight: Path, folder: Path) -> None:
+    """143: Kubernetes starts a pod again that ends with any code but 0. Finished, the same command ends with 0."""
+    recipe = recipe_of(folder, mesh={"fsdp": 8}, train={"checkpoint_every": 100})
+    (folder / "run.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_unset=True))
+    arguments = ("train", str(folder / "run.yaml"), "--json")
+    process = run_python(COMMAND, *arguments, JAX_NUM_CPU_DEVICES="8")
     wait_for(process, lambda: last_step(folder / "run") >= 2)
     process.send_signal(signal.SIGTERM)
     output, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    assert process.returncode == 143, error
     stopped = checkpoints(folder / "run")[-1]
-    assert 2 < stopped < STEPS and f"'step': {stopped}" in output and "SIGTERM: saved at step" in error
-    assert run(folder)["step"] == STEPS
+    result = json.loads(output)
+    assert 2 < stopped < STEPS and (result["step"], result["steps"]) == (stopped, STEPS)
+    assert f"SIGTERM: saved at step {stopped} of {STEPS}" in error
+    again = run_python(COMMAND, *arguments, JAX_NUM_CPU_DEVICES="8")
+    output, error = again.communicate(timeout=120)
+    assert (again.returncode, json.loads(output)["step"]) == (0, STEPS), error
     same_bits(folder / "run", straight / "run")
 
 
@@ -188,6 +211,20 @@ def test_another_recipe_is_refused_naming_the_field(finished: Path, blocks: dict
     with pytest.raises(UserError) as refused:
         run(finished, **blocks)
     assert f"its checkpoint at step 11 was made with {field}; give another run_dir" in str(refused.value)
+
+
+def test_any_character_in_the_path_of_a_run(straight: Path, folder: Path) -> None:
+    """Orbax takes a directory for a pattern; checkpoints have to be found, resumed from, moved and loaded."""
+    run_dir = folder / "lr[1e-4] *?" / "run"
+    recipe = recipe_of(folder, mesh={"fsdp": 8}).model_copy(update={"run_dir": str(run_dir)})
+    assert run_train(recipe)["step"] == STEPS
+    assert checkpoints(run_dir) == [9, 11]
+    shutil.rmtree(run_dir / "checkpoints" / "11")
+    moved = run_dir.rename(folder / "**moved {a,b}")
+    assert run_train(recipe.model_copy(update={"run_dir": str(moved)}))["step"] == STEPS
+    same_bits(moved, straight / "run")
+    ours, theirs = (ipt_jax.load(path).logits(list(range(5, 25))) for path in (moved, straight / "run"))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_another_corpus_is_refused(finished: Path) -> None:

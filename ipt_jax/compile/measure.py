@@ -20,6 +20,7 @@ import jax
 from ipt_jax.compile.hardware import predict_step
 from ipt_jax.compile.hlo import Collective, attention_kernels, collectives
 from ipt_jax.config import Recipe
+from ipt_jax.corpus.settings import UserError
 from ipt_jax.model.config import ModelConfig, param_count
 from ipt_jax.model.flops import model_flops_per_token
 from ipt_jax.model.mistral import abstract_params, logical_axes
@@ -39,7 +40,13 @@ def compile_recipe(recipe: Recipe, model: ModelConfig, topology: Topology, dumps
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, describe_devices(topology))
     program = build_program(recipe, model, mesh, STEPS)
     started = time.monotonic()
-    lowered = lower(program)
+    try:
+        lowered = lower(program)
+    except NotImplementedError as error:  # JAX asks the GPU of this process, which has none, what cuDNN may do
+        raise UserError(
+            f"--topology {topology.name}: JAX traces cuDNN attention for the GPU of this process, which has none "
+            f"({str(error).rstrip('.')}); add train.attention=xla to compile without it"
+        ) from error
     result: dict[str, Any] = {
         "topology": topology.name,
         "devices": mesh.devices.size,

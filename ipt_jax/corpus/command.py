@@ -1,7 +1,7 @@
 """What both console scripts share: exit codes, one-line errors, and a stdout that holds the result alone.
 
 Exit 0 on success, 2 on a user's mistake (one line on stderr; a path that cannot be opened is one), 1 on a fault (one
-line where its cause lies outside, else its traceback), 130 on Ctrl-C.
+line where its cause lies outside, else its traceback), 130 on Ctrl-C, 143 where SIGTERM stopped an unfinished stage.
 Whatever libraries and their child processes print while a stage runs goes to stderr.
 """
 

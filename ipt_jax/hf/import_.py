@@ -23,6 +23,7 @@ from ipt_jax.hf.load import open_parameters
 from ipt_jax.hf.mapping import leaves
 from ipt_jax.hf.target import refuse_foreign, whole_directory
 from ipt_jax.model.config import param_count
+from ipt_jax.model.paths import LiteralPath
 from ipt_jax.model.source import ModelSource, read_model_config, resolve_checkpoint
 
 
@@ -39,8 +40,8 @@ def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
     size = param_count(config) * (2 if dtype == "bfloat16" else 4)
     with whole_directory(output, size) as directory:
         for leaf, value in parameters:
-            _save(directory / "written", leaf.row.path, value)
-        orbax.partial.finalize(directory / "written")
+            _save(LiteralPath(directory / "written"), leaf.row.path, value)
+        orbax.partial.finalize(LiteralPath(directory / "written"))
         checkpoint = directory / "checkpoint"
         checkpoint.mkdir()
         os.replace(directory / "written" / "state", checkpoint / "params")
@@ -54,7 +55,7 @@ def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
     return {"tensors": tensors, "bytes": size, "peak_rss_bytes": peak_rss_bytes()}
 
 
-def _save(directory: Path, path: tuple[str, ...], value: np.ndarray) -> None:
+def _save(directory: LiteralPath, path: tuple[str, ...], value: np.ndarray) -> None:
     """Adds one parameter to the checkpoint under way."""
     block: Any = value
     for key in reversed(path):

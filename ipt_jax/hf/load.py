@@ -14,7 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import load_tokenizer
@@ -22,6 +21,7 @@ from ipt_jax.generate import LanguageModel
 from ipt_jax.hf.mapping import TIED_HEAD, Leaf, leaves
 from ipt_jax.hf.tensors import Stored, list_tensors, read_tensor
 from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.paths import LiteralPath
 from ipt_jax.model.source import ModelSource, read_model_config, resolve_checkpoint
 
 Parameters = Iterator[tuple[Leaf, np.ndarray]]
@@ -96,7 +96,7 @@ def _from_hf(config: ModelConfig, stored: dict[str, Stored], dtype: str) -> Para
 
 
 def _check_checkpoint(source: ModelSource, config: ModelConfig) -> str:
-    stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(source.weights)).tree
+    stored = ocp.PyTreeCheckpointHandler().metadata(LiteralPath(source.weights)).tree
     dtypes = set()
     for leaf in leaves(config):
         found = stored
@@ -126,7 +126,9 @@ def _read_one(reader: ocp.PyTreeCheckpointer, directory: Path, path: tuple[str, 
     how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
     for key in reversed(path):
         item, how = {key: item}, {key: how}
-    found = reader.restore(directory, args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True))
+    found = reader.restore(
+        LiteralPath(directory), args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+    )
     for key in path:
         found = found[key]
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -22,6 +23,8 @@ from ipt_jax.model.splash import LANES, fits_splash
 
 Attention = Callable[..., Array]  # (q, k, v, *, window, segment_ids) -> [B, T, N, H], as `attend`
 
+HOPPER = re.compile(r"\b(h20|h100|h200|h800|gh200)\b")  # in device kinds such as "NVIDIA H100 80GB HBM3"
+CUDNN_ROWS = 128  # tokens of a row, in multiples of it, for which cuDNN's masked backward pass is right on Hopper
 STEP = 64  # queries a step in rows up to BLOCK, unrolled: each step meets only the keys it can reach
 BLOCK = 512  # queries a block in longer rows, looped: memory stays that of one block
 MASKED = -1e30  # finite, so that a row without any visible key (padding in generation) is no NaN
@@ -43,9 +46,25 @@ def choose_attention(
         return "xla", f"{device_kind}: XLA attention is the only kernel on this device"
     if compute_dtype == "float32":
         return "xla", "cuDNN takes 16-bit floats, compute_dtype is float32"
-    if config.head_dim > 128 or config.head_dim % 8:
-        return "xla", f"cuDNN takes head_dim up to 128 in multiples of 8, the model has {config.head_dim}"
+    largest = 256 if is_hopper(device_kind) else 128
+    if config.head_dim > largest or config.head_dim % 8:
+        return "xla", (
+            f"cuDNN takes head_dim up to {largest} in multiples of 8 on {device_kind}, the model has {config.head_dim}"
+        )
+    if cross_document == "block" and seq_len % 2 and not is_hopper(device_kind):
+        return "xla", f"cuDNN keeps documents apart in rows of an even length, seq_len is {seq_len}"
     return "cudnn", f"{device_kind}: fused cuDNN attention, {rows}"
+
+
+def is_hopper(device_kind: str) -> bool:
+    """Whether `jax.Device.device_kind` names an NVIDIA GPU of compute capability 9.0."""
+    return HOPPER.search(device_kind.lower()) is not None
+
+
+def cudnn_gives_nan(device_kind: str, seq_len: int, cross_document: str) -> bool:
+    """Whether the backward pass of `cudnn` is known to give NaN for such rows: on Hopper, with a mask, in rows that
+    are no multiple of 128 tokens (pytorch issue 196678)."""
+    return is_hopper(device_kind) and cross_document == "block" and seq_len % CUDNN_ROWS != 0
 
 
 def _window(config: ModelConfig, seq_len: int) -> int | None:

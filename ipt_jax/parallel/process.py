@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from ipt_jax.corpus.settings import UserError
+from ipt_jax.parallel.devices import visible_devices
 
 ADDRESSES = ("IPT_COORDINATOR", "IPT_PROCESS_ID", "IPT_NUM_PROCESSES")
 
@@ -25,11 +26,16 @@ def initialize_distributed() -> str:
         return _join_addresses()
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun; a shell inside an allocation is not a step
         jax.distributed.initialize()
-        return f"SLURM, process {jax.process_index()} of {jax.process_count()}"
+        return f"SLURM, {_place()}"
     if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
-        return f"TPU slice, process {jax.process_index()} of {jax.process_count()}"
+        return f"TPU slice, {_place()}"
     return "one process"
+
+
+def _place() -> str:
+    visible_devices()  # the first use of JAX's devices: a lost one is reported in one line here too
+    return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def _join_addresses() -> str:

@@ -23,6 +23,7 @@ from etils import epath
 
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.paths import LiteralPath
 from ipt_jax.train.state import TrainState
 
 
@@ -65,7 +66,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, model: ModelConfig, keep: int):
         self.path = run_dir.absolute() / "checkpoints"  # Orbax refuses relative paths
         self._manager = ocp.CheckpointManager(
-            self.path,
+            LiteralPath(self.path),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),

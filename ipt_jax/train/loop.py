@@ -1,7 +1,8 @@
 """`ipt train`: one straight line from a recipe to a trained model.
 
 Guarantees: a run goes on by itself from its newest whole checkpoint, and steps k+1 … N after a kill give the bits that
-an undisturbed run gives (same hardware); SIGTERM saves and ends the run cleanly; a loss or gradient that is not finite
+an undisturbed run gives (same hardware); SIGTERM saves and ends the run, which `ipt train` reports as unfinished by
+exit code 143; a loss or gradient that is not finite
 stops it, naming the step, before anything is saved; two processes never write into one run directory. The host never
 waits for the step it has just started: metrics are fetched a logging interval later.
 """
@@ -34,6 +35,7 @@ from ipt_jax.hf.load import load_params
 from ipt_jax.model.config import ModelConfig, resolve_model
 from ipt_jax.model.mistral import abstract_params
 from ipt_jax.model.source import read_model_config, resolve_checkpoint
+from ipt_jax.parallel.devices import training_devices
 from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
 from ipt_jax.parallel.process import enable_compile_cache, initialize_distributed
 from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
@@ -46,16 +48,17 @@ from ipt_jax.train.state import TrainState, fresh_state, state_from_params
 
 
 def run_train(recipe: Recipe) -> dict[str, Any]:
-    """Trains to the end of the plan, or until SIGTERM: {run_dir, step, tokens, loss}."""
+    """Trains to the end of the plan, or until SIGTERM: {run_dir, step, steps, tokens, loss}; `steps` are the plan's."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
     processes = initialize_distributed()
     enable_compile_cache()
+    devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
     run_dir = Path(recipe.run_dir)
 
     plan = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
     check_schedule(recipe, plan.steps)
     model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
-    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, devices)
     program = build_program(recipe, model, mesh, plan.steps)
 
     with claim(run_dir), Checkpoints(run_dir, model, recipe.train.keep_checkpoints) as checkpoints:
@@ -64,7 +67,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         if found is not None:
             refuse_changed(run_dir, found, identity)
             if found.step == plan.steps:
-                return result(recipe, found, last_line(run_dir))
+                return result(recipe, plan, found, last_line(run_dir))
 
         start = found or Record(0, 0, plan.fingerprint, identity)
         if jax.process_index() == 0:
@@ -83,7 +86,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
                 tell(line)
         with Ledger.open(run_dir, start, program, plan, recipe.train.log_every) as ledger:
             train(recipe, plan, program, step, state, ledger, checkpoints)
-        return result(recipe, ledger.record, ledger.last)
+        return result(recipe, plan, ledger.record, ledger.last)
 
 
 def train(
@@ -122,10 +125,11 @@ def made_with(recipe: Recipe, model: ModelConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def result(recipe: Recipe, record: Record, last: dict[str, Any] | None) -> dict[str, Any]:
+def result(recipe: Recipe, plan: Plan, record: Record, last: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "run_dir": recipe.run_dir,
         "step": record.step,
+        "steps": plan.steps,
         "tokens": record.tokens,
         "loss": last["loss"] if last else None,
     }

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ipt_jax.config import Recipe, accumulation_steps, rows_per_step
 from ipt_jax.corpus.settings import UserError
-from ipt_jax.model.attention import choose_attention
+from ipt_jax.model.attention import CUDNN_ROWS, choose_attention, cudnn_gives_nan
 from ipt_jax.model.config import ModelConfig, param_count
 from ipt_jax.model.mistral import logical_axes
 from ipt_jax.parallel.mesh import batch_sharding, row_shards
@@ -124,9 +124,16 @@ def abstract_batch(
 
 def _attention(recipe: Recipe, model: ModelConfig, kind: str, platform: str) -> tuple[str, str, list[str]]:
     """Kernel, reason, and the fallback if it is one."""
-    asked = recipe.train.attention
+    asked, seq_len = recipe.train.attention, recipe.data.seq_len
     dtype = _compute_dtype(recipe, platform)
-    name, reason = choose_attention(kind, model, recipe.data.seq_len, recipe.data.cross_document, dtype)
+    name, reason = choose_attention(kind, model, seq_len, recipe.data.cross_document, dtype)
+    if name == "cudnn" and asked in ("auto", name) and cudnn_gives_nan(kind, seq_len, recipe.data.cross_document):
+        below = seq_len // CUDNN_ROWS * CUDNN_ROWS
+        lengths = f"{below} or {below + CUDNN_ROWS}" if below else f"{CUDNN_ROWS}"
+        raise UserError(
+            f"data.seq_len must be a multiple of {CUDNN_ROWS} with data.cross_document: block on {kind}, got {seq_len} "
+            f"(NaN in cuDNN's backward pass); set data.seq_len to {lengths}, or train.attention to xla"
+        )
     if asked == "auto":
         return name, reason, [f"attention: {reason}"] if name == "xla" and platform != "cpu" else []
     if asked not in ("xla", name):
