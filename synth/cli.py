@@ -158,3 +158,7 @@ def inspect(
         result = run_inspect(groups, output, limit, sample, rejected)
     if as_json or output:
         show(result, as_json)
+
+
+if __name__ == "__main__":  # python -m synth.cli: where the commands are not installed
+    main()

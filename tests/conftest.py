@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py: the eight virtual devices would silently be one")
@@ -22,6 +24,7 @@ import jax  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 
 import pytest  # noqa: E402
+from extras import finished, running  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("any machine", deadline=None)  # two shared cores stall now and then
@@ -31,3 +34,24 @@ settings.load_profile("any machine")
 def pytest_configure(config: pytest.Config) -> None:
     if jax.device_count() != 8:
         raise pytest.UsageError(f"eight virtual CPU devices were asked for, jax sees {jax.devices()}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with running(item.nodeid, marked=item.get_closest_marker("extra") is not None):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: Any, request: pytest.FixtureRequest) -> Iterator[None]:
+    with running(f"{fixturedef.baseid}::{fixturedef.argname}"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Function) -> Iterator[None]:
+    result = yield
+    if item.get_closest_marker("extra") is not None:
+        defined = [one for name in item.fixturenames for one in item._fixtureinfo.name2fixturedefs.get(name, ())]
+        finished(item.nodeid, [f"{one.baseid}::{one.argname}" for one in defined])
+    return result

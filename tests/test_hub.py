@@ -112,6 +112,7 @@ def test_spans_of_odd_rows_name_their_pairs(tmp_path: Path, limit: int | None) -
     assert checked > 200
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_datasets_loads_the_directory(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = need("datasets", extra="hf")

@@ -50,6 +50,7 @@ def test_arrow_files_in_any_cut(tmp_path: Path, file_format: bool) -> None:
     assert documents(path, 1) == documents(path) == DOCUMENTS
 
 
+@pytest.mark.extra
 def test_saved_hugging_face_data_sets(tmp_path: Path) -> None:
     datasets = need("datasets", extra="hf")
     whole = datasets.Dataset.from_list(ROWS)
@@ -70,6 +71,7 @@ def test_saved_hugging_face_data_sets(tmp_path: Path) -> None:
         documents(tmp_path / "one")
 
 
+@pytest.mark.extra
 def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A local folder takes the library's whole way but for the network."""
     need("datasets", extra="hf")
@@ -111,6 +113,7 @@ def tfds_directory(path: Path, splits: dict[str, list[int]], form: str = "array_
     return path
 
 
+@pytest.mark.extra
 def test_tfds_directories(tmp_path: Path) -> None:
     path = tfds_directory(tmp_path / "tiny" / "1.0.0", {"train": [4, 3], "test": [2]})
     assert documents(path, split="train") == documents(path, 1, split="train") == DOCUMENTS

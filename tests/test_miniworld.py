@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from extras import need
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -195,10 +196,10 @@ def test_tokenizer_round_trips_and_keeps_tags_whole(made: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.extra
 def test_transformers_opens_the_tokenizer(made: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(made / "tokenizer")
+    auto = need("transformers", extra="test").AutoTokenizer
+    tokenizer = auto.from_pretrained(made / "tokenizer")
     text = rows(made / "raw/articles.jsonl")[0]["text"]
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == load_tokenizer(made / "tokenizer").encode(text)

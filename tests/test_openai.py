@@ -59,6 +59,7 @@ def prompt_of(tokenizer: Tokenizer, context: str = "Anna walks the old river.") 
     return [1, *tokenizer.encode(f" <CON> {context} </CON>\n\n")]
 
 
+@pytest.mark.extra
 def test_token_ids_go_out_and_come_back(tokenizer: Tokenizer) -> None:
     prompt = prompt_of(tokenizer)
     with serving(FakeServer(tokenizer)) as server:
@@ -76,6 +77,7 @@ def test_token_ids_go_out_and_come_back(tokenizer: Tokenizer) -> None:
     assert (answer.prompt_tokens, answer.cached_prompt_tokens, answer.recoded) == (len(prompt), 7, False)
 
 
+@pytest.mark.extra
 def test_text_of_other_servers_is_encoded_and_said_to_be(tokenizer: Tokenizer) -> None:
     prompt = prompt_of(tokenizer)
     with serving(FakeServer(tokenizer)) as server, serving(FakeServer(tokenizer, owner="them")) as other:
@@ -84,6 +86,7 @@ def test_text_of_other_servers_is_encoded_and_said_to_be(tokenizer: Tokenizer) -
     assert text.recoded and text.ids == ids.ids  # one id a byte: nothing else can be encoded
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("fates", [[503, 429, 502], ["drop", 500, "drop", 408], [(429, {"Retry-After": "0"})] * 6])
 def test_what_passes_is_waited_for(tokenizer: Tokenizer, fates: list[Any]) -> None:
     with serving(FakeServer(tokenizer)) as server:
@@ -92,6 +95,7 @@ def test_what_passes_is_waited_for(tokenizer: Tokenizer, fates: list[Any]) -> No
     assert len(server.requests) == len(fates) + 1
 
 
+@pytest.mark.extra
 def test_retry_after_is_obeyed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses, sleep = [], asyncio.sleep
 
@@ -106,6 +110,7 @@ def test_retry_after_is_obeyed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
     assert pauses[0] == 3.0 and 0 < pauses[1] < 3.0
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("fates", "reason", "asked"),
     [
@@ -126,6 +131,7 @@ def test_what_is_the_requests_own_fault_fails_it(
     assert (failure.value.reason, len(server.requests)) == (reason, asked)
 
 
+@pytest.mark.extra
 def test_hanging_request_times_out(tokenizer: Tokenizer) -> None:
     with serving(FakeServer(tokenizer)) as server:
         server.fates = ["hang"]
@@ -134,6 +140,7 @@ def test_hanging_request_times_out(tokenizer: Tokenizer) -> None:
     assert failure.value.reason == "timeout"
 
 
+@pytest.mark.extra
 def test_scores_are_sums_over_the_answers_tokens_alone(tokenizer: Tokenizer) -> None:
     with serving(FakeServer(tokenizer)) as server, serving(FakeServer(tokenizer, owner="them")) as other:
         assert score(tokenizer, server.url, "model", [1, 40, 50], [8, 16]) == -3.0
@@ -160,6 +167,7 @@ def openai_settings(folder: Path, url: str, **changes: Any) -> RunSettings:
     return settings(folder, **{"synthesizer__engine": "openai", "synthesizer__server": url, **changes})
 
 
+@pytest.mark.extra
 def test_server_that_goes_and_comes_back_costs_nothing(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,6 +201,7 @@ def pairs_in(output: str | Path) -> list[list[Pair]]:
     return [text.pairs for group in read_groups(output) for text in group.texts]
 
 
+@pytest.mark.extra
 def test_server_that_stays_away_ends_the_run_in_one_line_and_the_next_goes_on(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
@@ -210,6 +219,7 @@ def test_server_that_stays_away_ends_the_run_in_one_line_and_the_next_goes_on(
     assert len(server.requests) - before < 30  # what was stored was not asked again
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("change", "key", "message"),
     [
@@ -238,6 +248,7 @@ def test_mistakes_are_told_and_leave_no_output(
     assert not (tmp_path / "groups").exists()
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     "reply",
     [
@@ -259,6 +270,7 @@ def test_another_service_is_told_and_leaves_no_output(
     assert not (tmp_path / "groups").exists()
 
 
+@pytest.mark.extra
 def test_server_that_was_never_there_is_soon_told_and_leaves_no_output(tmp_path: Path, tokenizer: Tokenizer) -> None:
     server = FakeServer(tokenizer)
     server.server_close()
@@ -267,6 +279,7 @@ def test_server_that_was_never_there_is_soon_told_and_leaves_no_output(tmp_path:
     assert not (tmp_path / "groups").exists()
 
 
+@pytest.mark.extra
 def test_server_that_refuses_every_request_ends_the_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with serving(FakeServer(tokenizer)) as server:
         server.fates = [400] * 1000
@@ -275,6 +288,7 @@ def test_server_that_refuses_every_request_ends_the_run(tmp_path: Path, tokenize
     assert len(server.requests) < 70
 
 
+@pytest.mark.extra
 def test_identity_is_the_served_name_and_the_tokenizer_not_the_address(tokenizer: Tokenizer) -> None:
     def digest(**fields: Any) -> str:
         given = {"model": "a/model", "engine": "openai", "server": "http://x", **fields}
@@ -326,6 +340,7 @@ def end(server: subprocess.Popen[bytes]) -> None:
         server.wait()
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(600)
 def test_real_server_refuses_one_request_and_is_killed_in_the_middle(
     vllm_server: tuple[Path, str, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch

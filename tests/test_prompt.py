@@ -60,7 +60,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-@pytest.fixture(params=["tiny", "mistral"])
+@pytest.fixture(params=["tiny", pytest.param("mistral", marks=pytest.mark.extra)])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
@@ -225,6 +225,7 @@ def fits(tokenizer: Tokenizer, text: str, budget: int) -> None:
     assert end == 1 or len(Prompt(tokenizer).start_example(text[:end])) <= budget
 
 
+@pytest.mark.extra
 @given(text=st.text(min_size=1, max_size=400), budget=st.integers(0, 200))
 @settings(max_examples=150)
 def test_fit_text_never_exceeds_nor_empties(tiny: Tokenizer, mistral: Tokenizer, text: str, budget: int) -> None:
@@ -235,6 +236,7 @@ def test_fit_text_never_exceeds_nor_empties(tiny: Tokenizer, mistral: Tokenizer,
 PIECES = ["<QUE>", "<ANS>", "</END>", " a ", "b", "\n\n", "é你", "<CON>", "\nOptions:\n- x\n- y", "</", "END>"]
 
 
+@pytest.mark.extra
 @given(parts=st.lists(st.sampled_from(PIECES), max_size=30))
 @settings(max_examples=300)
 def test_kept_tokens_are_the_accepted_pairs(tiny: Tokenizer, mistral: Tokenizer, parts: list[str]) -> None:
@@ -249,6 +251,7 @@ def test_kept_tokens_are_the_accepted_pairs(tiny: Tokenizer, mistral: Tokenizer,
             assert kept == completion[: len(kept)]
 
 
+@pytest.mark.extra
 @given(whole=st.integers(1, 6), tail=st.text("ab <QUE>", max_size=60))
 def test_the_fewest_tokens_are_kept(tiny: Tokenizer, mistral: Tokenizer, whole: int, tail: str) -> None:
     text = "\n\n".join(f"<QUE> a{number} <ANS> b </END>" for number in range(whole)) + f"\n\n<QUE> {tail}"

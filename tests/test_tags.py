@@ -57,7 +57,10 @@ NORMALIZERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["plain", "tags", *NORMALIZERS, "mistral"])
+CASES = ["plain", "tags", *NORMALIZERS, pytest.param("mistral", marks=pytest.mark.extra)]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "mistral":

