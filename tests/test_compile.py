@@ -355,10 +355,27 @@ def test_the_predicted_step_holds_the_models_products(topology: str, rows: int, 
     assert sum(result[f"predicted_{name}_seconds"] for name in limits) == pytest.approx(
         result["predicted_step_seconds"]
     )
-    assert result["predicted_limit"] == "products" and 0.5 < result["predicted_mfu_bound"] < 0.8
+    assert result["predicted_limit"] == "products" and 0.3 < result["predicted_mfu"] < 0.8
     assert 0 <= result["predicted_exposed_collective_seconds"] <= result["predicted_collective_seconds"]
 
 
+@pytest.mark.extra
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("rows", "remat", "seconds", "gib"),
+    [(16, "none", 0.5142, 51.15), (8, "none", 0.2732, 34.42), (32, "full", 1.3257, 27.81)],
+)
+def test_predictions_are_near_what_an_h100_measured(rows: int, remat: str, seconds: float, gib: float) -> None:
+    """Seconds within 5%, memory within 2% of the figures of 2026-11-28 in docs/log.md."""
+    batch = (f"train.remat={remat}", f"train.microbatch={rows}", f"train.batch_tokens={rows * 2048}")
+    done = compile_ipt("configs/pretrain/1.3b_vanilla.yaml", *batch, "--topology", "h100:1", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["predicted_step_seconds"] == pytest.approx(seconds, rel=0.05)
+    assert result["peak_bytes_per_device"] == pytest.approx(gib * 2**30, rel=0.02)
+
+
+@pytest.mark.extra
 @pytest.mark.timeout(900)
 def test_predicted_stands_in_every_line_on_speed() -> None:
     done = compile_ipt("configs/pretrain/500m_vanilla.yaml", "--topology", "a100:8")

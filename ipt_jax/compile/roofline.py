@@ -56,7 +56,7 @@ class Kernel:
 
     name: str  # of the instruction; a profile's kernel events carry it as hlo_op
     part: str  # attention | feed_forward | loss | optimizer | embedding | other, from metadata op_name scopes
-    kind: str  # product | attention | memory | collective; attention is a fused call
+    kind: str  # product | attention | attention_backward | memory | collective; attention is a fused call
     flops: float  # one run
     bytes: float  # read + written in device memory, one run; of a collective: sent by one device
     times: int  # runs a step
@@ -76,20 +76,23 @@ def predict(
     bandwidth: float,
     link_bandwidth: float = 0.0,
     network_bandwidth: float = 0.0,
+    attention_flops: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Seconds of one step on a device of `peak_flops` FLOP/s and `bandwidth` bytes/s of memory.
 
-    A kernel takes the longer of its products and its bytes; a collective sends `link_bandwidth` bytes/s, or between
-    nodes `network_bandwidth` bytes/s through each device that it has in a node. Asynchronous kernels cost what the
-    kernels between their start and end do not cover. Returns seconds (products + memory + exposed collectives),
-    collective_seconds (exposed or not), limit (the largest of the three: products, memory or collectives) and parts
-    {part: seconds, flops, bytes}, bytes those of device memory.
+    A kernel takes the longer of its products and its bytes. Fused attention has FLOP/s of its own, forward and
+    backward, where `attention_flops` gives them. A collective sends `link_bandwidth` bytes/s, or between nodes
+    `network_bandwidth` bytes/s through each device that it has in a node. Asynchronous kernels cost what the kernels
+    between their start and end do not cover. Returns seconds (products + memory + exposed collectives),
+    collective_seconds (exposed or not), limit (the largest of the three) and parts {part: seconds, flops, bytes}.
     """
     spent = {"products": 0.0, "memory": 0.0, "collectives": 0.0}
     parts: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "flops": 0.0, "bytes": 0.0})
     clock, collective_seconds = 0.0, 0.0
     free = {"collectives": 0.0, "memory": 0.0}  # when a link or a copy engine has done what it was given
     ends: dict[int, list[tuple[float, str, str]]] = defaultdict(list)
+    forward, backward = attention_flops or (peak_flops, peak_flops)
+    flops = {"product": peak_flops, "attention": forward, "attention_backward": backward}
 
     def wait(until: float, limit: str, part: str) -> None:
         nonlocal clock
@@ -100,7 +103,9 @@ def predict(
     for place, kernel in enumerate(found):
         for due in ends.pop(place, []):
             wait(*due)
-        limit, seconds = _seconds(kernel, peak_flops, bandwidth, link_bandwidth, network_bandwidth)
+        limit, seconds = _seconds(
+            kernel, flops.get(kernel.kind, peak_flops), bandwidth, link_bandwidth, network_bandwidth
+        )
         parts[kernel.part]["flops"] += kernel.flops * kernel.times
         if kernel.kind == "collective":
             collective_seconds += seconds
@@ -186,7 +191,9 @@ class _Program:
         inner, where = (self._root(one), self._callee(one)) if one.opcode == "async-start" else (one, name)
         flops, size = self._flops(inner, where), self._bytes(inner, where)
         if self._attention(inner):
-            return Kernel(one.name, "attention", "attention", flops, size, times)
+            backward = "Backward" in self._target(inner) or "_dq" in inner.name or "_dkv" in inner.name
+            kind = "attention_backward" if backward else "attention"
+            return Kernel(one.name, "attention", kind, flops, size, times)
         return Kernel(one.name, part, "product" if flops else "memory", flops, size, times) if flops or size else None
 
     def _callee(self, one: Instruction) -> str:
