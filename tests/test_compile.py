@@ -384,6 +384,7 @@ def test_predicted_stands_in_every_line_on_speed() -> None:
     assert len(lines) == 3 and all("predicted" in line for line in lines)
 
 
+@pytest.mark.extra
 @pytest.mark.timeout(900)
 def test_forty_rows_fit_a_v5e_chip() -> None:
     assert compiled(40, "v5e:4x4")["fits"]
@@ -405,6 +406,7 @@ def test_documents_kept_apart_stay_fused_and_hostile_variables_change_nothing() 
     assert result["collectives"] == compiled(16, "h100:8")["collectives"]
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("override", "said"),
     [
