@@ -62,10 +62,10 @@ def units(parts: list[str], tiny: bool) -> list[Unit]:
         ]  # fmt: skip
     else:
         every = [
-            Unit("speed", "1.3b", 120), Unit("rivals", "torch-compile 1.3b", 70), Unit("roofline", "1.3b", 45),
-            Unit("numbers", "", 60), Unit("synthesis", "", 60), Unit("speed", "500m", 70),
-            Unit("rivals", "torch-compile 500m", 50), Unit("rivals", "torch-eager 1.3b", 40),
-            Unit("rivals", "naive 1.3b", 35), Unit("rivals", "torch-eager 500m", 30), Unit("rivals", "naive 500m", 30),
+            Unit("speed", "1.3b", 115), Unit("rivals", "torch-compile 1.3b", 100), Unit("roofline", "1.3b", 25),
+            Unit("synthesis", "", 65), Unit("speed", "500m", 60), Unit("rivals", "torch-compile 500m", 70),
+            Unit("rivals", "torch-eager 1.3b", 30), Unit("rivals", "naive 1.3b", 30), Unit("numbers", "", 60),
+            Unit("rivals", "torch-eager 500m", 25), Unit("rivals", "naive 500m", 25),
         ]  # fmt: skip
     return [Unit("ceilings", "", 10), *(unit for unit in every if unit.part in parts)]
 

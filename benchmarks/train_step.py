@@ -43,8 +43,8 @@ Step = Callable[[], float]  # trains on the batch once and returns the loss befo
 # ---- the systems, each made in a process of its own
 
 
-def ours(shape: dict[str, int], tokens: np.ndarray, threads: int) -> Step:
-    """`build_program` of the recipe that the common settings amount to, on one device."""
+def our_program(shape: dict[str, int], tokens: np.ndarray, compute_dtype: str = "float32") -> tuple[Any, Any, Any]:
+    """`build_program` of the recipe that the common settings amount to, on one device, with its state and batch."""
     import jax
 
     from ipt_jax.config import Recipe
@@ -57,7 +57,7 @@ def ours(shape: dict[str, int], tokens: np.ndarray, threads: int) -> Step:
         {
             "model": shape,
             "data": {"seq_len": LENGTH, "sources": [{"name": "raw", "path": "unread", "epochs": 1}]},
-            "train": {"batch_tokens": ROWS * LENGTH, "compute_dtype": "float32", "remat": "none"},
+            "train": {"batch_tokens": ROWS * LENGTH, "compute_dtype": compute_dtype, "remat": "none"},
             "optimizer": {
                 "learning_rate": RATE, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "weight_decay": DECAY,
                 "schedule": "constant", "clip_norm": None,
@@ -76,7 +76,11 @@ def ours(shape: dict[str, int], tokens: np.ndarray, threads: int) -> Step:
         "kinds": np.ones_like(tokens),
     }
     batch = place_batch(fields, program.shape.accumulation, batch_sharding(program.mesh))
-    state = fresh_state(model, program.optimizer, program.shardings, seed=0)
+    return program, fresh_state(model, program.optimizer, program.shardings, seed=0), batch
+
+
+def ours(shape: dict[str, int], tokens: np.ndarray, threads: int) -> Step:
+    program, state, batch = our_program(shape, tokens)
 
     def step() -> float:
         nonlocal state

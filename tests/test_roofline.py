@@ -118,7 +118,7 @@ ENTRY %main (x: bf16[8,32,64]) -> bf16[8,32,64] {
   %w = bf16[4,16,64]{2,1,0:T(8,128)(2,1)} parameter(1)
   %a = bf16[256,64]{1,0:T(8,128)(2,1)} parameter(2)
   %b = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(3)
-  %next = s8[1,4,2]{2,1,0:T(4,128)(4,1)} parameter(4)
+  %next = s8[1,16,5]{2,1,0:T(4,128)(4,1)} parameter(4)
   %q = bf16[8,2048,64]{2,1,0:T(8,128)(2,1)} parameter(5)
   %k = bf16[2,2048,64]{2,1,0:T(8,128)(2,1)S(1)} parameter(6)
   %fetch = (bf16[4,16,64]{2,1,0:T(8,128)(2,1)S(1)}, bf16[4,16,64]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%w)
@@ -175,7 +175,7 @@ def test_the_kernels_of_a_gpu_program() -> None:
         Kernel("gemm", "feed_forward", "product", gemm, 2 * (512 * 64 + 64 * 128 + 512 * 128), 20),
         Kernel("call", "loss", "product", gemm, 2 * (512 * 64 + 64 * 128 + 512 * 128) + 4096, 20),
         Kernel("attend", "attention", "attention", 2 * 2 * heads, attended, 1),
-        Kernel("back", "attention", "attention", 5 * 2 * heads, attended, 1),
+        Kernel("back", "attention", "attention_backward", 5 * 2 * heads, attended, 1),
         Kernel("sliced", "attention", "product", gemm, 2 * (512 * 64 + 64 * 128 + 512 * 128) + 4, 1),
         Kernel("put", "optimizer", "memory", 0.0, 2 * 64 * 128 * 4 + 4, 1),
         Kernel("cast", "embedding", "memory", 0.0, 64 * 128 * (4 + 2), 1),
@@ -185,14 +185,19 @@ def test_the_kernels_of_a_gpu_program() -> None:
 
 
 def test_the_kernels_of_a_tpu_program() -> None:
-    """A convolution's padding is no work; vector memory is no traffic; two of four blocks of keys are a window of 512."""
+    """A convolution's padding is no work; vector memory is no traffic; five of 16 blocks of keys are a window of 512."""
     pairs = visible_pairs([2048], 512)
     assert kernels(TPU) == [
         Kernel("fetch", "other", "memory", 0.0, 4 * 16 * 64 * 2, 1, during=1),
         Kernel("plain", "feed_forward", "product", 2 * 256 * 128 * 64, 2 * (256 * 64 + 64 * 128 + 256 * 128), 1),
         Kernel("heads", "attention", "product", 2 * 8 * 32 * 64 * 4 * 16, 2 * (8 * 32 * 64 + 8 * 32 * 4 * 16), 1),
         Kernel(
-            "splash_mha_dkv_no_residuals.1", "attention", "attention", 4 * 2 * 8 * 64 * pairs, 2 * 8 * 2048 * 64 + 8, 1
+            "splash_mha_dkv_no_residuals.1",
+            "attention",
+            "attention_backward",
+            4 * 2 * 8 * 64 * pairs,
+            2 * 8 * 2048 * 64 + 80,
+            1,
         ),
         Kernel("kept", "other", "memory", 0.0, 2 * 2 * 256 * 128, 1),  # as on a GPU: not tiled
     ]
@@ -293,14 +298,29 @@ def test_every_topology_has_its_peaks() -> None:
 
 
 def test_a_predicted_step_by_hand() -> None:
-    """The CPU program above as if on an H100: bytes decide."""
+    """The CPU program above as if on an A100 and an H100, of whose bandwidth 85.7% were measured: bytes decide."""
     size = sum(one.bytes for one in kernels(CPU))
-    found = predict_step(CPU, "NVIDIA H100 80GB HBM3", 2, 100, 1e6)
-    assert found["predicted_step_seconds"] == pytest.approx(size / 3352e9)
-    assert found["predicted_tokens_per_second"] == pytest.approx(100 * 3352e9 / size)
-    assert found["predicted_tokens_per_second_per_device"] == pytest.approx(50 * 3352e9 / size)
-    assert found["predicted_mfu_bound"] == pytest.approx(100 * 1e6 / (size / 3352e9) / (2 * 989.4e12))
-    assert found["predicted_limit"] == "memory" and all(name.startswith("predicted_") for name in found)
+    for kind, bandwidth, peak, measured in (
+        ("NVIDIA A100-SXM4-80GB", 2039e9, 312e12, False),
+        ("NVIDIA H100 80GB HBM3", 0.857 * 3352e9, 989.4e12, True),
+    ):
+        found = predict_step(CPU, kind, 2, 100, 1e6)
+        assert found["predicted_step_seconds"] == pytest.approx(size / bandwidth)
+        assert found["predicted_tokens_per_second"] == pytest.approx(100 * bandwidth / size)
+        assert found["predicted_tokens_per_second_per_device"] == pytest.approx(50 * bandwidth / size)
+        assert found["predicted_mfu"] == pytest.approx(100 * 1e6 / (size / bandwidth) / (2 * peak))
+        assert found["predicted_limit"] == "memory" and all(name.startswith("predicted_") for name in found)
+        assert found["predicted_from"]["measured"] == measured
+
+
+def test_fused_attention_has_rates_of_its_own() -> None:
+    found = [
+        Kernel("f", "attention", "attention", 300.0, 10.0, 2),
+        Kernel("b", "attention", "attention_backward", 300.0, 10.0, 1),
+        Kernel("p", "attention", "product", 300.0, 10.0, 1),
+    ]
+    assert predict(found, 100, 10)["seconds"] == 6 + 3 + 3
+    assert predict(found, 100, 10, attention_flops=(50, 25))["seconds"] == 12 + 12 + 3
 
 
 def test_the_search_ranks_what_fits_by_predicted_speed() -> None:

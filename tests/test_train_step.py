@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from ipt_jax.corpus.settings import UserError
 from ipt_jax.model.mistral import forward, logits_of
 from ipt_jax.train.ledger import check_finite
 from ipt_jax.train.metrics import loss_metrics
+from ipt_jax.train.step import gradients
 
 ROWS, LENGTH = 16, 32
 SGD = {"name": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0, "clip_norm": None}
@@ -154,3 +157,25 @@ def test_what_is_not_finite_names_the_step(name: str, value: float) -> None:
     check_finite(7, {"loss": 1.0, "grad_norm": 2.0})
     with pytest.raises(FloatingPointError, match=f"step 7: {name} is {value}"):
         check_finite(7, {"loss": 1.0, "grad_norm": 2.0} | {name: value})
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("remat", ["none", ("query", "gate")])
+def test_layers_written_out_give_the_gradients_of_the_scan(remat: str | tuple[str, ...], devices: int) -> None:
+    """Ten layers, which a CPU scans; on GPUs they are written out and their weights are cast once a step."""
+    model = model_of(layers=10)
+    program = program_of(recipe_of(train={"batch_tokens": 16 * 32, "remat": remat}), model, devices)
+    assert not program.shape.unroll
+    state, batch = start(program), place(program, random_batch(16, 32, model.vocab_size))
+    both = [
+        jax.jit(
+            functools.partial(
+                gradients, model=model, shape=dataclasses.replace(program.shape, unroll=unroll), mesh=program.mesh,
+                shardings=program.shardings.params,
+            )
+        )(state.params, batch)
+        for unroll in (False, True)
+    ]  # fmt: skip
+    (grads, sums), (written_out, written_sums) = both
+    np.testing.assert_allclose(sums["loss"], written_sums["loss"], rtol=1e-6)
+    assert worst(written_out, grads) < 1e-5

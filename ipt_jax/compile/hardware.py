@@ -1,7 +1,8 @@
-"""What devices can do at most, and the step that a compiled program is predicted to take on them.
+"""What devices can do, and the step that a compiled program is predicted to take on them.
 
-Peaks are those of data sheets. Nothing here has been met: a prediction is a lower bound on seconds, and each key of it
-begins with `predicted_`.
+Peaks are those of data sheets. One kind of device was measured: for an H100 the shares of the peaks that kernels reach
+are known, and a prediction is an estimate. For the others each share is 1.0 and a prediction is a lower bound on
+seconds. Each key of a prediction begins with `predicted_`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,6 @@ from typing import Any
 
 from ipt_jax.compile.roofline import kernels, predict
 from ipt_jax.model.flops import PEAK_FLOPS
-
-# Shares of the data sheet's peaks that kernels are taken to reach. 1.0: not measured, so that a prediction is a bound.
-PRODUCT_EFFICIENCY = 1.0
-MEMORY_EFFICIENCY = 1.0
 
 INFINIBAND = 50e9  # assumed: 400 Gb/s of InfiniBand a GPU between nodes
 
@@ -27,6 +24,19 @@ class Hardware:
     link: float  # sent to neighbours: NVLink, one direction; ICI along one axis of the torus, both ways round
     network: float  # sent to other nodes; 0 where all devices share one network
 
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the data sheet's peaks, what kernels reach."""
+
+    products: float = 1.0
+    memory: float = 1.0
+    attention_forward: float = 1.0  # of the peak of products, heads of 64
+    attention_backward: float = 1.0
+
+
+# A profile of the 1.3B step, 16 rows of 2,048, one GPU, 2026-11-28 (docs/log.md): 734, 316 and 231 TFLOP/s, 2,872 GB/s.
+MEASURED = {"NVIDIA H100 80GB HBM3": Shares(0.742, 0.857, 0.319, 0.234)}
 
 # By the names that JAX gives devices. NVIDIA: data sheets of A100 80GB SXM and H100 SXM; NVLink 600 and 900 GB/s count
 # both directions. Google: "System architecture" pages of Cloud TPU; ICI of 1,600, 4,800 and 3,584 Gb/s a chip over
@@ -45,22 +55,23 @@ def predict_step(
 ) -> dict[str, Any]:
     """The predicted step of a program (HLO text) that trains on `tokens` tokens over `devices` devices of one kind.
 
-    Seconds are at least, tokens/s and the MFU at most what a run reaches.
+    Launches, gaps, the loader and stragglers are not counted.
     """
-    peak, hardware = PEAK_FLOPS[device_kind], HARDWARE[device_kind]
+    peak, hardware, shares = PEAK_FLOPS[device_kind], HARDWARE[device_kind], MEASURED.get(device_kind, Shares())
     found = predict(
         kernels(text),
-        peak * PRODUCT_EFFICIENCY,
-        hardware.memory * MEMORY_EFFICIENCY,
+        peak * shares.products,
+        hardware.memory * shares.memory,
         hardware.link,
         hardware.network,
+        (peak * shares.attention_forward, peak * shares.attention_backward),
     )
     seconds = found["seconds"]
     return {
         "predicted_step_seconds": seconds,
         "predicted_tokens_per_second": tokens / seconds,
         "predicted_tokens_per_second_per_device": tokens / seconds / devices,
-        "predicted_mfu_bound": tokens * model_flops_per_token / (seconds * devices * peak),
+        "predicted_mfu": tokens * model_flops_per_token / (seconds * devices * peak),
         "predicted_limit": found["limit"],
         "predicted_products_seconds": found["products_seconds"],
         "predicted_memory_seconds": found["memory_seconds"],
@@ -68,8 +79,10 @@ def predict_step(
         "predicted_exposed_collective_seconds": found["exposed_collective_seconds"],
         "predicted_parts": found["parts"],
         "predicted_from": {
-            "flops_per_second": peak * PRODUCT_EFFICIENCY,
-            "memory_bytes_per_second": hardware.memory * MEMORY_EFFICIENCY,
+            "measured": device_kind in MEASURED,
+            "flops_per_second": peak * shares.products,
+            "attention_flops_per_second": [peak * shares.attention_forward, peak * shares.attention_backward],
+            "memory_bytes_per_second": hardware.memory * shares.memory,
             "link_bytes_per_second": hardware.link,
             "network_bytes_per_second": hardware.network,
         },

@@ -3,7 +3,7 @@
 Guarantees that the program is the one `ipt train` runs on such devices: the same recipe, model and mesh go through
 `build_program`, and the state and the batch exist as shapes alone. Data is never opened. What is reported is read from
 the compiled program (memory, kernels, collectives), but for `ideal` and `model_flops_per_token`, which are arithmetic,
-and what begins with `predicted_`, which is a roofline over the program at data sheets' peaks.
+and what begins with `predicted_`, which is a roofline over the program.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,6 @@ FREE = {
     "replica-id", "opt-barrier", "optimization-barrier", "domain",
 }  # fmt: skip
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
-PASSES = ("bitcast", "reshape", "copy", "convert", "get-tuple-element")  # one operand's elements, one by one
 SLICES = ("slice", "dynamic-slice", "gather")
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 
@@ -58,7 +56,7 @@ class Kernel:
 
     name: str  # of the instruction; a profile's kernel events carry it as hlo_op
     part: str  # attention | feed_forward | loss | optimizer | embedding | other, from metadata op_name scopes
-    kind: str  # product | attention | memory | collective; attention is a fused call
+    kind: str  # product | attention | attention_backward | memory | collective; attention is a fused call
     flops: float  # one run
     bytes: float  # read + written in device memory, one run; of a collective: sent by one device
     times: int  # runs a step
@@ -78,12 +76,14 @@ def predict(
     bandwidth: float,
     link_bandwidth: float = 0.0,
     network_bandwidth: float = 0.0,
+    attention_flops: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Seconds of one step on a device of `peak_flops` FLOP/s and `bandwidth` bytes/s of memory.
 
-    A kernel takes the longer of its products and its bytes; a collective sends `link_bandwidth` bytes/s, or between
-    nodes `network_bandwidth` bytes/s through each device that it has in a node. Asynchronous kernels cost what the
-    kernels between their start and end do not cover. Returns seconds (products + memory + exposed collectives),
+    A kernel takes the longer of its products and its bytes. Fused attention has FLOP/s of its own, forward and
+    backward, where `attention_flops` gives them. A collective sends `link_bandwidth` bytes/s, or between nodes
+    `network_bandwidth` bytes/s through each device that it has in a node. Asynchronous kernels cost what the kernels
+    between their start and end do not cover. Returns seconds (products + memory + exposed collectives),
     collective_seconds (exposed or not), limit (the largest of the three) and parts {part: seconds, flops, bytes}.
     """
     spent = {"products": 0.0, "memory": 0.0, "collectives": 0.0}
@@ -91,6 +91,8 @@ def predict(
     clock, collective_seconds = 0.0, 0.0
     free = {"collectives": 0.0, "memory": 0.0}  # when a link or a copy engine has done what it was given
     ends: dict[int, list[tuple[float, str, str]]] = defaultdict(list)
+    forward, backward = attention_flops or (peak_flops, peak_flops)
+    flops = {"product": peak_flops, "attention": forward, "attention_backward": backward}
 
     def wait(until: float, limit: str, part: str) -> None:
         nonlocal clock
@@ -101,10 +103,14 @@ def predict(
     for place, kernel in enumerate(found):
         for due in ends.pop(place, []):
             wait(*due)
-        limit, seconds = _seconds(kernel, peak_flops, bandwidth, link_bandwidth, network_bandwidth)
+        limit, seconds = _seconds(
+            kernel, flops.get(kernel.kind, peak_flops), bandwidth, link_bandwidth, network_bandwidth
+        )
         parts[kernel.part]["flops"] += kernel.flops * kernel.times
-        parts[kernel.part]["bytes"] += kernel.bytes * kernel.times
-        collective_seconds += seconds if kernel.kind == "collective" else 0.0
+        if kernel.kind == "collective":
+            collective_seconds += seconds
+        else:
+            parts[kernel.part]["bytes"] += kernel.bytes * kernel.times
         end = max(clock, free.get(limit, 0.0) if kernel.during or limit == "collectives" else 0.0) + seconds
         if kernel.during:
             free[limit] = end
@@ -129,8 +135,8 @@ def _seconds(
 ) -> tuple[str, float]:
     """What limits a kernel, and its seconds a step, alone."""
     if kernel.kind == "collective":
-        between = kernel.neighbours * network_bandwidth or link_bandwidth
-        link = min(link_bandwidth, between)
+        assert link_bandwidth, f"the program sends data ({kernel.name}): link_bandwidth must be given"
+        link = min(link_bandwidth, kernel.neighbours * network_bandwidth or link_bandwidth)
         return "collectives", kernel.times * kernel.bytes / link
     products, memory = kernel.flops / peak_flops, kernel.bytes / bandwidth
     return ("products", kernel.times * products) if products >= memory else ("memory", kernel.times * memory)
@@ -142,6 +148,7 @@ class _Program:
     def __init__(self, computations: Computations):
         self.computations = computations
         self.tables = {name: {one.name: one for one in body} for name, body in computations.items()}
+        self.users = {name: _users(body) for name, body in computations.items()}
 
     # ---- which instructions run
 
@@ -184,7 +191,9 @@ class _Program:
         inner, where = (self._root(one), self._callee(one)) if one.opcode == "async-start" else (one, name)
         flops, size = self._flops(inner, where), self._bytes(inner, where)
         if self._attention(inner):
-            return Kernel(one.name, "attention", "attention", flops, size, times)
+            backward = "Backward" in self._target(inner) or "_dq" in inner.name or "_dkv" in inner.name
+            kind = "attention_backward" if backward else "attention"
+            return Kernel(one.name, "attention", kind, flops, size, times)
         return Kernel(one.name, part, "product" if flops else "memory", flops, size, times) if flops or size else None
 
     def _callee(self, one: Instruction) -> str:
@@ -228,7 +237,8 @@ class _Program:
     def _flops(self, one: Instruction, name: str) -> float:
         """Multiplications and additions of an instruction of computation `name`, those in fusions included."""
         if one.opcode == "fusion":
-            return self._flops_of(self._callee(one))
+            callee = self._callee(one)
+            return sum(self._flops(inner, callee) for inner in self.computations[callee])
         if one.opcode == "dot":
             return self._product_flops(one, name, braced(one, "lhs_contracting_dims"))
         if one.opcode == "convolution":
@@ -242,10 +252,6 @@ class _Program:
             return self._product_flops(one, name, config[1].replace('"', ""))
         return self._attention_flops(one, name) if self._attention(one) else 0.0
 
-    @functools.cache  # noqa: B019 (a program lives as long as its text is read)
-    def _flops_of(self, name: str) -> float:
-        return sum(self._flops(one, name) for one in self.computations[name])
-
     def _product_flops(self, one: Instruction, name: str, contracting: str) -> float:
         left = self._dims(one.operands[0], name)
         summed = math.prod(left[int(dim)] for dim in contracting.split(",") if dim.strip())
@@ -256,15 +262,9 @@ class _Program:
         return target.startswith("__cudnn$fmha") or (target == "tpu_custom_call" and one.name.startswith("splash_mha"))
 
     def _attention_flops(self, one: Instruction, name: str) -> float:
-        """Of a fused call: two products a visible pair forward, five backward; splash computes scores twice there."""
+        """Of a fused call: two products a visible pair forward, five backward; seven in splash's two kernels."""
         if one.name.startswith("splash_mha"):
-            products = next(count for key, count in SPLASH.items() if key in one.name)
-            blocks = self._dims(one.operands[0], name)[-2:]  # which block of keys comes next: queries' by keys' blocks
-            heads, length, width = next(
-                dims for dims in self._operand_dims(one, name) if len(dims) == 3 and dims[2] > 4
-            )
-            window = None if len(set(blocks)) == 1 else (min(blocks) - 1) * length // max(blocks)
-            return 2.0 * products * heads * width * visible_pairs([length], window)
+            return self._splash_flops(one, name)
         shape = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', one.rest)
         assert shape is not None, f"{one.name}: attention without its shape"
         rows, heads, length, keys = (int(size.strip(' "')) for size in shape[1].split(","))
@@ -275,8 +275,17 @@ class _Program:
         products = 5 if "Backward" in self._target(one) else 2
         return 2.0 * products * rows * heads * width * (pairs if causal else length * keys)
 
-    def _operand_dims(self, one: Instruction, name: str) -> Iterator[Dims]:
-        return (self._dims(operand, name) for operand in one.operands)
+    def _splash_flops(self, one: Instruction, name: str) -> float:
+        """The first operand says which block of keys comes next [heads, blocks of queries, blocks of keys], or turned.
+
+        With a window the shorter side is the blocks that a query's block meets.
+        """
+        products = next(count for key, count in SPLASH.items() if key in one.name)
+        blocks = self._dims(one.operands[0], name)[-2:]
+        arrays = (_arrays(self.tables[name][operand].shape)[0] for operand in one.operands)
+        heads, length, width = next(dims for dtype, dims, _ in arrays if dtype in ("bf16", "f32"))  # q
+        window = None if len(set(blocks)) == 1 else (min(blocks) - 1) * length // max(blocks)
+        return 2.0 * products * heads * width * visible_pairs([length], window)
 
     def _dims(self, instruction: str, name: str) -> Dims:
         return _arrays(self.tables[name][instruction].shape)[0][1]
@@ -307,15 +316,6 @@ class _Program:
             one.shape
         )
 
-    @functools.cache  # noqa: B019
-    def _users(self, name: str) -> dict[str, list[Instruction]]:
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for one in self.computations[name]:
-            for operand in dict.fromkeys(one.operands):
-                users[operand].append(one)
-        return users
-
-    @functools.cache  # noqa: B019
     def _read(self, name: str, place: int) -> float:
         """Bytes that a fusion reads of its parameter number `place`, at most."""
         marker = f"{place})"
@@ -327,7 +327,7 @@ class _Program:
     def _touched(self, name: str, value: Instruction) -> float:
         """Bytes of `value` that its users in a fusion need: slices of it, or all."""
         total = 0.0
-        for user in self._users(name)[value.name]:
+        for user in self.users[name].get(value.name, []):
             first = user.operands[0] == value.name
             if (
                 user.root
@@ -374,6 +374,15 @@ class _Program:
 
 
 SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}  # products that a splash kernel computes for each visible pair
+
+
+def _users(body: list[Instruction]) -> dict[str, list[Instruction]]:
+    """The instructions that read each instruction."""
+    users: dict[str, list[Instruction]] = defaultdict(list)
+    for one in body:
+        for operand in dict.fromkeys(one.operands):
+            users[operand].append(one)
+    return users
 
 
 def _convolution_flops(one: Instruction, left: Dims, right: Dims) -> float:
