@@ -38,7 +38,7 @@ Overrides = Annotated[
 UsageError: Any
 ClickError: Any
 UsageError, ClickError = typer.BadParameter.__mro__[1:3]
-# What a path is at fault for, wherever it is used; a worker process hands such an error on whole.
+# Errors of a path rather than of the program. Worker processes pass them on unchanged.
 OF_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object on stdout. Default: a table.")
