@@ -4,16 +4,19 @@ Each command checks its settings, runs one stage and prints the stage's figures.
 runs, so that `ipt plan` starts without jax.
 """
 
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ipt_jax.corpus.command import AsJson, Config, Overrides, quiet_stdout, run_app, show
-from ipt_jax.corpus.settings import load_settings
+from ipt_jax.corpus.command import Result, Shown, command, quiet_stdout, run_app, show
+
+if TYPE_CHECKING:
+    from ipt_jax.config import Recipe
+    from ipt_jax.data.tokenize import TokenizeSettings
 
 STOPPED = 143  # 128 + SIGTERM, as the shell reports it: saved and unfinished, so that a scheduler starts it again
+RECIPE = "ipt_jax.config:Recipe"
 
 app = typer.Typer(
     name="ipt",
@@ -28,160 +31,174 @@ def main() -> None:
     run_app(app)
 
 
-@app.command()
-def tokenize(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Documents, JSON Lines (.gz, .zst), Parquet, Arrow, TFDS and Hugging Face data sets become token shards."""
-    from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
+@command(app, recipe="ipt_jax.data.tokenize:TokenizeSettings")
+def tokenize(settings: "TokenizeSettings") -> Result:
+    """Tokenize text into token shards.
 
-    settings = load_settings(TokenizeSettings, config, overrides)
-    with quiet_stdout():
-        result = run_tokenize(settings)
-    show(result, as_json)
+    Reads documents of `synth`, JSON Lines (also .gz, .zst), Parquet, Arrow, TFDS and Hugging Face data sets. Writes the
+    shards and a manifest to `output`. Rerun the same command to resume; existing shards are verified by checksum and
+    damaged ones are rewritten.
+    """
+    from ipt_jax.data.tokenize import run_tokenize
+
+    return run_tokenize(settings)
 
 
-@app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Solve and print the token mix of a training recipe; refuse what cannot be met."""
-    from ipt_jax.config import Recipe, check_schedule, rows_per_step
+@command(app, recipe=RECIPE)
+def plan(recipe: "Recipe") -> Result:
+    """Compute the token mix of a training recipe.
+
+    Prints documents, tokens, epochs and rows per source, and the number of steps. Exits with code 2 if the amounts
+    cannot be met. Reads token shards only. Writes no output.
+    """
+    from ipt_jax.config import check_schedule, rows_per_step
     from ipt_jax.data.plan import build_plan, print_plan
 
-    recipe = load_settings(Recipe, config, overrides)
-    with quiet_stdout():
-        solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
-        check_schedule(recipe, solved.steps)
-    if as_json:
-        show(solved.summary(), as_json)
-    else:
-        print_plan(solved)
+    solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
+    check_schedule(recipe, solved.steps)
+    return Shown(solved.summary(), view=lambda: print_plan(solved))
 
 
-@app.command("show")
+@command(app, "show", recipe=RECIPE)
 def show_rows(
-    config: Config,
-    overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(help="Rows to show.", min=1)] = 4,
-    step: Annotated[int, typer.Option(help="The step whose rows come first.", min=0)] = 0,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="An HTML page instead of the terminal.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show rows of a training recipe's plan: decoded, coloured by kind, and by what the loss counts."""
-    from ipt_jax.config import Recipe, rows_per_step
+    recipe: "Recipe",
+    rows: Annotated[int, typer.Option(help="Number of rows to show.", min=1)] = 4,
+    step: Annotated[int, typer.Option(help="Training step, from 0, whose rows are shown first.", min=0)] = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="HTML file to write. Default: print to the terminal.")
+    ] = None,
+    as_json: bool = False,
+) -> Result:
+    """Show decoded rows of a training recipe.
+
+    Colours mark the kind of each passage and which tokens the loss counts. Prints to the terminal, or writes an HTML
+    page with --output. A rerun overwrites the page.
+    """
+    from ipt_jax.config import rows_per_step
     from ipt_jax.data.plan import build_plan
     from ipt_jax.show import run_show
 
-    recipe = load_settings(Recipe, config, overrides)
     with quiet_stdout():
         solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
-    with quiet_stdout() if as_json else nullcontext():
-        result = run_show(solved, output, step=step, rows=rows, quiet=as_json)
-    if as_json or output:
-        show(result, as_json)
+    result = run_show(solved, output, step=step, rows=rows, quiet=as_json)
+    return result if as_json or output else None
 
 
-@app.command()
-def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Train a model. Rerun to resume from the latest checkpoint. SIGTERM saves a checkpoint and exits with code 143."""
-    from ipt_jax.config import Recipe
+@command(app, recipe=RECIPE)
+def train(recipe: "Recipe") -> Result:
+    """Train a model.
 
-    recipe = load_settings(Recipe, config, overrides)
-    with quiet_stdout():
-        from ipt_jax.train.loop import run_train
+    Writes checkpoints, metrics.jsonl and run.json to `run_dir`. Rerun the same command to resume from the latest
+    checkpoint. SIGTERM saves a checkpoint and exits with code 143.
+    """
+    from ipt_jax.train.loop import run_train
 
-        result = run_train(recipe)
-    show(result, as_json)
-    if result["step"] < result["steps"]:
-        raise typer.Exit(STOPPED)
+    result = run_train(recipe)
+    return Shown(result, exit_code=STOPPED if result["step"] < result["steps"] else 0)
 
 
-@app.command()
+@command(app, recipe=RECIPE)
 def compile(
-    config: Config,
-    overrides: Overrides = None,
+    recipe: "Recipe",
     topology: Annotated[
-        str, typer.Option(help="h100:N, a100:N, v5e:AxB, v6e:AxB or v5p:AxBxC.", show_default=False)
-    ] = ...,  # type: ignore[assignment]
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Search micro-batch and remat for the most predicted tokens/s.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Compile the real train step for hardware that is not here: memory, kernels, collectives, predicted speed."""
-    from ipt_jax.compile.command import print_result, run_compile
-    from ipt_jax.config import Recipe
-
-    recipe = load_settings(Recipe, config, overrides)
-    with quiet_stdout():
-        result = run_compile(recipe, topology, fit)
-    if as_json:
-        show(result, as_json)
-    else:
-        print_result(result)
-
-
-@app.command("import")
-def import_(
-    hf_dir: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The checkpoint directory to write.", show_default=False)
+        str, typer.Option(help="Target devices: h100:N, a100:N, v5e:AxB, v6e:AxB or v5p:AxBxC.", show_default=False)
     ],
-    as_json: AsJson = False,
-) -> None:
-    """Read a Hugging Face model, tensor by tensor, into a checkpoint."""
-    with quiet_stdout():
-        from ipt_jax.hf.import_ import run_import
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="Search train.microbatch and train.remat for the highest predicted tokens/s. Default: off."
+        ),
+    ] = False,
+) -> Result:
+    """Compile the train step for other hardware.
 
-        result = run_import(hf_dir, output)
-    show(result, as_json)
+    The hardware need not be attached. Prints memory per device in GiB, kernels, collectives and the predicted step
+    time. Needs the extra compile-gpu or compile-tpu. Writes no output.
+    """
+    from ipt_jax.compile.command import print_result, run_compile
+
+    result = run_compile(recipe, topology, fit)
+    return Shown(result, view=lambda: print_result(result))
 
 
-@app.command()
+@command(app, "import")
+def import_(
+    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory with safetensors.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint directory to write.", show_default=False)],
+) -> Result:
+    """Convert a Hugging Face model to a checkpoint.
+
+    Reads the weights one tensor at a time. Writes the checkpoint and its tokenizer to --output. A rerun replaces a
+    checkpoint there; any other content is an error.
+    """
+    from ipt_jax.hf.import_ import run_import
+
+    return run_import(hf_dir, output)
+
+
+@command(app)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A run, a step's directory, or an import.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The HF directory to write.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """Write a checkpoint as a Hugging Face model that transformers and vLLM read."""
-    with quiet_stdout():
-        from ipt_jax.hf.export import run_export
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Run directory, step directory, or output of `ipt import`.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Hugging Face directory to write.", show_default=False)
+    ],
+) -> Result:
+    """Convert a checkpoint to a Hugging Face model.
 
-        result = run_export(checkpoint, output)
-    show(result, as_json)
+    Writes safetensors, configuration and tokenizer to --output. transformers and vLLM load the directory. A rerun
+    replaces an export there; any other content is an error.
+    """
+    from ipt_jax.hf.export import run_export
+
+    return run_export(checkpoint, output)
 
 
-@app.command("eval")
+@command(app, "eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory, a run or a checkpoint.", show_default=False)],
-    tasks: Annotated[str, typer.Option(help="Task files, [NAME=]FILE.jsonl, separated by commas.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="A JSON file for the results.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score log-likelihood and exact-match tasks, with standard errors."""
-    with quiet_stdout():
-        from ipt_jax.evaluate import run_eval
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory, run or checkpoint.", show_default=False)],
+    tasks: Annotated[
+        str, typer.Option(help="Task files, as [NAME=]FILE.jsonl separated by commas.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="JSON file of results to write. Default: none.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum rows per task. Default: all.")] = None,
+) -> Result:
+    """Evaluate a model on task files.
 
-        result = run_eval(str(model), tasks.split(","), output=output, limit=limit)
-    if as_json:
-        show(result, as_json)
-    else:
-        show({name: _score(task) for name, task in result["tasks"].items()}, as_json)
+    Tasks are multiple-choice or exact-match. Prints each score with its standard error. With --output FILE.json, writes
+    the results to it and one line per question to FILE.rows.jsonl. A rerun overwrites both.
+    """
+    from ipt_jax.evaluate import run_eval
+
+    result = run_eval(str(model), tasks.split(","), output=output, limit=limit)
+    scores = {name: _score(task) for name, task in result["tasks"].items()}
+    return Shown(result, view=lambda: show(scores, as_json=False))
 
 
-@app.command()
+@command(app)
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML page to write.", show_default=False)],
-    evals: Annotated[list[Path] | None, typer.Option("--eval", help="Results of `ipt eval -o`, one a run.")] = None,
-    groups: Annotated[Path | None, typer.Option(help="Synthesized groups to show samples of.")] = None,
-    title: Annotated[str, typer.Option(help="The page's title.")] = "Training report",
-    as_json: AsJson = False,
-) -> None:
-    """One self-contained HTML page: curves, the mix, evaluations and samples."""
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of `ipt train`.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.", show_default=False)],
+    evals: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="Results of `ipt eval -o`. Repeat the option once per run. Default: none."),
+    ] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="Output of `synth run` to show samples of. Default: none.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Training report",
+) -> Result:
+    """Write a report of training runs.
+
+    The report is one self-contained HTML page with loss curves, token mix, evaluations and samples. A rerun overwrites
+    it.
+    """
     from ipt_jax.report import run_report
 
-    with quiet_stdout():
-        result = run_report(runs, output, evals=evals or [], groups=groups, title=title)
-    show(result, as_json)
+    return run_report(runs, output, evals=evals or [], groups=groups, title=title)
 
 
 def _score(task: dict[str, Any]) -> str:
@@ -189,5 +206,5 @@ def _score(task: dict[str, Any]) -> str:
     return f"{task['metric']} {task['value']:.4f}{spread} (n = {task['n']:,})"
 
 
-if __name__ == "__main__":  # python -m ipt_jax.cli: where the commands are not installed
+if __name__ == "__main__":  # python -m ipt_jax.cli, without the installed console script
     main()

@@ -19,56 +19,87 @@ Saved = Literal["query", "key", "value", "output", "gate", "up"]
 
 
 class TrainSettings(Settings):
-    """The step, and how often a run reports and saves. `microbatch` left out: the whole batch at once."""
+    """The train step, and how often a run logs and saves."""
 
     batch_tokens: int = Field(gt=0)
-    microbatch: int | None = Field(default=None, gt=0)  # rows per (data x fsdp) shard per accumulation step
-    # Kept for the backward pass: all, products with weights, the layer's input alone, or that and what is named.
+    """Tokens per step. A multiple of `data.seq_len`."""
+    microbatch: int | None = Field(default=None, gt=0)
+    """Rows per data x fsdp shard and accumulation step. null: the full batch at once."""
     remat: Literal["none", "dots", "full"] | tuple[Saved, ...] = "none"
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
+    """What the backward pass recomputes: none, all but matrix products (dots), each layer (full) or all but a list."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations. auto: bfloat16 on accelerators, float32 on CPUs."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    strict: bool = False  # any fallback is an error
-    loss_chunk: int | None = Field(default=None, gt=0)  # tokens whose logits exist at a time, per shard
+    """Attention kernel. auto: cudnn on GPUs, splash on TPUs, xla elsewhere."""
+    strict: bool = False
+    """Raise an error instead of using a fallback."""
+    loss_chunk: int | None = Field(default=None, gt=0)
+    """Tokens per shard whose logits are in memory at a time. null: chosen for the device."""
     z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log of the softmax denominator."""
     seed: int = 0
-    log_every: int = Field(default=10, gt=0)  # steps
-    checkpoint_every: int = Field(default=1000, gt=0)  # steps
+    """Random seed of new weights."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between two log lines."""
+    checkpoint_every: int = Field(default=1000, gt=0)
+    """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
+    """Number of latest checkpoints to keep."""
 
 
 class OptimizerSettings(Settings):
     """AdamW by default. The rate rises over `warmup_steps`, then follows `schedule` down to `min_ratio` of its peak."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer."""
     learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
     min_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the last step, as a fraction of the peak."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)  # of matrices; norms are never decayed
-    clip_norm: float | None = Field(default=1.0, gt=0)  # null: no clipping
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Weight decay of matrices. Norms are not decayed."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Maximum norm of the global gradient. null: no clipping."""
 
 
 class MeshSettings(Settings):
-    """Devices along each mesh axis; one of them may be -1 and takes what is left."""
+    """Devices along each mesh axis. At most one axis may be -1."""
 
     data: int = 1
+    """Replicas of the model (data parallelism). -1: all remaining devices."""
     fsdp: int = -1
+    """Devices that shard the weights. -1: all remaining devices."""
     tensor: int = 1
-    devices: int | None = Field(default=None, ge=1)  # that training needs; another number is an error
+    """Devices that split a matrix product (tensor parallelism). -1: all remaining devices."""
+    devices: int | None = Field(default=None, ge=1)
+    """Devices that `ipt train` requires; another number is an error. null: any. Ignored by `ipt compile`."""
 
 
 class Recipe(Settings):
     """One training run."""
 
     model: ModelSettings
+    """A preset or a directory with weights, and overrides. In this block null means: from the preset or directory."""
     data: DataSettings
+    """Token shards, their amounts and how they are packed into rows."""
     train: TrainSettings
+    """The train step, logging and checkpoints."""
     optimizer: OptimizerSettings = OptimizerSettings()
+    """Optimizer and learning rate."""
     mesh: MeshSettings = MeshSettings()
+    """Devices along each mesh axis."""
     run_dir: str
+    """Directory of checkpoints, metrics and `run.json`. A rerun resumes from it."""
 
 
 def rows_per_step(recipe: Recipe) -> int:

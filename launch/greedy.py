@@ -1,9 +1,9 @@
-"""Do three implementations continue a text with the same tokens? This project, transformers and vLLM, greedy, float32.
+"""Compare greedy decoding of a Hugging Face directory in ipt_jax, transformers and vLLM, in float32.
 
     python launch/greedy.py HF_DIR --texts TEXTS.jsonl [--tokens 32] [--count 4] [--json]
 
-The judge of an export: one directory, three readers. Each runs in a process of its own, since vLLM keeps its memory.
-Exits 1 where any token differs.
+Checks an export. Each implementation runs in its own process, because vLLM does not release its memory. Prints how
+many continuations are equal. Exits with code 1 if any token differs. Writes no output.
 """
 
 import argparse
@@ -21,11 +21,11 @@ PROMPT_TOKENS = 48
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--count", type=int, default=4)
-    parser.add_argument("--json", action="store_true", help="print one object on stdout, the comparison on stderr")
+    parser.add_argument("model", type=Path, help="Hugging Face directory")
+    parser.add_argument("--texts", type=Path, required=True, help="JSON Lines file of prompts, rows {id, text}")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens per prompt (default: 32)")
+    parser.add_argument("--count", type=int, default=4, help="number of prompts (default: 4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout (default: stderr only)")
     parser.add_argument("--reader", choices=READERS, help=argparse.SUPPRESS)
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

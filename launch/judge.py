@@ -1,9 +1,9 @@
-"""How good are pairs on the mini-world? Counts the well-formed, and asks the world itself which answers are right.
+"""Measure the quality of pairs synthesized from a mini-world, by looking up each answer in its facts.
 
     python launch/judge.py GROUPS WORLD [--json]
 
-`well_formed`: share of all pairs that the parser accepts. `right`: share of the accepted ones whose answer is the
-world's own; a question in words that the judge does not know counts as not right.
+Prints two fractions and writes no output. `well_formed`: pairs that the parser accepts. `right`: accepted pairs whose
+answer is correct. A question with an unknown wording counts as not correct.
 """
 
 import json

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Trains a recipe on this machine's accelerators, or as one host of many.
+# Train a model on the accelerators of this machine, or as one host of many.
 #
-#   launch/pretrain.sh CONFIG [key=value…]           for example: launch/pretrain.sh configs/pretrain/1.3b_instruct.yaml
+#   launch/pretrain.sh CONFIG [key=value…]     for example: launch/pretrain.sh configs/pretrain/1.3b_instruct.yaml
 #
-# Start it once a host. Hosts find each other
-#   under SLURM by themselves: srun --ntasks-per-node=1 launch/pretrain.sh CONFIG      (launch/slurm/pretrain.sbatch)
-#   on a TPU slice by themselves: the same command on all workers
-#   elsewhere by addresses: IPT_COORDINATOR=HOST:PORT IPT_NUM_PROCESSES=N IPT_PROCESS_ID=I launch/pretrain.sh CONFIG
-# A GPU that is lost, hidden or without its driver ends it with exit code 2; JAX_PLATFORMS=cpu trains on the CPU.
-# Stopped runs go on from their latest checkpoint when started again. What it sets, it prints; what you set, it keeps.
+# Writes checkpoints and metrics to run_dir. Rerun the same command to resume from the latest checkpoint.
+# Run it once per host:
+#   SLURM: srun --ntasks-per-node=1 launch/pretrain.sh CONFIG      (launch/slurm/pretrain.sbatch)
+#   TPU slice: the same command on all workers
+#   other clusters: IPT_COORDINATOR=HOST:PORT IPT_NUM_PROCESSES=N IPT_PROCESS_ID=I launch/pretrain.sh CONFIG
+# Exits with code 2 if a GPU is lost, hidden or lacks its driver. JAX_PLATFORMS=cpu trains on the CPU.
+# Prints every variable that it sets. Variables that are already set are kept.
 set -euo pipefail
 
 say() { printf 'pretrain: %s\n' "$*" >&2; }
 mistake() { say "$*"; exit 2; }
-usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 case ${1:-} in
   "") usage >&2; exit 2 ;;
@@ -22,12 +23,12 @@ esac
 [ -f "$1" ] || mistake "no such recipe: $1"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${IPT_VENV:-$root/.venv}
-[ -x "$venv/bin/ipt" ] || mistake "no environment in $venv: launch/setup.sh cuda13 or cuda12 (GPUs), tpu, or no extra for the CPU"
+[ -x "$venv/bin/ipt" ] || mistake "no environment in $venv; run launch/setup.sh cuda13 or cuda12 (GPUs), launch/setup.sh tpu, or launch/setup.sh (CPU)"
 installed() { "$venv/bin/python" -c "import importlib.util, sys; sys.exit(not any(map(importlib.util.find_spec, sys.argv[1:])))" "$@"; }
 
-default() { # default NAME VALUE WHY: sets what the user left open
+default() { # default NAME VALUE WHY: set a variable unless the user did
   if [ -n "${!1+set}" ]; then
-    say "$1=${!1}  (yours)"
+    say "$1=${!1}  (set by you)"
   else
     export "$1=$2"
     say "$1=$2  ($3)"
@@ -35,7 +36,7 @@ default() { # default NAME VALUE WHY: sets what the user left open
 }
 xla_flag() { # xla_flag --NAME=VALUE WHY
   case " ${XLA_FLAGS:-} " in
-    *" ${1%%=*}"[=\ ]*) say "XLA_FLAGS has ${1%%=*} already  (yours)" ;;
+    *" ${1%%=*}"[=\ ]*) say "XLA_FLAGS has ${1%%=*} already  (set by you)" ;;
     *)
       export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }$1"
       say "XLA_FLAGS+=$1  ($2)"
@@ -44,18 +45,18 @@ xla_flag() { # xla_flag --NAME=VALUE WHY
 }
 
 on_purpose="set JAX_PLATFORMS=cpu to train on the CPU on purpose"
-count_gpus() { # sets gpus to the number of GPUs that JAX may use; exits where a GPU or its driver is lost
+count_gpus() { # set gpus to the number of visible GPUs; exit if a GPU or its driver is lost
   gpus=0
   if command -v nvidia-smi >/dev/null; then
     local said status=0 limit
-    limit=$(command -v timeout || true) # a lost GPU can block nvidia-smi for ever
+    limit=$(command -v timeout || true) # nvidia-smi can hang on a lost GPU
     said=$(${limit:+"$limit" 60} nvidia-smi -L 2>&1) || status=$?
     gpus=$(grep -c '^GPU ' <<<"$said" || true)
     if [ "$status" -ne 0 ] || { [ -n "$said" ] && [ "$gpus" -eq 0 ]; }; then
       said=$(grep -v '^GPU ' <<<"$said" | head -n 1 || true)
       mistake "nvidia-smi fails: ${said:-no message} (exit code $status); repair the GPU or its driver, or $on_purpose"
     fi
-  else # the program may be absent from a container that has the devices
+  else # containers with GPUs may lack nvidia-smi
     gpus=$(find /dev -maxdepth 1 -name 'nvidia[0-9]*' 2>/dev/null | grep -c . || true)
   fi
   if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
@@ -80,18 +81,18 @@ gpus=0
 
 if [ "$gpus" -gt 0 ]; then
   installed jax_cuda12_plugin jax_cuda13_plugin ||
-    mistake "$gpus GPUs here, but the JAX in $venv runs on the CPU: launch/setup.sh cuda13 (or cuda12), or $on_purpose"
+    mistake "$gpus GPUs here, but JAX in $venv has no CUDA plugin; run launch/setup.sh cuda13 (or cuda12), or $on_purpose"
   say "$gpus GPUs"
-  default JAX_PLATFORMS cuda,cpu "a GPU that does not start is an error, not a silent run on the CPU"
-  default XLA_PYTHON_CLIENT_MEM_FRACTION 0.9 "the trainer owns the GPU; JAX takes 0.75 of it by itself, the rest is for NCCL and cuDNN"
-  xla_flag --xla_gpu_enable_latency_hiding_scheduler=true "gathers the next layer's weights while this one computes"
+  default JAX_PLATFORMS cuda,cpu "fail if a GPU does not start, instead of running on the CPU"
+  default XLA_PYTHON_CLIENT_MEM_FRACTION 0.9 "fraction of GPU memory; default of JAX 0.75; the rest is for NCCL and cuDNN"
+  xla_flag --xla_gpu_enable_latency_hiding_scheduler=true "gather the weights of the next layer during compute"
   if [ "${SLURM_STEP_TASKS_PER_NODE:-}" ] && [ "${SLURM_STEP_TASKS_PER_NODE%%(*}" = 1 ]; then
-    default JAX_LOCAL_DEVICE_IDS "$(seq -s , 0 $((gpus - 1)))" "under SLURM, JAX gives each process one GPU; here one process has them all"
+    default JAX_LOCAL_DEVICE_IDS "$(seq -s , 0 $((gpus - 1)))" "one process uses all GPUs; under SLURM, JAX assigns one GPU per process"
   fi
 elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then
-  installed libtpu || mistake "a TPU is here, but libtpu is not in $venv: launch/setup.sh tpu"
+  installed libtpu || mistake "found a TPU, but libtpu is not installed in $venv; run launch/setup.sh tpu"
   say "TPU"
-  default JAX_PLATFORMS tpu,cpu "a TPU that does not start is an error, not a silent run on the CPU"
+  default JAX_PLATFORMS tpu,cpu "fail if a TPU does not start, instead of running on the CPU"
 else
   case ",${JAX_PLATFORMS:-}," in
     *,cuda,* | *,gpu,* | *,tpu,*)
@@ -99,11 +100,11 @@ else
       ;;
   esac
   say "no accelerator found: training on the CPU"
-  default JAX_PLATFORMS cpu "keeps plugins of absent hardware quiet"
+  default JAX_PLATFORMS cpu "do not load plugins for other hardware"
 fi
 
 if [ -n "${IPT_COORDINATOR:-}" ]; then
-  say "process ${IPT_PROCESS_ID:-?} of ${IPT_NUM_PROCESSES:-?}, meeting at $IPT_COORDINATOR"
+  say "process ${IPT_PROCESS_ID:-?} of ${IPT_NUM_PROCESSES:-?}, coordinator $IPT_COORDINATOR"
 elif [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
   say "SLURM: process ${SLURM_PROCID:-?} of $SLURM_STEP_NUM_TASKS"
 fi

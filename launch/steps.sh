@@ -1,8 +1,8 @@
-# Sourced by quickstart.sh and real.sh: named steps that say what they are for and are skipped once done.
+# Named steps that are skipped once finished. Sourced by quickstart.sh and real.sh.
 #
-#   step NAME "what for" COMMAND… : runs COMMAND, whose stdout is one JSON object, and keeps it in $steps/NAME.json.
-#   A step is done while its command and the recipe it names are unchanged and no step before it ran again. What a
-#   killed step left behind, its stage resumes.
+#   step NAME "PURPOSE" COMMAND… : run COMMAND, whose stdout is one JSON object, and write it to $steps/NAME.json.
+#   A step is skipped if its command and its recipe are unchanged and no earlier step was rerun. A step that was killed
+#   is resumed by its command.
 
 steps_begun=$SECONDS
 steps_redo=
@@ -23,7 +23,7 @@ step() {
   printf '\033[2m  %s\033[0m\n' "$*"
   rm -f "$steps/$name.key"
   if ! "$@" >"$steps/$name.tmp"; then
-    printf '\n%s stopped; what is whole is kept. Run this script again to go on.\n' "$name" >&2
+    printf '\n%s failed. Finished work is kept. Rerun this script to resume.\n' "$name" >&2
     exit 1
   fi
   mv "$steps/$name.tmp" "$steps/$name.json"

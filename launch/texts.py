@@ -1,4 +1,4 @@
-"""The first COUNT texts of a JSON Lines file as rows {id, text}; a `context` stands for a missing `text`.
+"""Write the first COUNT texts of a JSON Lines file as rows {id, text}. A row without `text` may have `context`.
 
 python launch/texts.py TEXTS.jsonl -o OUT.jsonl [--count N]
 """
@@ -16,9 +16,9 @@ from ipt_jax.corpus.sources import read_jsonl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=44)
+    parser.add_argument("texts", type=Path, help="JSON Lines file to read")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON Lines file to write")
+    parser.add_argument("--count", type=int, default=44, help="number of texts (default: 44)")
     options = parser.parse_args()
     try:
         rows = [text_row(options.texts, *row) for row in itertools.islice(read_jsonl(options.texts), options.count)]

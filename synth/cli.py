@@ -4,161 +4,180 @@ Each command checks its settings, runs one stage and prints the stage's figures.
 runs, so that `synth collect` starts without an engine.
 """
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ipt_jax.corpus.command import AsJson, Config, Overrides, quiet_stdout, run_app, show
-from ipt_jax.corpus.settings import UserError, load_settings
+from ipt_jax.corpus.command import Result, Shown, command, run_app, show
+from ipt_jax.corpus.settings import UserError
 
 if TYPE_CHECKING:
+    from synth.collect import CollectSettings
     from synth.config import RunSettings
+    from synth.decontaminate.run import DecontaminateSettings
+    from synth.mine.run import MineSettings
+    from synth.render import RenderSettings
+    from synth.verify.settings import VerifySettings
 
 app = typer.Typer(
     name="synth",
-    help="Write question-answer pairs grounded in raw text, and documents made of both.",
+    help="Synthesize question-answer pairs from raw text, and render both into documents.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
-Estimate = Annotated[
-    int | None,
-    typer.Option(help="Write nothing; run so many texts for M = 1, 2, 3 each and tell what all would cost.", min=3),
-]
-PricePerHour = Annotated[float | None, typer.Option(help="Dollars a GPU and hour, for --estimate.", min=0)]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Ask again for groups that hold a failed text.")]
 
 
 def main() -> None:
     run_app(app)
 
 
-@app.command()
-def collect(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Question-answering data sets become documents that tune a synthesizer."""
-    from synth.collect import CollectSettings, run_collect
+@command(app, recipe="synth.collect:CollectSettings")
+def collect(settings: "CollectSettings") -> Result:
+    """Convert QA data sets to tuning documents.
 
-    settings = load_settings(CollectSettings, config, overrides)
-    with quiet_stdout():
-        result = run_collect(settings)
-    show(result, as_json)
+    Reads question-answering data sets. Writes one shard of documents per data set, for tuning a synthesizer, to
+    `output`. Rerun the same command to resume.
+    """
+    from synth.collect import run_collect
+
+    return run_collect(settings)
 
 
-@app.command()
+@command(app, recipe="synth.config:RunSettings")
 def run(
-    config: Config,
-    overrides: Overrides = None,
-    estimate: Estimate = None,
-    price_per_hour: PricePerHour = None,
-    retry_failed: RetryFailed = False,
-    as_json: AsJson = False,
-) -> None:
-    """Raw text and a synthesizer make groups of texts with pairs; run again, it goes on."""
-    from synth.config import RunSettings
-    from synth.run import run_synth
+    settings: "RunSettings",
+    estimate: Annotated[
+        int | None,
+        typer.Option(
+            help="Dry run: synthesize this many sample texts for each of M = 1, 2 and 3 and estimate time and cost of "
+            "the full corpus. Writes no output. Default: off.",
+            min=3,
+        ),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Dollars per GPU hour, for --estimate. Default: no cost shown.", min=0)
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Rerun groups that contain a failed text. Default: off.")
+    ] = False,
+) -> Result:
+    """Generate question-answer pairs for raw text.
 
-    settings = load_settings(RunSettings, config, overrides)
+    A synthesizer model writes the pairs. Writes shards of groups (texts with their pairs) to `output`. Rerun the same
+    command to resume; finished groups are kept.
+    """
     if retry_failed and estimate is not None:
-        raise UserError("--retry-failed: asks again, and --estimate writes nothing; leave one of them out")
-    if estimate is not None or price_per_hour is not None:
-        return show_costs(settings, estimate, price_per_hour, as_json)
-    with quiet_stdout():
-        result = run_synth(settings, retry_failed=retry_failed)
-    show(result, as_json)
+        raise UserError("--retry-failed: cannot be combined with --estimate, which writes no output; remove one")
+    if estimate is None and price_per_hour is not None:
+        raise UserError("--price-per-hour: requires --estimate N; add it, or remove the price")
+    if estimate is None:
+        from synth.run import run_synth
 
-
-def show_costs(settings: "RunSettings", size: int | None, price_per_hour: float | None, as_json: bool) -> None:
+        return run_synth(settings, retry_failed=retry_failed)
     from synth.estimate import run_estimate, show_estimate
 
-    if size is None:
-        raise UserError("--price-per-hour: is for --estimate N; add it, or leave the price out")
-    with quiet_stdout():
-        result = run_estimate(settings, size, price_per_hour)
-    show(result, as_json) if as_json else show_estimate(result)
+    result = run_estimate(settings, estimate, price_per_hour)
+    return Shown(result, view=lambda: show_estimate(result))
 
 
-@app.command()
-def render(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Groups become augmented documents through templates."""
-    from synth.render import RenderSettings, run_render
+@command(app, recipe="synth.render:RenderSettings")
+def render(settings: "RenderSettings") -> Result:
+    """Render groups into augmented documents.
 
-    settings = load_settings(RenderSettings, config, overrides)
-    with quiet_stdout():
-        result = run_render(settings)
-    show(result, as_json)
+    Joins texts and pairs through templates. Writes shards of documents to `output`, and a data set for the Hugging Face
+    Hub if `hub` is set. Runs on CPUs. Rerun the same command to resume.
+    """
+    from synth.render import run_render
+
+    return run_render(settings)
 
 
-@app.command()
-def decontaminate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Pairs and texts that share words with benchmarks are listed, marked and kept out."""
-    from synth.decontaminate.run import DecontaminateSettings, run_decontaminate, show_report
+@command(app, recipe="synth.decontaminate.run:DecontaminateSettings")
+def decontaminate(settings: "DecontaminateSettings") -> Result:
+    """Remove texts that overlap with benchmarks.
 
-    settings = load_settings(DecontaminateSettings, config, overrides)
-    with quiet_stdout():
-        result = run_decontaminate(settings)
-    show(result, as_json, hide=("benchmarks",))
-    if not as_json:
+    Finds pairs and texts that share a run of words with benchmark data. Writes a clean copy of each input to a folder
+    of `output`, and every match to removed.jsonl. In groups, matching pairs and texts are marked and excluded from
+    rendering; matching documents and raw texts are removed. Rerun the same command to resume.
+    """
+    from synth.decontaminate.run import run_decontaminate, show_report
+
+    result = run_decontaminate(settings)
+
+    def view() -> None:
+        show(result, as_json=False, hide=("benchmarks",))
         show_report(result)
 
-
-@app.command()
-def mine(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Pairs by rules instead of a synthesizer, the paper's baseline; output as of `synth run`."""
-    from synth.mine.run import MineSettings, run_mine
-
-    settings = load_settings(MineSettings, config, overrides)
-    with quiet_stdout():
-        result = run_mine(settings)
-    show(result, as_json)
+    return Shown(result, view)
 
 
-@app.command()
-def verify(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Groups get scores on their pairs, in new shards; nothing is deleted."""
+@command(app, recipe="synth.mine.run:MineSettings")
+def mine(settings: "MineSettings") -> Result:
+    """Generate question-answer pairs by rules.
+
+    No model runs. This is the paper's rule-based baseline. Writes shards of groups in the format of `synth run` to
+    `output`. Runs on CPUs. Rerun the same command to resume.
+    """
+    from synth.mine.run import run_mine
+
+    return run_mine(settings)
+
+
+@command(app, recipe="synth.verify.settings:VerifySettings")
+def verify(settings: "VerifySettings") -> Result:
+    """Score question-answer pairs.
+
+    Writes copies of the groups with scores on their pairs to `output`. No pair is deleted. Rerun the same command to
+    resume.
+    """
     from synth.verify.run import run_verify
-    from synth.verify.settings import VerifySettings
 
-    settings = load_settings(VerifySettings, config, overrides)
-    with quiet_stdout():
-        result = run_verify(settings)
-    show(result, as_json)
+    return run_verify(settings)
 
 
-@app.command()
+@command(app)
 def miniworld(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.", show_default=False)],
-    articles: Annotated[int, typer.Option(help="Raw articles to write.", min=1)] = 4000,
-    tuning_articles: Annotated[int, typer.Option(help="Articles with pairs, as tuning data.", min=1)] = 12_000,
-    seed: Annotated[int, typer.Option(help="Another seed, another world.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """A seeded invented world: raw articles, QA data sets, instructions, held-out questions."""
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.", show_default=False)],
+    articles: Annotated[int, typer.Option(help="Number of raw articles.", min=1)] = 4000,
+    tuning_articles: Annotated[int, typer.Option(help="Number of articles with pairs, for tuning.", min=1)] = 12_000,
+    seed: Annotated[int, typer.Option(help="Random seed. Different seeds generate different worlds.")] = 0,
+) -> Result:
+    """Generate a synthetic world for tests.
+
+    The world replaces a corpus in the quickstart. Writes raw articles, question-answering data sets, instructions,
+    held-out questions and a tokenizer to --output. A rerun with the same options keeps a finished world and restarts an
+    unfinished one.
+    """
     from synth.miniworld import run_miniworld
 
-    with quiet_stdout():
-        result = run_miniworld(output, articles=articles, tuning_articles=tuning_articles, seed=seed)
-    show(result, as_json)
+    return run_miniworld(output, articles=articles, tuning_articles=tuning_articles, seed=seed)
 
 
-@app.command()
+@command(app)
 def inspect(
-    groups: Annotated[Path, typer.Argument(help="Output of `synth run`.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="An HTML page instead of the terminal.")] = None,
-    limit: Annotated[int, typer.Option(help="Groups to show.", min=1)] = 5,
-    sample: Annotated[int, typer.Option(help="Groups that a page's distributions count.", min=1)] = 10_000,
+    groups: Annotated[
+        Path, typer.Argument(help="Output of `synth run`, `mine`, `verify` or `decontaminate`.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="HTML file to write. Default: print to the terminal.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Number of groups to show.", min=1)] = 5,
+    sample: Annotated[int, typer.Option(help="Number of groups counted in the charts of the page.", min=1)] = 10_000,
     rejected: Annotated[bool, typer.Option(help="Show rejected pairs with their reasons.")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Show groups, readable."""
+    as_json: bool = False,
+) -> Result:
+    """Show synthesized groups.
+
+    Shows texts, pairs, the evidence of answers and reasons for rejection. Prints to the terminal, or writes an HTML
+    page with --output. A rerun overwrites the page.
+    """
     from synth.inspect import run_inspect
 
-    with quiet_stdout() if as_json else nullcontext():
-        result = run_inspect(groups, output, limit, sample, rejected)
-    if as_json or output:
-        show(result, as_json)
+    result = run_inspect(groups, output, limit, sample, rejected)
+    return result if as_json or output else None
 
 
-if __name__ == "__main__":  # python -m synth.cli: where the commands are not installed
+if __name__ == "__main__":  # python -m synth.cli, without the installed console script
     main()

@@ -33,24 +33,37 @@ class InputSettings(Settings):
     """One or more data sets: a file, a directory or a glob. Each file is a data set unless `name` joins them."""
 
     path: str
+    """File, directory or glob. Each file is a data set."""
     adapter: Literal["generic"] = "generic"
+    """Format of the rows."""
     name: str | None = None
+    """Joins the files into one data set of this name."""
 
 
 class FewShotSettings(Settings):
+    """How examples are joined into few-shot documents."""
+
     tokenizer: str
+    """Tokenizer of the model to be tuned."""
     max_tokens: int = Field(4096, ge=1)
+    """Maximum tokens per document."""
 
 
 class CollectSettings(Settings):
-    """The recipe of `synth collect`. `few_shot: null` makes one example a document and counts no tokens."""
+    """The recipe of `synth collect`."""
 
     inputs: list[InputSettings] = Field(min_length=1)
+    """Question-answering data sets in JSON Lines (docs/recipes.md)."""
     max_contexts: int = Field(10_000, ge=1)
+    """Maximum contexts per data set. Contexts with the most pairs are kept."""
     exclude: list[str] = []
+    """Names of data sets to skip."""
     few_shot: FewShotSettings | None = None
+    """Join examples of one data set into few-shot documents. null: one example per document."""
     seed: int = 0
+    """Random seed of all draws. A draw depends only on the seed and an id."""
     output: str
+    """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
 
 class DataSet(NamedTuple):

@@ -14,45 +14,62 @@ from ipt_jax.corpus.sources import SourceSettings
 from synth.verify.names import ScoreName
 
 
-class FaultSettings(BaseModel, frozen=True, extra="forbid"):
-    """What the scripted engine does wrong, as shares of its requests; a request's faults follow from its prompt.
+class FaultSettings(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Faults of the scripted engine, as fractions of its requests. The faults of a request follow from its prompt.
 
-    A share `timeout` of them hangs for ever; the engine dies of request `dies_at`, counted from 1. For tests and
-    rehearsals, no part of a recipe that makes a corpus, and so none of `Settings`.
+    For tests and rehearsals. Not part of a recipe that makes a corpus, and therefore not derived from `Settings`.
     """
 
     malformed: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of answers that are not valid pairs."""
     truncated: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of answers that end early."""
     error: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of requests that fail."""
     timeout: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of requests that hang. Needs `request_timeout_seconds`."""
     dies_at: int | None = Field(default=None, ge=1)
+    """Number of the request, counted from 1, at which the engine exits. null: never."""
     latency_seconds: float = Field(default=0.0, ge=0)
+    """Mean seconds per request; each takes between half and one and a half times as long."""
 
 
 class SynthesizerSettings(Settings):
-    """The model that writes pairs. `model` is an HF directory; the jax engine also takes a checkpoint.
+    """The model that writes pairs.
 
-    With `engine: openai`, `model` needs the tokenizer alone: the weights lie with the server at base URL `server`, such
-    as http://localhost:8000/v1, and are known by the name under which they are served (`served_model`, or the name of
-    the directory `model`) and by the tokenizer. Its key, where it asks for one, stands in IPT_API_KEY, nowhere else.
-    A server that is gone is waited for up to `server_patience_seconds`. `request_timeout_seconds` limits each try
-    of a request on any engine (on vllm and jax with its wait for a place); null is no limit.
+    With `engine: openai` the weights are on the server at `server`. The output's identity then covers the served name
+    and the tokenizer. The key of the server is read from IPT_API_KEY only. `request_timeout_seconds` limits each try
+    of a request on any engine (on vllm and jax including its time in the queue).
     """
 
     model: str
+    """Hugging Face directory. jax also reads a checkpoint. openai and scripted read only its tokenizer."""
     engine: Literal["vllm", "openai", "jax", "scripted"] = "vllm"
+    """openai: an OpenAI-compatible server. scripted: no model, pairs that quote the text, for rehearsals."""
     server: str | None = Field(default=None, validate_default=True, pattern=r"^https?://")
+    """Base URL for engine openai, such as `http://localhost:8000/v1`. Its key is read from IPT_API_KEY."""
     served_model: str | None = None
+    """Name of the model at the server. null: the last part of `model`."""
     server_patience_seconds: float = Field(default=600.0, ge=0)
+    """Seconds to wait for a server that stops responding."""
     request_timeout_seconds: float | None = Field(default=None, gt=0)
+    """Timeout of each try of a request, in seconds. null: no timeout."""
     max_model_len: int = Field(default=4096, ge=2)
+    """Maximum tokens of prompt and answer."""
     max_new_tokens: int = Field(default=400, ge=1)
+    """Maximum tokens of an answer."""
     temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature. 0: greedy."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations. auto: chosen by the engine."""
     max_num_seqs: int = Field(default=64, ge=1)
+    """Maximum number of concurrent requests."""
     tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs per vllm engine."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Fraction of GPU memory that vllm uses."""
     faults: FaultSettings | None = None
+    """Faults of the scripted engine, as fractions of its requests."""
 
     @field_validator("max_new_tokens")
     @classmethod
@@ -98,32 +115,43 @@ class SynthesizerSettings(Settings):
 
 
 class CorpusSettings(SourceSettings):
-    """Raw texts; `fraction` of them are converted, drawn from (seed, id)."""
+    """Raw texts, and the fraction of them to convert."""
 
     fraction: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of the texts to convert, drawn from (seed, id)."""
 
 
 class SeedExamples(Settings):
     """Examples shown before each group's first text: rows {context, qa: [{question, answer, …}]}."""
 
     path: str
+    """JSON Lines file of rows as in `synth collect`."""
     count: int = Field(default=2, ge=1)
+    """Maximum number of examples in a prompt."""
 
 
 class RunSettings(Settings):
-    """The recipe of `synth run`. Of a text too long for a prompt `cut` asks about the beginning, `split` about all.
-
-    `verify`: the scores that pairs get at once, as `synth verify` would give them.
-    """
+    """The recipe of `synth run`."""
 
     synthesizer: SynthesizerSettings
+    """Model and engine that write the pairs."""
     corpus: CorpusSettings
+    """Raw texts to convert: a source."""
     rounds: int = Field(default=2, ge=1)
+    """Texts per group (M in the paper)."""
     grouping: Literal["position", "source"] = "position"
+    """Which texts share a group. position: neighbours. source: texts of one source."""
     long_texts: Literal["cut", "split"] = "cut"
+    """Texts longer than a prompt. cut: use the beginning. split: use all parts."""
     seed_examples: SeedExamples | None = None
+    """Texts with pairs to show before each group's first text, for a model that was not tuned."""
     verify: list[ScoreName] = []
+    """Scores to compute during the run, named as in `synth verify`."""
     seed: int = 0
+    """Random seed of all draws. A draw depends only on the seed and an id."""
     executor: Literal["local", "ray"] = "local"
+    """Where engines run. ray: one engine per GPU of the cluster."""
     groups_per_shard: int = Field(default=10_000, ge=1)
+    """Groups per output shard. A shard is the unit of parallel work and of resumption."""
     output: str
+    """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""

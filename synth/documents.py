@@ -28,13 +28,18 @@ LAYOUT_COUNT = "layout."
 
 
 class LayoutShares(Settings):
-    """How often each layout is drawn; the shares need not sum to one. Those left out are never drawn."""
+    """Relative frequency of each layout. The values need not sum to one."""
 
     text_first: float = Field(0.0, ge=0)
+    """Weight of: each text, then its questions with answers."""
     questions_first: float = Field(0.0, ge=0)
+    """Weight of: questions with answers, then the text."""
     dialogue: float = Field(0.0, ge=0)
+    """Weight of: the text, then a dialogue of two speakers."""
     numbered: float = Field(0.0, ge=0)
+    """Weight of: the text, all questions, all answers."""
     few_shot: float = Field(0.0, ge=0)
+    """Weight of: worked examples, then a test item."""
 
     @property
     def weights(self) -> dict[Layout, float]:
@@ -51,12 +56,19 @@ class HubSettings(Settings):
     """A data set for the hub: a directory to push, with a card. The licence is for the user to state."""
 
     output: str
+    """Directory of the data set to write."""
     name: str
+    """Title of the dataset card."""
     license: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    """License identifier of the Hugging Face Hub, or other."""
     license_name: str | None = None
+    """Name of the license. Required with `license: other`."""
     license_link: str | None = Field(None, validate_default=True)
+    """Link to the license. Required with `license: other`."""
     language: list[str] = Field(min_length=1)
+    """Language codes, such as `[en]`."""
     format: Literal["parquet", "jsonl"] = "parquet"
+    """File format of the rows."""
 
     @field_validator("license_link")
     @classmethod
@@ -67,20 +79,28 @@ class HubSettings(Settings):
 
 
 class RenderSettings(Settings):
-    """The recipe of `synth render`. `one_shot` is the share of groups whose texts become a document each, instead of
-    one few-shot document of all. `tokenizer` counts tokens: where `max_document_tokens` is the row of a model that is
-    to be trained, it is that model's."""
+    """The recipe of `synth render`."""
 
     groups: str
+    """Output of `synth run`, `mine`, `verify` or `decontaminate`."""
     layouts: LayoutShares = LayoutShares(text_first=0.6, questions_first=0.1, dialogue=0.1, numbered=0.1, few_shot=0.1)
+    """Relative frequency of each layout (docs/render.md). The values need not sum to one."""
     one_shot: float = Field(0.0, ge=0, le=1)
+    """Fraction of groups rendered as one document per text instead of one few-shot document."""
     keep: str | None = None
+    """Filter over scores, such as `"grounded >= 0.3"`. null: keep every pair that the parser accepted."""
     epoch: int = Field(0, ge=0)
+    """Number of the epoch. Each epoch draws other templates for the same pairs."""
     seed: int = 0
+    """Random seed of all draws. A draw depends only on the seed and an id."""
     tokenizer: str | None = None
+    """Tokenizer that counts tokens: the one of the model to be trained."""
     max_document_tokens: int | None = Field(None, ge=32)
+    """Maximum tokens per document, BOS and EOS included. Needs `tokenizer`. null: no limit."""
     hub: HubSettings | None = None
+    """Also write the documents as a data set ready to push to the Hugging Face Hub."""
     output: str
+    """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
     @field_validator("layouts")
     @classmethod

@@ -153,3 +153,51 @@ def test_a_terminal_of_ascii_shows_what_it_can() -> None:
     assert (run.returncode, told) == (0, "") and "a row of words, ? ? ?" in shown
     run = prints("json", subprocess.PIPE, **ascii_only)
     assert json.loads(run.communicate()[0].splitlines()[0]) == {"text": "a row of words, é · ü"}
+
+
+STAGES = r"""
+import os, typer
+from ipt_jax.corpus.command import Shown, command, run_app
+app = typer.Typer()
+@command(app)
+def quiet(tokens: int = 1):
+    print("a library")
+    os.system("echo a child")
+    if tokens == 5:
+        return Shown({"tokens": tokens}, view=lambda: print(f"view {tokens}"), exit_code=143)
+    return {"tokens": tokens + 1}
+@command(app, recipe="ipt_jax.config:MeshSettings")
+def loud(settings, how: str = "plain", as_json: bool = False):
+    print(how, settings.data, settings.fsdp)
+    return {"how": how} if as_json else None
+run_app(app)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdout", "stderr", "code"),
+    [
+        (["quiet"], "tokens  2\n", "a library\na child\n", 0),
+        (["quiet", "--json"], '{"tokens": 2}\n', "a library\na child\n", 0),
+        (["quiet", "--tokens", "5"], "view 5\n", "a library\na child\n", 143),
+        (["quiet", "--tokens", "5", "--json"], '{"tokens": 5}\n', "a library\na child\n", 143),
+        (["loud", "mesh.yaml", "fsdp=1", "--how", "a"], "a 2 1\n", "", 0),
+        (["loud", "mesh.yaml", "--json"], '{"how": "plain"}\n', "plain 2 -1\n", 0),
+        (
+            ["loud", "mesh.yaml", "fdsp=1"],
+            "",
+            "error: config mesh.yaml: unknown key 'fdsp'; did you mean 'fsdp'?\n",
+            2,
+        ),
+    ],
+)
+def test_a_command_prints_its_result_alone(
+    arguments: list[str], stdout: str, stderr: str, code: int, tmp_path: Path
+) -> None:
+    """Results go to stdout; what a stage or its children print goes to stderr, unless the command prints by itself."""
+    (tmp_path / "mesh.yaml").write_text("data: 2\n")
+    run = [sys.executable, "-c", STAGES, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.stdout.rstrip(" \n"), done.returncode) == (stdout.rstrip(), code)
+    assert done.stderr == stderr

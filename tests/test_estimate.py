@@ -92,7 +92,7 @@ def test_command(tmp_path: Path) -> None:
     refused = estimate(tmp_path, "--price-per-hour", "2")
     assert isinstance(refused.exception, UserError) and "--estimate" in str(refused.exception)
     refused = estimate(tmp_path, "--estimate", "6", "--retry-failed")
-    assert isinstance(refused.exception, UserError) and "leave one of them out" in str(refused.exception)
+    assert isinstance(refused.exception, UserError) and "remove one" in str(refused.exception)
 
 
 def test_failures_are_told_and_leave_no_error_bar(tmp_path: Path) -> None:

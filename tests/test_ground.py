@@ -249,7 +249,7 @@ def test_pretrain_on_gpus_prints_what_it_sets_and_keeps_what_the_user_set(enviro
         "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5",
         "arguments: train pyproject.toml",
     ]
-    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5  (yours)" in done.stderr
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5  (set by you)" in done.stderr
     assert "SLURM: process 1 of 2" in done.stderr
 
 

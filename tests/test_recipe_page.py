@@ -1,17 +1,18 @@
-"""docs/recipes.md lists every field of every recipe with its default, each with a line on what it does."""
+"""docs/recipes.md lists every field of every recipe, generated from the settings classes.
+
+Run `python tests/test_recipe_page.py` to rewrite its tables after a change of a field or of its description.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-import typing
-from collections.abc import Iterator
 
 import pytest
 from extras import ROOT
 from pydantic import BaseModel
 
 from ipt_jax.config import Recipe
+from ipt_jax.corpus.fields import FieldLine, list_fields
 from ipt_jax.corpus.sources import SourceSettings
 from ipt_jax.data.tokenize import TokenizeSettings
 from synth.collect import CollectSettings
@@ -21,7 +22,8 @@ from synth.mine.run import MineSettings
 from synth.render import RenderSettings
 from synth.verify.settings import VerifySettings
 
-PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+PATH = ROOT / "docs" / "recipes.md"
+PAGE = PATH.read_text(encoding="utf-8")
 SHARED: dict[str, type[BaseModel]] = {"A source": SourceSettings, "The block `synthesizer`": SynthesizerSettings}
 SECTIONS: dict[str, type[BaseModel]] = {
     **SHARED,
@@ -36,44 +38,55 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def fields(block: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, default) of every field; N stands for a number in a list. Shared blocks have their own sections."""
-    inherited = SourceSettings.model_fields if block is not SourceSettings and issubclass(block, SourceSettings) else {}
-    for name, field in block.model_fields.items():
-        if name in inherited:
-            continue
-        name = prefix + (field.alias or name)
-        yield name, "required" if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
-        for inner, listed in blocks(field.annotation):
-            if inner not in SHARED.values():
-                yield from fields(inner, f"{name}.N." if listed else f"{name}.")
+TABLE = re.compile(r"^\| field .*\n(?:\|.*\n)+", re.MULTILINE)
 
 
-def blocks(annotation: object, listed: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, listed
-    for part in typing.get_args(annotation):
-        yield from blocks(part, listed or typing.get_origin(annotation) is list)
+def fields(section: str) -> list[FieldLine]:
+    """Fields of a section. Those of a shared block are listed in the section of that block only."""
+    return list(list_fields(SECTIONS[section], without=tuple(SHARED.values())))
 
 
-def as_yaml(value: object) -> str:
-    if isinstance(value, BaseModel):
-        return "{" + ", ".join(f"{k}: {as_yaml(v)}" for k, v in value if v != type(value).model_fields[k].default) + "}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(as_yaml, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)
+def table(section: str) -> str:
+    lines = ["| field | type | default | what it does |", "|---|---|---|---|"]
+    for field in fields(section):
+        text = re.sub(r"docs/(\w+\.md)", r"[\1](\1)", field.description).replace(" ([recipes.md](recipes.md))", "")
+        default = field.default if field.default == "required" else f"`{field.default}`"
+        lines.append(f"| `{field.name}` | `{escaped(field.type)}` | {default} | {text} |")
+    return "\n".join(lines) + "\n"
 
 
-def rows(section: str) -> list[tuple[str, ...]]:
-    body = PAGE.split(f"\n## {section}\n", 1)[1].split("\n## ")[0]
-    return re.findall(r"^\| `([\w.]+)` \| `?([^|`]+)`? \| ([^|]*\S) \|$", body, re.MULTILINE)
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def body_of(section: str) -> str:
+    return PAGE.split(f"\n## {section}\n", 1)[1].split("\n## ")[0]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_field_stands_on_the_page_with_its_default(section: str) -> None:
-    assert [(name, default) for name, default, _ in rows(section)] == list(fields(SECTIONS[section]))
+def test_every_field_has_a_description(section: str) -> None:
+    for field in fields(section):
+        assert re.match(r"\S.*[.]$", field.description), f"{field.name} needs a description that ends with a full stop"
+        assert "|" not in field.description and "\n" not in field.description, f"{field.name}: one line, no |"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_page_lists_every_field(section: str) -> None:
+    assert TABLE.findall(body_of(section)) == [table(section)], "rewrite it: python tests/test_recipe_page.py"
 
 
 def test_no_section_is_about_anything_else() -> None:
     named = set(re.findall(r"^## (.+)$", PAGE, re.MULTILINE))
     assert named == {*SECTIONS, "Overrides", "Rows of `ipt eval`"}
+
+
+def rewrite_page() -> None:
+    page = PAGE
+    for section in SECTIONS:
+        body = body_of(section)
+        page = page.replace(body, TABLE.sub(lambda _, section=section: table(section), body))
+    PATH.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    rewrite_page()

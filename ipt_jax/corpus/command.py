@@ -1,38 +1,135 @@
-"""What both console scripts share: exit codes, one-line errors, and a stdout that holds the result alone.
+"""What both console scripts share: the decorator `command`, exit codes, one-line errors and the printed result.
 
-Exit 0 on success, 2 on a user's mistake (one line on stderr; a path that cannot be opened is one), 1 on a fault (one
-line where its cause lies outside, else its traceback), 130 on Ctrl-C, 143 where SIGTERM stopped an unfinished stage.
-Whatever libraries and their child processes print while a stage runs goes to stderr.
+Exit codes: 0 success; 2 user error (one line on stderr, also for a path that cannot be opened); 1 fault (one line if
+the cause is outside the program, otherwise a traceback); 130 Ctrl-C; 143 SIGTERM before the stage finished.
+stdout holds the result only. Output of libraries and child processes during a stage goes to stderr.
 """
 
 import contextlib
 import errno
+import importlib
+import inspect
 import io
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
-from ipt_jax.corpus.settings import Fault, UserError
+from ipt_jax.corpus.fields import list_fields
+from ipt_jax.corpus.settings import Fault, Settings, UserError, load_settings
 
-Config = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
+Config = Annotated[Path, typer.Argument(help="Recipe: a YAML file with the fields below.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Fields to override.", show_default=False)
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.SUB=VALUE]...", help="Fields of the recipe to override. VALUE is YAML.", show_default=False
+    ),
 ]
 # Typer brings its own copy of click or uses the one installed, by version; its public errors lead to the bases in both.
 UsageError: Any
 ClickError: Any
 UsageError, ClickError = typer.BadParameter.__mro__[1:3]
-# What a path is at fault for, wherever it is used; a worker process hands such an error on whole.
+# Errors of a path rather than of the program. Worker processes pass them on unchanged.
 OF_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
-AsJson = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object on stdout. Default: a table.")
+]
+
+
+class Shown(NamedTuple):
+    """The result of a command that prints more than a table of figures, or ends with another exit code than 0."""
+
+    result: dict[str, Any]  # what --json prints
+    view: Callable[[], None] | None = None  # prints to stdout in place of the table
+    exit_code: int = 0
+
+
+Result = dict[str, Any] | Shown | None
+Body = Callable[..., Result]
+
+
+def command(app: typer.Typer, name: str | None = None, *, recipe: str | None = None) -> Callable[[Body], Body]:
+    """Registers a function as a command of `app`: load the recipe, run with stdout redirected, print the result.
+
+    With `recipe` ("module:Class" of a settings class, imported when needed) the command takes CONFIG and overrides,
+    passes the loaded settings as the first argument, and lists their fields in `--help`. Every command takes --json.
+    A function with a parameter `as_json` prints to stdout itself when it is false, and returns None if that is all.
+    """
+
+    def register(body: Body) -> Body:
+        parameters = inspect.signature(body).parameters
+        own = {key: value for key, value in parameters.items() if key != "as_json"}
+        if recipe:
+            del own[next(iter(own))]
+        taken = [_parameter("config", Config), _parameter("overrides", Overrides, None)] if recipe else []
+        taken += [value.replace(kind=Parameter.KEYWORD_ONLY) for value in own.values()]
+        taken += [_parameter("as_json", AsJson, False)]
+
+        def run(
+            *, as_json: bool, config: Path | None = None, overrides: list[str] | None = None, **options: Any
+        ) -> None:
+            settings = [load_settings(_recipe_class(recipe), config, overrides)] if recipe and config else []
+            prints_itself = "as_json" in parameters
+            if prints_itself:
+                options["as_json"] = as_json
+            with contextlib.nullcontext() if prints_itself and not as_json else quiet_stdout():
+                result = body(*settings, **options)
+            _print_result(result, as_json)
+
+        run.__name__, run.__doc__ = body.__name__, body.__doc__
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+        run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+        app.command(name, cls=_with_fields(recipe) if recipe else None)(run)
+        return body
+
+    return register
+
+
+def _parameter(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _print_result(result: Result, as_json: bool) -> None:
+    if isinstance(result, Shown):
+        if result.view is None or as_json:
+            show(result.result, as_json)
+        else:
+            result.view()
+        if result.exit_code:
+            raise typer.Exit(result.exit_code)
+    elif result is not None:
+        show(result, as_json)
+
+
+def _recipe_class(recipe: str) -> type[Settings]:
+    module, _, name = recipe.partition(":")
+    cls: type[Settings] = getattr(importlib.import_module(module), name)
+    return cls
+
+
+def _with_fields(recipe: str) -> type[TyperCommand]:
+    class WithFields(TyperCommand):
+        """A command whose help ends with the fields of its recipe."""
+
+        def format_epilog(self, ctx: Any, formatter: Any) -> None:
+            lines = list_fields(_recipe_class(recipe))
+            with formatter.section("Recipe fields (N is the index of a list item, from 0)"):
+                formatter.write_dl([(line.name, _help_text(*line[1:])) for line in lines])
+
+    return WithFields
+
+
+def _help_text(kind: str, default: str, description: str) -> str:
+    return f"{description}  [{kind}; {default if default == 'required' else f'default: {default}'}]"
 
 
 def run_app(app: typer.Typer) -> None:

@@ -18,24 +18,30 @@ _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
 class SourceSettings(Settings):
-    """One input. `text` and `id` name the columns; `template` ("{question} {response}") joins several into one text.
-
-    `loss` names the template's fields that are targets; left out, all of the text is. `split` and `subset` choose
-    within a Hugging Face or TFDS data set. Documents outside of `min_characters` and `max_characters` are dropped and
-    counted.
-    """
+    """One input: where its rows are and which columns hold the text and the id."""
 
     path: str
+    """File, directory, glob, output of a stage, `hf:NAME` or `tfds/NAME/VERSION`."""
     text: str = "text"
+    """Column of the text."""
     id: str = "id"
+    """Column of the id. If not set, a row without the column gets an id made of file and line."""
     source: str | None = None
+    """Name of the origin, stored with each document. null: the last part of `path`."""
     kind: Kind = "raw"
+    """Kind of the documents, as counted and coloured in plans."""
     template: str | None = None
+    """Template that joins several columns into one text, such as `{prompt} {response}`."""
     loss: list[str] | None = Field(default=None, min_length=1)
+    """Columns of `template` that are training targets. null: all of the text."""
     split: str | None = None
+    """Split of a Hugging Face or TFDS data set."""
     subset: str | None = None
+    """Subset (configuration) of a Hugging Face data set."""
     min_characters: int = Field(default=0, ge=0)
+    """Minimum length in characters. Shorter texts are dropped and counted."""
     max_characters: int | None = Field(default=None, gt=0)
+    """Maximum length in characters. Longer texts are dropped and counted. null: no limit."""
 
     @pydantic.model_validator(mode="after")
     def _bounds(self) -> Self:

@@ -29,9 +29,14 @@ class Fault(RuntimeError):
 
 
 class Settings(pydantic.BaseModel):
-    """Base of every settings block: frozen; unknown keys, numbers that are not finite and flags for numbers refused."""
+    """Base of every settings block: frozen; rejects unknown keys, non-finite numbers and booleans given for numbers.
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+    The string below a field is its description in `--help` and in docs/recipes.md.
+    """
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @pydantic.field_validator("*", mode="before")
     @classmethod

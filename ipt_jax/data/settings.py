@@ -13,19 +13,22 @@ from ipt_jax.corpus.settings import Settings
 
 
 class SourceMix(Settings):
-    """One source: a directory that `ipt tokenize` wrote, and its amount.
-
-    `max_epochs` caps how often `tokens` or `share` may repeat the source. `exclude_converted` names another source: the
-    character spans that it was made from drop out of this one, the rest stays.
-    """
+    """One source: a directory that `ipt tokenize` wrote, and its amount."""
 
     name: str = Field(min_length=1)
+    """Name of the source in plans and reports."""
     path: str
+    """Output directory of `ipt tokenize`."""
     epochs: float | None = Field(default=None, gt=0)
+    """Amount in epochs."""
     tokens: int | None = Field(default=None, gt=0)
+    """Amount in tokens."""
     share: float | None = Field(default=None, gt=0, le=1)
+    """Amount as a fraction of the budget. One source may state no amount and gets the remaining tokens."""
     max_epochs: float | None = Field(default=None, gt=0)
+    """Maximum epochs that `tokens` or `share` may come to."""
     exclude_converted: str | None = None
+    """Name of another source. Texts that it was made from are excluded from this source."""
 
     @pydantic.model_validator(mode="after")
     def _one_amount(self) -> Self:
@@ -47,14 +50,17 @@ class SourceMix(Settings):
 
 
 class DataSettings(Settings):
-    """`tokens` is the budget; it may be left out when every source states its own amount.
-
-    `cross_document` says whether attention may look across the documents of a row; the rows are the same either way.
-    """
+    """The token mix of a run and its packing into rows."""
 
     seq_len: int = Field(gt=1)
+    """Tokens per row."""
     packing: Literal["concat", "best_fit"] = "concat"
+    """concat: split documents at row ends. best_fit: keep documents that fit in one row unsplit."""
     cross_document: Literal["allow", "block"] = "allow"
+    """block: attention stays within a document. The rows are the same either way."""
     tokens: int | None = Field(default=None, gt=0)
+    """Token budget of the run. null: the sum of the sources, each of which must state its amount."""
     seed: int = 0
+    """Random seed of the order of rows."""
     sources: list[SourceMix] = Field(min_length=1)
+    """Token directories and their amounts."""

@@ -42,25 +42,31 @@ IDS_A_PASS = 1 << 23  # 64 MiB of keys
 
 
 class InputSettings(SourceSettings):
-    """One input of `ipt tokenize`: `bos` and `eos` wrap each document that has no control segments of its own."""
+    """One input of `ipt tokenize`."""
 
     bos: bool = True
+    """Add BOS before each document that has no control tokens of its own."""
     eos: bool = True
+    """Add EOS after each document that has no control tokens of its own."""
 
 
 class TokenizeSettings(Settings):
-    """The recipe of `ipt tokenize`. `unit_bytes` of an input make one shard, the grain of sharing and resuming.
-
-    `drop_duplicates` keeps the first of all documents, over all inputs, whose text is the same to the byte.
-    """
+    """The recipe of `ipt tokenize`."""
 
     inputs: list[InputSettings] = Field(min_length=1)
+    """Sources to tokenize."""
     tokenizer: str
+    """Directory or file of the tokenizer: tokenizer.json, or tokenizer.model of SentencePiece."""
     output: str
+    """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
     drop_duplicates: bool = False
+    """Keep only the first of documents with identical text, over all inputs."""
     executor: Literal["local", "ray"] = "local"
+    """Where workers run. ray: on the cluster at RAY_ADDRESS."""
     workers: int | None = Field(default=None, gt=0)
+    """Worker processes. null: one per CPU core."""
     unit_bytes: int = Field(default=UNIT_BYTES, gt=0)
+    """Input bytes per output shard. A shard is the unit of parallel work and of resumption."""
 
 
 class Job(NamedTuple):

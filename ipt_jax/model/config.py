@@ -19,9 +19,13 @@ class RopeScaling(Settings):
     """Llama-3.1 frequency scaling; `factor` stretches wavelengths longer than the original context."""
 
     factor: float = Field(gt=0)
+    """Scaling factor of long wavelengths."""
     low_freq_factor: float = Field(gt=0)
+    """Wavelengths above `original_max_positions` / this are scaled by the full factor."""
     high_freq_factor: float = Field(gt=0)
+    """Wavelengths below `original_max_positions` / this are not scaled."""
     original_max_positions: int = Field(gt=0)
+    """Context length before scaling, in tokens."""
 
 
 class ModelConfig(Settings):
@@ -63,24 +67,43 @@ class ModelSettings(Settings):
     """The YAML `model:` block: a preset or a directory with weights, and any field that overrides it."""
 
     preset: str | None = None
+    """New weights: tiny, mistral-500m, mistral-1.3b, mistral-7b, llama3-8b or smollm2-135m."""
     from_: str | None = Field(default=None, alias="from")
+    """Weights of a Hugging Face directory, a run or a checkpoint."""
     family: Literal["mistral", "llama"] | None = None
+    """Architecture."""
     vocab_size: int | None = None
+    """Tokens of the vocabulary. null: from the preset, or from the tokenizer of the sources."""
     hidden_size: int | None = None
+    """Width of the residual stream."""
     layers: int | None = None
+    """Number of decoder layers."""
     q_heads: int | None = None
+    """Query heads. A multiple of `kv_heads`."""
     kv_heads: int | None = None
+    """Key and value heads."""
     head_dim: int | None = None
+    """Width of a head. Even."""
     intermediate_size: int | None = None
+    """Width of the feed-forward layer."""
     sliding_window: int | None = None
+    """Attention window in tokens. mistral only."""
     rope_theta: float | None = None
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
+    """Llama-3.1 frequency scaling."""
     tie_embeddings: bool | None = None
+    """Use one matrix for input and output embeddings."""
     norm_eps: float | None = None
+    """Epsilon of the RMS norms."""
     max_positions: int | None = None
+    """Context length in tokens, written into exports."""
     initializer_range: float | None = None
+    """Standard deviation of new weights."""
     bos_id: int | None = None
+    """Id of the BOS token. null: from the preset or the tokenizer."""
     eos_id: int | None = None
+    """Id of the EOS token. null: from the preset or the tokenizer."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:

@@ -22,9 +22,13 @@ class BenchmarkSettings(Settings):
     """
 
     path: str | None = None
+    """JSON Lines files. Give either `path` or `task`."""
     task: str | None = None
+    """lm-eval task, group or task file. Needs the extra evals."""
     fields: list[str] = Field(min_length=1)
+    """Fields that hold the text to look for; `choices.text` names a nested field."""
     name: str | None = None
+    """Name in reports. null: the task, or the name of the file."""
 
     @pydantic.model_validator(mode="after")
     def _path_or_task(self) -> Self:

@@ -38,9 +38,10 @@ NEEDLES = f"needles.msgpack{TEMPORARY}"
 
 
 class InputSettings(SourceSettings):
-    """Groups, Documents or raw text; `name` is the folder that the output goes to, else the path's last part."""
+    """Groups, documents or raw text."""
 
     name: str | None = None
+    """Folder in the output directory. null: the last part of `path`."""
 
     @property
     def label(self) -> str:
@@ -48,14 +49,20 @@ class InputSettings(SourceSettings):
 
 
 class DecontaminateSettings(Settings):
-    """The recipe of `synth decontaminate`. Items of fewer than `shortest` words are not looked for, and counted."""
+    """The recipe of `synth decontaminate`."""
 
     inputs: list[InputSettings] = Field(min_length=1)
+    """Sources to clean: groups, documents or raw texts."""
     benchmarks: list[BenchmarkSettings] = Field(min_length=1)
+    """Benchmarks to look for."""
     ngram: int = Field(13, ge=2, le=1000)
+    """Consecutive words that count as a match."""
     shortest: int = Field(4, ge=1)
+    """Minimum words of a benchmark item. Shorter items are skipped and counted."""
     workers: int | None = Field(default=None, ge=1)
+    """Worker processes. null: one per CPU core."""
     output: str
+    """Directory to write, not one of the inputs. It must be empty or hold output of this command, which is resumed."""
 
 
 def run_decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:

@@ -34,16 +34,24 @@ PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn
 
 
 class MineSettings(Settings):
-    """The recipe of `synth mine`. Of what the patterns find in a text, at most `max_pairs` are drawn."""
+    """The recipe of `synth mine`."""
 
     corpus: CorpusSettings
+    """Raw texts to convert: a source."""
     patterns: list[Pattern] = Field(default=list(get_args(Pattern)), min_length=1)
+    """Rules that find pairs. At most two finds of a rule in one text are used."""
     max_pairs: int = Field(default=5, ge=1)
+    """Maximum pairs per text, drawn from all finds."""
     rounds: int = Field(default=2, ge=1)
+    """Texts per group."""
     grouping: Literal["position", "source"] = "position"
+    """Which texts share a group. position: neighbours. source: texts of one source."""
     seed: int = 0
+    """Random seed of all draws. A draw depends only on the seed and an id."""
     workers: int | None = Field(default=None, ge=1)
+    """Worker processes. null: one per CPU core."""
     output: str
+    """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
     @field_validator("patterns")
     @classmethod

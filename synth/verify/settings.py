@@ -8,13 +8,18 @@ from synth.verify.names import ENGINE_SCORES, ScoreName
 
 
 class VerifySettings(Settings):
-    """`synthesizer` is the block of `synth run`; it may be left out when no score needs an engine."""
+    """The recipe of `synth verify`."""
 
     groups: str
+    """Output of `synth run`, `mine`, `decontaminate` or `verify`."""
     synthesizer: SynthesizerSettings | None = None
+    """Model and engine. Required by open_closed and agreement, used by options if given."""
     scores: list[ScoreName] = Field(min_length=1)
+    """Scores to compute (docs/verify.md)."""
     seed: int = 0
+    """Random seed of the order in which options are shown."""
     output: str
+    """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
     @field_validator("scores")
     @classmethod
