@@ -64,7 +64,7 @@ def write_digests(directory: Path) -> int:
     names = sorted(_files(directory))
     sizes = {name: (directory / name).stat().st_size for name in names}
     with ThreadPoolExecutor(THREADS) as pool:
-        hashes = list(pool.map(lambda part: _hash(directory, *part, CHUNK), _parts(sizes, CHUNK)))
+        hashes = list(pool.map(lambda part: _hash(directory / part[0], part[1], CHUNK), _parts(sizes, CHUNK)))
         list(pool.map(lambda name: _sync_file(directory / name), names))
     files = {name: FileDigest(sizes[name], []) for name in names}
     for (name, _), found in zip(_parts(sizes, CHUNK), hashes, strict=True):
@@ -101,11 +101,11 @@ def unverified(directory: Path) -> bool:
     return not (directory / DIGESTS).is_file()
 
 
-def newest_verified(checkpoints: Path) -> Newest:
+def newest_verified(checkpoints: Path, needed: tuple[str, ...] = RESUMED) -> Newest:
     """Reads the steps' directories from the newest on, until one verifies."""
-    skipped = []
+    skipped: list[Skipped] = []
     for step in numbered(checkpoints):
-        found = damage(step)
+        found = damage(step, needed)
         if found is None:
             return Newest(step, skipped)
         skipped.append(Skipped(step, found))
@@ -197,7 +197,7 @@ def _wrong_bytes(directory: Path, listed: Digests) -> str | None:
     parts = _parts(sizes, listed.chunk_bytes)
     pool = ThreadPoolExecutor(THREADS)
     try:
-        found_hashes = pool.map(lambda part: _hash_or_reason(directory, *part, listed.chunk_bytes), parts)
+        found_hashes = pool.map(lambda part: _hash_or_reason(directory / part[0], part[1], listed.chunk_bytes), parts)
         for (name, at), wanted_hash, found_hash in zip(parts, wanted_hashes, found_hashes, strict=True):
             if found_hash != wanted_hash:
                 why = "its bytes do not match" if len(found_hash) == len(wanted_hash) else f"{found_hash}; see"
@@ -213,18 +213,18 @@ def _parts(sizes: dict[str, int], chunk: int) -> list[tuple[str, int]]:
     return [(name, at) for name, size in sizes.items() for at in range(0, max(size, 1), chunk)]
 
 
-def _hash_or_reason(directory: Path, name: str, at: int, chunk: int) -> str:
+def _hash_or_reason(file: Path, at: int, chunk: int) -> str:
     """A digest, or why the bytes cannot be read: a bad sector is damage, too."""
     try:
-        return _hash(directory, name, at, chunk)
+        return _hash(file, at, chunk)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
 
-def _hash(directory: Path, name: str, at: int, chunk: int) -> str:
+def _hash(path: Path, at: int, chunk: int) -> str:
     """SHA-256 (hex) of the chunk that begins at byte `at`. hashlib computes without Python's lock."""
     found, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER))
-    with (directory / name).open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         file.seek(at)
         while chunk and (count := file.readinto(buffer[: min(BUFFER, chunk)])):
             found.update(buffer[:count])

@@ -108,7 +108,8 @@ class Checkpoints:
         self._wait()
         self._failure = None
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))
-        if not from_first_process(self._has_room(record.step, size if last else 2 * size)):
+        room = jax.process_index() != 0 or self._has_room(record.step, size if last else 2 * size)
+        if not from_first_process(room):
             self._failure = self._failure or UserError("the first process found no room for a checkpoint")
             return
         try:

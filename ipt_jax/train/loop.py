@@ -1,10 +1,10 @@
 """`ipt train`: one straight line from a recipe to a trained model.
 
-Guarantees: a run resumes by itself from its newest checkpoint that verifies, and steps k+1 … N after a kill give the bits that
-an undisturbed run gives (same hardware); SIGTERM saves and ends the run, which `ipt train` reports as unfinished by
-exit code 143; a loss or gradient that is not finite
-stops it, naming the step, before anything is saved; two processes never write into one run directory. The host never
-waits for the step it has just started: metrics are fetched a logging interval later.
+Guarantees: a run resumes by itself from its newest checkpoint that verifies, and steps k+1 … N after a kill give the
+bits that an undisturbed run gives (same hardware); SIGTERM saves and ends the run when the save is on disk, which
+`ipt train` reports as unfinished by exit code 143; a loss or gradient that is not finite stops it, naming the step,
+before anything is saved; two processes never write into one run directory.
+The host never waits for the step it has just started: metrics are fetched a logging interval later.
 """
 
 from __future__ import annotations

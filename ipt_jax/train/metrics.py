@@ -1,7 +1,8 @@
 """What a run measures: metrics.jsonl, TensorBoard events, and losses from the step's sums.
 
 Guarantees that no step stands twice in metrics.jsonl, also after a kill and a resume: lines beyond the step that a run
-goes on from, and a last line cut short, are dropped first.
+resumes from are dropped first. So is a last line that a kill or a power cut left in pieces or as NUL bytes, which is
+printed; any other damaged line is a UserError with its number.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import Summary
 
 from ipt_jax.corpus.files import write_whole
+from ipt_jax.corpus.settings import UserError
 from ipt_jax.train.loss import KINDS
+from ipt_jax.train.record import tell
 
 
 class MetricsLog:
@@ -25,7 +28,10 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, step: int):
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _whole_lines(path) if line["step"] <= step]
+        lines, cut = read_lines(path)
+        if cut:
+            tell(f"{path}: its last line is damaged (a kill or a power cut): {cut:,} bytes are removed")
+        kept = [line for line in lines if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.last: dict[str, Any] | None = kept[-1] if kept else None
         self._file = path.open("a", encoding="utf-8")
@@ -73,17 +79,35 @@ def flatten(line: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a killed run may have left its last one in pieces."""
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics file, and the bytes of a damaged last one that are left out."""
     if not path.is_file():
-        return []
-    *lines, _cut = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+        return [], 0
+    *ended, torn = path.read_bytes().split(b"\n")
+    lines = [_parse(line) for line in ended]
+    cut = len(torn)
+    if lines and lines[-1] is None:
+        lines.pop()
+        cut += len(ended[-1]) + 1
+    if None in lines:
+        raise UserError(
+            f"{path}, line {lines.index(None) + 1}: is damaged; remove this line, then rerun the same command to resume"
+        )
+    return [line for line in lines if line is not None], cut
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's fields; None for one that is damaged."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 def last_line(run_dir: Path) -> dict[str, Any] | None:
     """The last logged step of a run."""
-    lines = _whole_lines(run_dir / "metrics.jsonl")
+    lines, _ = read_lines(run_dir / "metrics.jsonl")
     return lines[-1] if lines else None
 
 
