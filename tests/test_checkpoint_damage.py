@@ -287,11 +287,7 @@ def test_a_failed_save_is_said_and_tried_again(
         return write(directory)
 
     def little(path: Path) -> Any:
-        return (
-            sizes(1, 1, 1000)
-            if checkpoints(unfinished / "run") == [3] and last_step(unfinished / "run") >= 8
-            else (usage(path))
-        )
+        return sizes(1, 1, 1000) if last_step(unfinished / "run") == 8 else usage(path)
 
     monkeypatch.setattr(checkpoint, "write_digests", full)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", little)
@@ -301,7 +297,7 @@ def test_a_failed_save_is_said_and_tried_again(
         " saved at step 3", " step 6 is not saved (", " step 9 is not saved (", " saved at step 11",
     ]  # fmt: skip
     assert "No space left on device); the last checkpoint is step 3; training continues" in said[1]
-    assert "(needs 0.0" in said[2] and "the disk has 0.000 GB)" in said[2]
+    assert "(needs 0.5 MB of free space, the disk has 0.0 MB)" in said[2]
     assert checkpoints(unfinished / "run") == [3, 11]
     assert not list((unfinished / "run" / "checkpoints").glob("*.saving*"))
     same_bits(unfinished / "run", straight / "run")
@@ -355,6 +351,29 @@ def test_a_damaged_line_elsewhere_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": 2, "loss": 1.0}\n' + bytes(20) + b'\n{"step": 6, "loss": 1.0}\n')
     with pytest.raises(UserError, match=re.escape(f"{path}, line 2: is damaged; remove this line")):
         MetricsLog(tmp_path, 6)
+
+
+def test_metrics_wait_for_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A device that takes a part of a line, then nothing, then all."""
+    log = MetricsLog(tmp_path, 0)
+    real = log._file
+
+    class Full:
+        fileno = real.fileno
+
+        def write(self, data: bytes) -> int | None:
+            return real.write(data[:5])
+
+    log.write({"step": 1, "loss": 1.5})
+    log._file = Full()  # type: ignore[assignment]
+    for step in (2, 3):
+        log.write({"step": step, "loss": 1.5})
+    assert capfd.readouterr().err.count("cannot be written (No space left on device); its lines are written when") == 1
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.5}\n'
+    log._file = real
+    log.write({"step": 4, "loss": 1.5})
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2, 3, 4]
 
 
 # ---- processes

@@ -86,6 +86,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(handler)
         self._saving: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._last = False
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ class Checkpoints:
         A save that fails is printed, and the next one is the next try; `finish` raises for the last of a run.
         """
         self._wait()
-        self._failure = None
+        self._failure, self._last = None, last
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))
         room = jax.process_index() != 0 or self._has_room(record.step, size if last else 2 * size)
         if not from_first_process(room):
@@ -159,7 +160,7 @@ class Checkpoints:
     def _has_room(self, step: int, needed: int) -> bool:
         free = shutil.disk_usage(self.path).free
         if free < needed:
-            self._fail(step, OSError(f"needs {needed / 1e9:,.3f} GB free, the disk has {free / 1e9:,.3f} GB"))
+            self._fail(step, OSError(f"needs {needed / 1e6:,.1f} MB of free space, the disk has {free / 1e6:,.1f} MB"))
         return free >= needed
 
     def _commit(self, step: int) -> None:
@@ -186,7 +187,8 @@ class Checkpoints:
         reason = why(error)
         kept = numbered(self.path)
         resumes = f"the last checkpoint is step {kept[0].name}" if kept else "there is no checkpoint yet"
-        tell(f"step {step} is not saved ({reason}); {resumes}; training continues, the next save tries again")
+        if not self._last:  # else `finish` raises
+            tell(f"step {step} is not saved ({reason}); {resumes}; training continues, the next save tries again")
         where = f"run_dir {self.path.parent}: step {step} is not saved ({reason}); {resumes}"
         if isinstance(error, OSError | ValueError):
             self._failure = UserError(f"{where}; free space or repair the disk, and rerun the same command to resume")

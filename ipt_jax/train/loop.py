@@ -193,7 +193,7 @@ def claim(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # Orbax reports a failed write as ValueError
-        if "No space left on device" not in str(error):
+        if isinstance(error, UserError) or "No space left on device" not in str(error):
             raise
         raise UserError(
             f"run_dir {run_dir}: cannot be written (No space left on device); free space and run the same command "
