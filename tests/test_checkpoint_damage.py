@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from ipt_jax.corpus.settings import UserError
 from ipt_jax.hf.export import run_export
 from ipt_jax.model.integrity import damage, newest_verified
 from ipt_jax.parallel.process import ADDRESSES
-from ipt_jax.train import checkpoint
+from ipt_jax.train import checkpoint, loop
 from ipt_jax.train.metrics import MetricsLog
 
 TRAIN = """
@@ -301,6 +303,45 @@ def test_a_failed_save_is_said_and_tried_again(
     assert checkpoints(unfinished / "run") == [3, 11]
     assert not list((unfinished / "run" / "checkpoints").glob("*.saving*"))
     same_bits(unfinished / "run", straight / "run")
+
+
+@pytest.mark.parametrize("left", [150_000, 0])
+def test_a_disk_that_is_full_for_some_steps(
+    straight: Path, unfinished: Path, left: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real one: Orbax fails in its arrays, or in each file. Full from step 5 to 7, past the check of free space."""
+    run_dir, started = unfinished / "run", 0
+    run_dir.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", run_dir], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    place, sizes = loop.place_batch, namedtuple("sizes", "total used free")
+
+    def filling(*arguments: Any) -> Any:
+        nonlocal started
+        started += 1
+        time.sleep(0.3)  # the save of step 3 is over
+        if started == 5:
+            (run_dir / "filler").write_bytes(bytes(os.statvfs(run_dir).f_bavail * 4096 - left))
+        if started == 8:
+            (run_dir / "filler").unlink()
+        return place(*arguments)
+
+    monkeypatch.setattr(loop, "place_batch", filling)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: sizes(1, 1, 10**12))
+    try:
+        assert run(unfinished)["step"] == STEPS
+        said = [line for line in capfd.readouterr().err.splitlines() if "saved" in line]
+        goes_on = "the last checkpoint is step 3; training continues, the next save tries again"
+        assert [re.sub(r": [\d.]+ MB.*", "", line) for line in said] == [
+            "ipt train: saved at step 3",
+            f"ipt train: step 6 is not saved ({checkpoint.FULL}); {goes_on}",
+            "ipt train: saved at step 9",
+            "ipt train: saved at step 11",
+        ]
+        assert sorted(entry.name for entry in (run_dir / "checkpoints").iterdir()) == ["11", "9"]
+        same_bits(run_dir, straight / "run")
+    finally:
+        subprocess.run(["umount", run_dir], check=True)
 
 
 def test_a_failed_last_save_is_an_error(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

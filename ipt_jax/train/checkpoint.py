@@ -90,8 +90,7 @@ class Checkpoints:
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            remove_leftovers(self.path)
+        self._wait()
         return self
 
     def __exit__(
@@ -153,9 +152,12 @@ class Checkpoints:
         return TrainState(jax.device_put(jnp.int32(step), shardings.step), restored["params"], restored["optimizer"])
 
     def _wait(self) -> None:
+        """Waits for a save under way, then removes parts of failed ones, whose threads may have written on."""
         if self._saving is not None:
             self._saving.join()
             self._saving = None
+        if jax.process_index() == 0:
+            remove_leftovers(self.path)
 
     def _has_room(self, step: int, needed: int) -> bool:
         free = shutil.disk_usage(self.path).free
@@ -182,6 +184,7 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception) -> None:
         """Reports a save that failed and removes its parts, which would take the next one's room."""
+        drain(self._orbax)
         if jax.process_index() == 0:
             remove_leftovers(self.path)
         reason = why(error)
@@ -194,6 +197,16 @@ class Checkpoints:
             self._failure = UserError(f"{where}; free space or repair the disk, and rerun the same command to resume")
         else:
             self._failure = Fault(f"{where}; rerun the same command to resume")
+
+
+def drain(checkpointer: ocp.AsyncCheckpointer) -> None:
+    """Fetches what else failed in the same save: Orbax would raise it in the next one, one error a call."""
+    for _ in range(10):
+        try:
+            checkpointer.wait_until_finished()
+            return
+        except Exception:  # its first error is reported
+            continue
 
 
 def why(error: Exception) -> str:

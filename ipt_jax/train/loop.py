@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import operator
 import os
 import signal
@@ -51,6 +52,7 @@ from ipt_jax.train.state import TrainState, fresh_state, state_from_params
 def run_train(recipe: Recipe) -> dict[str, Any]:
     """Trains to the end of the plan, or until SIGTERM: {run_dir, step, steps, tokens, loss}; `steps` are the plan's."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # so do its tasks, once for each array of a failed save
     processes = initialize_distributed()
     enable_compile_cache()
     devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
