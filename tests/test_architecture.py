@@ -21,7 +21,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "ipt_jax": ("ipt_jax.generate", "ipt_jax.hf"),  # the package's door: load(), inside the function
     "ipt_jax.corpus": (),
     "ipt_jax.data": ("ipt_jax.corpus",),
-    "ipt_jax.model": ("ipt_jax.corpus.settings",),
+    "ipt_jax.model": ("ipt_jax.corpus.settings", "ipt_jax.corpus.files"),
     "ipt_jax.parallel": ("ipt_jax.model.config", "ipt_jax.corpus.settings"),
     "ipt_jax.config": ("ipt_jax.corpus.settings", "ipt_jax.data.settings", "ipt_jax.model.config"),
     "ipt_jax.train": ("ipt_jax.model", "ipt_jax.parallel", "ipt_jax.data", "ipt_jax.corpus", "ipt_jax.config"),

@@ -26,10 +26,11 @@ from ipt_jax.corpus.files import lock_directory
 from ipt_jax.corpus.settings import UserError
 from ipt_jax.model.paths import LiteralPath
 from ipt_jax.train import loop
-from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
+from ipt_jax.train.checkpoint import Checkpoints, Record
 from ipt_jax.train.loop import run_train
 from ipt_jax.train.metrics import MetricsLog, last_line
 from ipt_jax.train.program import Program
+from ipt_jax.train.resume import refuse_changed
 from ipt_jax.train.state import TrainState
 
 STEPS = 11
@@ -304,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(straight: Path, folder: Path, m
     ids=["metrics", "orbax"],
 )
 def test_a_full_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, last: bool) -> None:
         raise error
 
     monkeypatch.setattr(Checkpoints, "save", full)

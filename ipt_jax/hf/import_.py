@@ -23,6 +23,7 @@ from ipt_jax.hf.load import open_parameters
 from ipt_jax.hf.mapping import leaves
 from ipt_jax.hf.target import refuse_foreign, whole_directory
 from ipt_jax.model.config import param_count
+from ipt_jax.model.integrity import write_digests
 from ipt_jax.model.paths import LiteralPath
 from ipt_jax.model.source import ModelSource, read_model_config, resolve_checkpoint
 
@@ -49,6 +50,7 @@ def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
             file.unlink()
         (directory / "written").rmdir()
         (checkpoint / "model.json").write_text(text, encoding="utf-8")
+        write_digests(checkpoint)
         (directory / "model.json").write_text(text, encoding="utf-8")
         copy_tokenizer(source, directory / "tokenizer")
     tensors = sum(len(leaf.names) for leaf in leaves(config))

@@ -1,19 +1,22 @@
 """Where a model lies on disk, and its configuration in our words and in Hugging Face's.
 
 `resolve_checkpoint` takes every path that the project calls a model: a Hugging Face directory, a run directory (its
-latest checkpoint), one step's directory, or what `ipt import` wrote. `config_from_hf` refuses what the decoder does
-not compute (biases, other activations, other RoPE scalings) instead of dropping it. Imports no JAX.
+latest checkpoint that verifies), one step's directory, or what `ipt import` wrote. All bytes of a checkpoint are
+compared with its digests first. `config_from_hf` refuses what the decoder does not compute (biases, other activations,
+other RoPE scalings) instead of dropping it. Imports no JAX.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ipt_jax.corpus.settings import UserError, check_settings
 from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.integrity import DIGESTS, LOADED, damage, newest_verified, refuse_all, unverified
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -35,20 +38,35 @@ def resolve_checkpoint(path: str | Path) -> ModelSource:
         raise UserError(f"model {path}: no such directory; give an HF directory, a run, a step or an import")
     if (path / "config.json").is_file():
         return ModelSource("hf", path, path / "config.json", _tokenizer(path))
-    for step in (path, path / "checkpoint", *_steps(path / "checkpoints")):
-        if (step / "params").is_dir() and (step / "model.json").is_file():
-            places = (step.parent / "tokenizer", step.parent.parent / "tokenizer")
-            tokenizer = next((found for place in places if (found := _tokenizer(place))), None)
-            return ModelSource("params", step / "params", step / "model.json", tokenizer)
-    raise UserError(
-        f"model {path}: neither config.json (an HF directory) nor a checkpoint; a run has one after its first save"
-    )
+    step = _checkpoint(path)
+    if step is None:
+        raise UserError(
+            f"model {path}: neither config.json (an HF directory) nor a checkpoint; a run has one after its first save"
+        )
+    if unverified(step):
+        print(f"warning: {step} has no digests.json (an earlier version wrote it): not verified", file=sys.stderr)
+    places = (step.parent / "tokenizer", step.parent.parent / "tokenizer")
+    tokenizer = next((found for place in places if (found := _tokenizer(place))), None)
+    return ModelSource("params", step / "params", step / "model.json", tokenizer)
 
 
-def _steps(checkpoints: Path) -> list[Path]:
-    """Whole checkpoints, the latest first; one under way carries another name."""
-    steps = [step for step in checkpoints.glob("*") if step.name.isdigit()]
-    return sorted(steps, key=lambda step: -int(step.name))
+def _checkpoint(path: Path) -> Path | None:
+    """The directory with the parameters: `path`, an import's, or the newest step of a run that verifies."""
+    for directory in (path, path / "checkpoint"):
+        if (directory / "params").is_dir() or (directory / DIGESTS).is_file():
+            if found := damage(directory, LOADED):
+                raise UserError(f"model {directory}: {found}; give another checkpoint or copy it again")
+            return directory
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        raise UserError(f"model {path}: {damage(path, LOADED)}; give another checkpoint or copy it again")
+    newest, skipped = newest_verified(path / "checkpoints", LOADED)
+    if newest is None and skipped:
+        raise refuse_all(skipped)
+    for step, found in skipped:
+        print(f"warning: checkpoint {step} is skipped: {found}", file=sys.stderr)
+    if newest is not None and skipped:
+        print(f"warning: step {newest.name} is used, which verifies", file=sys.stderr)
+    return newest
 
 
 def _tokenizer(directory: Path) -> Path | None:

@@ -1,15 +1,18 @@
 """Checkpoints in RUN/checkpoints/STEP, written by Orbax while training goes on.
 
-Guarantees: a directory that carries a step's number is whole (Orbax writes under another name and renames at the end;
-leftovers of a killed save are removed at the next start); the last K are kept; a run whose data plan, model, optimizer
-or seed differ from the checkpoint's is refused, naming the field. Beside the arrays (`params`, `optimizer`) lie
-`record` (step, tokens, what the run was made with) and `model.json`, so that one step's directory can be read alone.
-Does not check a checkpoint's bytes again when it reads them.
+Guarantees: a directory gets a step's number when all of its bytes are on disk and listed in its `digests.json`; a save
+that fails is reported when it fails, leaves nothing behind, and costs no earlier checkpoint; the last K are kept.
+Beside the arrays (`params`, `optimizer`) lie `record` (step, tokens, what the run was made with) and `model.json`, so
+that one step's directory can be read alone.
+Does not end the other hosts' wait when one host fails to write: they time out after Orbax's 20 minutes.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +21,21 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.corpus.files import sync_directory
+from ipt_jax.corpus.settings import Fault, UserError
 from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.integrity import numbered, write_digests
 from ipt_jax.model.paths import LiteralPath
+from ipt_jax.train.record import tell
 from ipt_jax.train.state import TrainState
+
+SAVING, REMOVING = ".saving", ".removing"  # what follows a step's number before and after its time
+FULL = "No space left on device"
 
 
 class Record(msgspec.Struct):
@@ -34,6 +45,7 @@ class Record(msgspec.Struct):
     tokens: int  # trained on so far, padding not counted
     plan_fingerprint: str
     made_with: dict[str, Any]
+    digests: bool = False  # whether digests.json has to be there: checkpoints of earlier versions have none
 
 
 class RecordHandler(ocp.JsonCheckpointHandler):
@@ -61,55 +73,77 @@ class RecordRestore(ocp.args.JsonRestore):
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """Writes and reads the checkpoints of one run. Entered after the run has chosen what it resumes from."""
 
     def __init__(self, run_dir: Path, model: ModelConfig, keep: int):
         self.path = run_dir.absolute() / "checkpoints"  # Orbax refuses relative paths
-        self._manager = ocp.CheckpointManager(
-            LiteralPath(self.path),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
-                "record": RecordHandler(model),
-            },
+        self._keep = keep
+        handler = ocp.CompositeCheckpointHandler(
+            params=ocp.StandardCheckpointHandler(),
+            optimizer=ocp.StandardCheckpointHandler(),
+            record=RecordHandler(model),
         )
+        self._orbax = ocp.AsyncCheckpointer(handler)
+        self._saving: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._last = False
 
     def __enter__(self) -> Self:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._wait()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Waits for a save under way: leaving earlier would throw it away."""
-        self._manager.close()
+        self._wait()
+        self._orbax.close()
 
-    def latest(self) -> Record | None:
-        """The record of the newest whole checkpoint."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        return msgspec.json.decode((self.path / str(step) / "record" / "record.json").read_bytes(), type=Record)
+    def save(self, state: TrainState, record: Record, *, last: bool) -> None:
+        """Copies the state off the devices and returns. Writing continues in the background, and prints its end.
 
-    def save(self, state: TrainState, record: Record) -> None:
-        """Copies the state off the devices and returns; writing goes on in the background."""
-        self._manager.save(
-            record.step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                record=RecordSave(msgspec.to_builtins(record)),
-            ),
-            force=True,
-        )
+        A save that fails is printed, and the next one is the next try; `finish` raises for the last of a run.
+        """
+        self._wait()
+        self._failure, self._last = None, last
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))
+        room = jax.process_index() != 0 or self._has_room(record.step, size if last else 2 * size)
+        if not from_first_process(room):
+            self._failure = self._failure or UserError("the first process found no room for a checkpoint")
+            return
+        try:
+            self._orbax.save(
+                LiteralPath(self.path / f"{record.step}{SAVING}"),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(state.optimizer),
+                    record=RecordSave(msgspec.to_builtins(msgspec.structs.replace(record, digests=True))),
+                ),
+                force=True,
+            )
+        except (OSError, ValueError) as error:  # Orbax reports a failed write as ValueError
+            self._fail(record.step, error)
+            return
+        self._saving = threading.Thread(target=self._commit, args=(record.step,), name="commit_checkpoint")
+        self._saving.start()
+
+    def finish(self) -> None:
+        """Waits until the last save is on disk, on all hosts. Raises UserError or Fault when it is not."""
+        self._wait()
+        failed = np.asarray(self._failure is not None)
+        if jax.process_count() > 1:
+            failed = multihost_utils.process_allgather(failed).any()
+        if failed:
+            raise self._failure or Fault("the last save of the run failed on another host, which prints why")
 
     def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
         """The state saved at `step`, straight into its shards; `state` gives shapes."""
         wanted = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), state, shardings
         )
-        restored = self._manager.restore(
-            step,
+        restored = self._orbax.restore(
+            LiteralPath(self.path / str(step)),
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(wanted.params),
                 optimizer=ocp.args.StandardRestore(wanted.optimizer),
@@ -117,24 +151,89 @@ class Checkpoints:
         )
         return TrainState(jax.device_put(jnp.int32(step), shardings.step), restored["params"], restored["optimizer"])
 
+    def _wait(self) -> None:
+        """Waits for a save under way, then removes parts of failed ones, whose threads may have written on."""
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        if jax.process_index() == 0:
+            remove_leftovers(self.path)
 
-def refuse_changed(run_dir: Path, record: Record, made_with: dict[str, Any]) -> None:
-    """Raises UserError naming the first field in which the run's checkpoint and the recipe differ."""
-    before, now = flatten(record.made_with), flatten(json.loads(json.dumps(made_with)))
-    for field in dict.fromkeys([*now, *before]):  # a tokenizer before the contents that it changed
-        if before.get(field) != now.get(field):
-            raise UserError(
-                f"run_dir {run_dir}: its checkpoint at step {record.step} was made with {field}="
-                f"{before.get(field)!r}, now it is {now.get(field)!r}; give another run_dir, or set it back"
-            )
+    def _has_room(self, step: int, needed: int) -> bool:
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            self._fail(step, OSError(f"needs {needed / 1e6:,.1f} MB of free space, the disk has {free / 1e6:,.1f} MB"))
+        return free >= needed
+
+    def _commit(self, step: int) -> None:
+        """Waits for Orbax; then the first process makes the checkpoint durable and gives it its number."""
+        started = time.monotonic()
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() != 0:
+                return
+            size = write_digests(self.path / f"{step}{SAVING}")
+            os.replace(self.path / f"{step}{SAVING}", self.path / str(step))
+            sync_directory(self.path)
+        except Exception as error:  # of whatever kind: a thread's exception would reach nobody
+            self._fail(step, error)
+            return
+        tell(f"saved at step {step}: {size / 1e6:,.1f} MB on disk after {time.monotonic() - started:.1f} s")
+        for old in numbered(self.path)[self._keep :]:
+            remove(old)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Reports a save that failed and removes its parts, which would take the next one's room."""
+        drain(self._orbax)
+        if jax.process_index() == 0:
+            remove_leftovers(self.path)
+        reason = why(error)
+        kept = numbered(self.path)
+        resumes = f"the last checkpoint is step {kept[0].name}" if kept else "there is no checkpoint yet"
+        if not self._last:  # else `finish` raises
+            tell(f"step {step} is not saved ({reason}); {resumes}; training continues, the next save tries again")
+        where = f"run_dir {self.path.parent}: step {step} is not saved ({reason}); {resumes}"
+        if isinstance(error, OSError | ValueError):
+            self._failure = UserError(f"{where}; free space or repair the disk, and rerun the same command to resume")
+        else:
+            self._failure = Fault(f"{where}; rerun the same command to resume")
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b.0": value} of nested dicts and lists."""
-    if not isinstance(value, dict | list) or not value:
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    flat: dict[str, Any] = {}
-    for name, inner in items:
-        flat |= flatten(inner, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+def drain(checkpointer: ocp.AsyncCheckpointer) -> None:
+    """Fetches what else failed in the same save: Orbax would raise it in the next one, one error a call."""
+    for _ in range(10):
+        try:
+            checkpointer.wait_until_finished()
+            return
+        except Exception:  # its first error is reported
+            continue
+
+
+def why(error: Exception) -> str:
+    """The reason of a failed write, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return FULL if FULL in text else text[:300]
+
+
+def from_first_process(value: int) -> int:
+    """The first process's `value`, on all hosts."""
+    if jax.process_count() == 1:
+        return int(value)
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Removes what a save or a removal that was killed left."""
+    for entry in checkpoints.iterdir():
+        if SAVING in entry.name or REMOVING in entry.name or ".orbax-checkpoint-tmp" in entry.name:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def remove(step: Path) -> None:
+    """Removes a checkpoint: first its number, so that a part of it is never taken for a checkpoint."""
+    leaving = step.with_name(step.name + REMOVING)
+    try:
+        os.replace(step, leaving)
+        shutil.rmtree(leaving)
+    except OSError as error:
+        tell(f"checkpoint {step.name} cannot be removed ({error.strerror or error}); the disk may fill up")

@@ -1,16 +1,17 @@
 """`ipt train`: one straight line from a recipe to a trained model.
 
-Guarantees: a run goes on by itself from its newest whole checkpoint, and steps k+1 … N after a kill give the bits that
-an undisturbed run gives (same hardware); SIGTERM saves and ends the run, which `ipt train` reports as unfinished by
-exit code 143; a loss or gradient that is not finite
-stops it, naming the step, before anything is saved; two processes never write into one run directory. The host never
-waits for the step it has just started: metrics are fetched a logging interval later.
+Guarantees: a run resumes by itself from its newest checkpoint that verifies, and steps k+1 … N after a kill give the
+bits that an undisturbed run gives (same hardware); SIGTERM saves and ends the run when the save is on disk, which
+`ipt train` reports as unfinished by exit code 143; a loss or gradient that is not finite stops it, naming the step,
+before anything is saved; two processes never write into one run directory.
+The host never waits for the step it has just started: metrics are fetched a logging interval later.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import operator
 import os
 import signal
@@ -38,18 +39,20 @@ from ipt_jax.model.source import read_model_config, resolve_checkpoint
 from ipt_jax.parallel.devices import training_devices
 from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
 from ipt_jax.parallel.process import enable_compile_cache, initialize_distributed
-from ipt_jax.train.checkpoint import Checkpoints, Record, refuse_changed
+from ipt_jax.train.checkpoint import Checkpoints, Record
 from ipt_jax.train.layout import check_layout
 from ipt_jax.train.ledger import Ledger
 from ipt_jax.train.metrics import last_line
 from ipt_jax.train.program import Program, build_program, lower
 from ipt_jax.train.record import copy_tokenizer, describe, tell, tell_start, write_record
+from ipt_jax.train.resume import find_newest, refuse_changed, set_aside
 from ipt_jax.train.state import TrainState, fresh_state, state_from_params
 
 
 def run_train(recipe: Recipe) -> dict[str, Any]:
     """Trains to the end of the plan, or until SIGTERM: {run_dir, step, steps, tokens, loss}; `steps` are the plan's."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # so do its tasks, once for each array of a failed save
     processes = initialize_distributed()
     enable_compile_cache()
     devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
@@ -61,14 +64,16 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, devices)
     program = build_program(recipe, model, mesh, plan.steps)
 
-    with claim(run_dir), Checkpoints(run_dir, model, recipe.train.keep_checkpoints) as checkpoints:
+    with claim(run_dir), contextlib.ExitStack() as stack:
         identity = made_with(recipe, model, plan)
-        found = checkpoints.latest()
+        found, skipped = find_newest(run_dir)
         if found is not None:
             refuse_changed(run_dir, found, identity)
-            if found.step == plan.steps:
-                return result(recipe, plan, found, last_line(run_dir))
+        set_aside(run_dir, found, skipped)
+        if found is not None and found.step == plan.steps:
+            return result(recipe, plan, found, last_line(run_dir))
 
+        checkpoints = stack.enter_context(Checkpoints(run_dir, model, recipe.train.keep_checkpoints))
         start = found or Record(0, 0, plan.fingerprint, identity)
         if jax.process_index() == 0:
             described = describe(recipe, plan, program, processes)
@@ -105,11 +110,14 @@ def train(
             done += 1
             ledger.add(done, metrics)
             stop = stop_asked(done)
-            if stop or done == plan.steps or done % settings.checkpoint_every == 0:
+            last = stop or done == plan.steps
+            if last or done % settings.checkpoint_every == 0:
                 ledger.settle(done)  # all of them are known to be finite before anything is saved
-                checkpoints.save(state, ledger.record)
+                checkpoints.save(state, ledger.record, last=last)
             elif done % settings.log_every == 0:
                 ledger.settle(done - 1)  # the devices are busy with step `done` meanwhile
+            if last:
+                checkpoints.finish()  # a further SIGTERM waits for it
             if stop:
                 tell(f"SIGTERM: saved at step {done} of {plan.steps}; the same command goes on from there")
                 return
@@ -187,7 +195,7 @@ def claim(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # Orbax reports a failed write as ValueError
-        if "No space left on device" not in str(error):
+        if isinstance(error, UserError) or "No space left on device" not in str(error):
             raise
         raise UserError(
             f"run_dir {run_dir}: cannot be written (No space left on device); free space and run the same command "
@@ -208,7 +216,13 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread can listen for signals
         yield lambda step: False
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():  # os.write: a print that this signal interrupts cannot be entered again
+            os.write(2, b"ipt train: SIGTERM again: the run ends when its save is on disk\n")
+        asked.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
     try:
         yield lambda step: asked.is_set()
     finally:

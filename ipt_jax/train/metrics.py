@@ -1,13 +1,16 @@
 """What a run measures: metrics.jsonl, TensorBoard events, and losses from the step's sums.
 
 Guarantees that no step stands twice in metrics.jsonl, also after a kill and a resume: lines beyond the step that a run
-goes on from, and a last line cut short, are dropped first.
+resumes from are dropped first. So is a last line that a kill or a power cut left in pieces or as NUL bytes, which is
+printed; any other damaged line is a UserError with its number.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,30 +20,65 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import Summary
 
 from ipt_jax.corpus.files import write_whole
+from ipt_jax.corpus.settings import UserError
 from ipt_jax.train.loss import KINDS
+from ipt_jax.train.record import tell
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of one run, from `step` on."""
+    """metrics.jsonl and TensorBoard events of one run, from `step` on. A full disk delays lines, it loses none."""
 
     def __init__(self, run_dir: Path, step: int):
-        path = run_dir / "metrics.jsonl"
-        kept = [line for line in _whole_lines(path) if line["step"] <= step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._path = run_dir / "metrics.jsonl"
+        lines, cut = read_lines(self._path)
+        if cut:
+            tell(f"{self._path}: its last line is damaged (a kill or a power cut): {cut:,} bytes are removed")
+        kept = [line for line in lines if line["step"] <= step]
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.last: dict[str, Any] | None = kept[-1] if kept else None
-        self._file = path.open("a", encoding="utf-8")
-        self._board = Board(run_dir / "tensorboard", step)
+        self._file = self._path.open("ab", buffering=0)
+        self._held = b""  # lines that the disk had no room for
+        self._events = run_dir / "tensorboard"
+        self._board: Board | None = Board(self._events, step)
 
     def write(self, line: dict[str, Any]) -> None:
         """One logged step; on disk when this returns, as far as a killed process is concerned."""
         self.last = line
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._board.write(line)
+        first = not self._held
+        self._held += (json.dumps(line) + "\n").encode()
+        try:
+            self._write_held()
+            self._board = self._board or Board(self._events, line["step"] - 1)
+            self._board.write(line)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._board = None  # its file may end in pieces; the next line begins another
+            if first:
+                tell(f"{self._path}: cannot be written ({error.strerror}); its lines are written when there is space")
+
+    def _write_held(self) -> None:
+        """All or nothing, so that no line is left in pieces."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(self._held) != len(self._held):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
+        self._held = b""
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Raises OSError when lines are left that the disk has no room for."""
+        try:
+            if self._held:
+                self._write_held()
+        finally:
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
 
 class Board:
@@ -73,17 +111,35 @@ def flatten(line: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a killed run may have left its last one in pieces."""
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics file, and the bytes of a damaged last one that are left out."""
     if not path.is_file():
-        return []
-    *lines, _cut = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+        return [], 0
+    *ended, torn = path.read_bytes().split(b"\n")
+    lines = [_parse(line) for line in ended]
+    cut = len(torn)
+    if lines and lines[-1] is None:
+        lines.pop()
+        cut += len(ended[-1]) + 1
+    if None in lines:
+        raise UserError(
+            f"{path}, line {lines.index(None) + 1}: is damaged; remove this line, then rerun the same command to resume"
+        )
+    return [line for line in lines if line is not None], cut
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's fields; None for one that is damaged."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 def last_line(run_dir: Path) -> dict[str, Any] | None:
     """The last logged step of a run."""
-    lines = _whole_lines(run_dir / "metrics.jsonl")
+    lines, _ = read_lines(run_dir / "metrics.jsonl")
     return lines[-1] if lines else None
 
 
