@@ -21,9 +21,9 @@ import grain
 import numpy as np
 from token_corpus import web_lengths
 
-from ipt_jax.data.blocks import documents_in_memory
-from ipt_jax.data.order import MergedOrder, Stream
+from ipt_jax.data.block_table import documents_in_memory
 from ipt_jax.data.packing import CHUNK_ROWS, BestFit
+from ipt_jax.data.shuffle import MergedOrder, Stream
 
 
 def text_lengths(path: Path) -> np.ndarray:

@@ -10,8 +10,8 @@ from random import Random
 from typing import NamedTuple
 
 from ipt_jax.corpus.records import Pair
-from synth.prompt import wire_pair
-from synth.verify.words import NEGATIONS, is_content, plain_word, words
+from synth.format.wire import wire_pair
+from synth.text.words import NEGATIONS, is_content, plain_word, words
 
 AUXILIARIES = frozenset(
     "is are was were am be had has have did does do could can would will should must may might".split()
@@ -65,7 +65,7 @@ class Corrupter:
     """Draws of one seed; the right and the wrong case of each fault, or None where a case does not allow it."""
 
     def __init__(self, cases: list[Case], seed: int) -> None:
-        self.cases, self.luck = cases, Random(seed)
+        self.cases, self.rng = cases, Random(seed)
         self.beside: dict[str, list[Case]] = {}
         self.names: dict[str, set[str]] = {}
         for case in cases:
@@ -76,7 +76,7 @@ class Corrupter:
 
     def elsewhere(self, case: Case) -> Case:
         """A case of another story."""
-        while (other := self.luck.choice(self.cases)).story == case.story:
+        while (other := self.rng.choice(self.cases)).story == case.story:
             continue
         return other
 
@@ -85,14 +85,14 @@ class Corrupter:
 
     def swapped_same_text(self, case: Case) -> Case | None:
         others = [other.answer for other in self.beside[case.context] if other.answer != case.answer]
-        return case._replace(answer=self.luck.choice(others)) if others else None
+        return case._replace(answer=self.rng.choice(others)) if others else None
 
     def question_swapped(self, case: Case) -> Case:
         return case._replace(question=self.elsewhere(case).question)
 
     def entity_swapped(self, case: Case) -> Case | None:
         """A name or number of the answer becomes one of another story."""
-        while (story := self.luck.choice(self.stories)) == case.story:
+        while (story := self.rng.choice(self.stories)) == case.story:
             continue
         return self.rename(case, self.names[case.story], sorted(self.names[story] - self.names[case.story]))
 
@@ -103,11 +103,11 @@ class Corrupter:
 
     def rename(self, case: Case, known: set[str], others: list[str]) -> Case | None:
         mine = [word for word in words(case.answer) if word in known]
-        word = self.luck.choice(mine) if mine else ""
+        word = self.rng.choice(mine) if mine else ""
         others = [other for other in others if other != word and other[0].isdigit() == word[:1].isdigit()]
         if not word or not others:
             return None
-        answer = re.sub(rf"\b{re.escape(word)}\b", self.luck.choice(others), case.answer)
+        answer = re.sub(rf"\b{re.escape(word)}\b", self.rng.choice(others), case.answer)
         return case._replace(answer=answer)
 
     def negation_added(self, case: Case) -> Case | None:
@@ -134,25 +134,25 @@ class Corrupter:
         return None
 
     def foreign(self, case: Case) -> Case:
-        question, answer = self.luck.choice(FOREIGN)
+        question, answer = self.rng.choice(FOREIGN)
         return case._replace(question=question, answer=answer)
 
     def looped(self, case: Case) -> Case:
         """The answer runs in circles, as small models do."""
-        return case._replace(answer=" ".join([case.answer] * self.luck.randint(2, 5)))
+        return case._replace(answer=" ".join([case.answer] * self.rng.randint(2, 5)))
 
     def chosen(self, case: Case, *, same_text: bool) -> tuple[Case, Case] | None:
         """The case with options, the right one chosen; and one of the others chosen."""
         if same_text:
             others = sorted({other.answer for other in self.beside[case.context]} - {case.answer})
-            others = self.luck.sample(others, min(OPTIONS - 1, len(others)))
+            others = self.rng.sample(others, min(OPTIONS - 1, len(others)))
         else:
             others = sorted({self.elsewhere(case).answer for _ in range(OPTIONS - 1)} - {case.answer})
         if not others:
             return None
-        choices = self.luck.sample([case.answer, *others], len(others) + 1)
+        choices = self.rng.sample([case.answer, *others], len(others) + 1)
         right = case._replace(choices=tuple(choices))
-        return right, right._replace(answer=self.luck.choice(others))
+        return right, right._replace(answer=self.rng.choice(others))
 
 
 def names(text: str) -> set[str]:

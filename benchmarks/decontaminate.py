@@ -22,8 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, encode
-from ipt_jax.corpus.settings import check_settings
 from ipt_jax.corpus.shards import Output
 from synth.decontaminate.run import DecontaminateSettings, run_decontaminate
 
@@ -61,8 +61,8 @@ def rows(name: str) -> list[dict]:
 def write_benchmark(path: Path, items: int) -> None:
     known = [{"question": one["question"], "answer": one["answer"]} for row in rows("val") for one in row["qa"]]
     words = sorted({word for row in rows("train") for word in row["context"].split()})
-    luck = random.Random(0)
-    drawn = ({"question": " ".join(luck.choices(words, k=15)), "answer": " ".join(luck.choices(words, k=5))}
+    rng = random.Random(0)
+    drawn = ({"question": " ".join(rng.choices(words, k=15)), "answer": " ".join(rng.choices(words, k=5))}
              for _ in range(items - len(known)))  # fmt: skip
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(item) + "\n" for item in [*known, *drawn])

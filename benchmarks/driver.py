@@ -26,18 +26,18 @@ from typing import Any
 from synthesis import write_corpus
 from tokenizing import mistral
 
-from ipt_jax.corpus.digests import KnownDigests
-from ipt_jax.corpus.settings import check_settings
+from ipt_jax.core.hashing import FileHashCache
+from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import RunSettings
-from synth.drive import in_flight
 from synth.engine import Completion, Engine, synthesizer_tokenizer
 from synth.engine.base import Places
 from synth.engine.scripted import ScriptedEngine, quote_pairs
-from synth.prompt import pairs_text
-from synth.run import fill, make_chain, open_output, run_identity
-from synth.store import Store
-from synth.worklist import list_work
+from synth.format.wire import pairs_text
+from synth.generate.group_store import GroupStore
+from synth.generate.run import fill, make_chain, open_output, run_identity
+from synth.generate.scheduler import in_flight
+from synth.generate.work_list import list_work
 
 IN_FLIGHT = 512
 CANNED = 64
@@ -49,7 +49,7 @@ class CannedEngine:
         self._places = Places(places)
         words = "the old mill by the river was sold in spring to a baker who came from far away".split()
         lucks = [random.Random(number) for number in range(CANNED)]
-        texts = [pairs_text(quote_pairs(" ".join(luck.sample(words, len(words))), luck)) for luck in lucks]
+        texts = [pairs_text(quote_pairs(" ".join(rng.sample(words, len(words))), rng)) for rng in lucks]
         self._answers = [tokenizer.encode(text, continuing=True) for text in texts]
 
     async def generate(self, prompt_ids: list[int], *, seed: int, priority: int = 0, **_: Any) -> Completion:
@@ -81,12 +81,12 @@ def measure(folder: Path, name: str, texts: int, rounds: int, latency: float) ->
     """In a process of its own: one run from start to end, then one line of JSON."""
     settings = recipe(folder, name, texts, rounds, latency)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
-    chain = make_chain(settings, tokenizer, run_identity(settings, tokenizer, KnownDigests(folder / "digests.json")))
+    chain = make_chain(settings, tokenizer, run_identity(settings, tokenizer, FileHashCache(folder / "digests.json")))
     used = [time.process_time()]
     work = list_work(settings, tokenizer, chain.fingerprint)
     used.append(time.process_time())
     with open_output(settings.output, {}) as output:
-        store = Store(output, work, settings.groups_per_shard)
+        store = GroupStore(output, work, settings.groups_per_shard)
         engine: Engine
         if name == "canned":
             engine = CannedEngine(tokenizer, settings.synthesizer.max_num_seqs, latency)
@@ -104,7 +104,7 @@ def measure(folder: Path, name: str, texts: int, rounds: int, latency: float) ->
     )
 
 
-async def watched(work: Any, store: Store, texts: int) -> list[tuple[int, float]]:
+async def watched(work: Any, store: GroupStore, texts: int) -> list[tuple[int, float]]:
     """Runs `work`; resident MiB at each tenth of the texts."""
     task, marks = asyncio.ensure_future(work), list[tuple[int, float]]()
     while not task.done():
@@ -166,7 +166,7 @@ def report(folder: Path, arguments: argparse.Namespace) -> None:
                 end="",
             )
             print(
-                f"survey {texts / found['survey']:,.0f} texts a CPU second; peak {found['peak']:.0f} MiB; resident ",
+                f"survey {texts / found['work_list']:,.0f} texts a CPU second; peak {found['peak']:.0f} MiB; resident ",
                 end="",
             )
             print(", ".join(f"{done:,}: {size:.0f}" for done, size in found["memory"]), flush=True)

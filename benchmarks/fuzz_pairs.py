@@ -20,9 +20,9 @@ import time
 from collections import Counter
 
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
-from synth.documents import RenderSettings, render_group
-from synth.parse import parse_completion
-from synth.prompt import pairs_text
+from synth.format.parser import parse_completion
+from synth.format.wire import pairs_text
+from synth.render.documents import RenderSettings, render_group
 
 # ---- the grammar: one completion as a text between closing tags
 #
@@ -157,69 +157,67 @@ WORDS = [
 ]
 
 
-def some_words(luck: random.Random, most: int) -> str:
-    return " ".join(luck.choices(WORDS, k=luck.randint(1, most)))
+def some_words(rng: random.Random, most: int) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
 
 
-def valid_pair(luck: random.Random) -> str:
-    question, answer = some_words(luck, 6) + "?", some_words(luck, 4)
-    if luck.random() < 0.5:
-        count = luck.choice([2, 3, 4, 26, 27])
-        options = [f"{some_words(luck, 3)} {number}" for number in range(count)]
-        answer = luck.choice(options) + luck.choice(["", "."])
+def valid_pair(rng: random.Random) -> str:
+    question, answer = some_words(rng, 6) + "?", some_words(rng, 4)
+    if rng.random() < 0.5:
+        count = rng.choice([2, 3, 4, 26, 27])
+        options = [f"{some_words(rng, 3)} {number}" for number in range(count)]
+        answer = rng.choice(options) + rng.choice(["", "."])
         question += "\nOptions:" + "".join(f"\n- {option}" for option in options)
-    if luck.random() < 0.4:
+    if rng.random() < 0.4:
         question += f"\n{CUE}"
-        answer = f"{some_words(luck, 8)}.\n{FINAL}{answer}"
+        answer = f"{some_words(rng, 8)}.\n{FINAL}{answer}"
     return f"<QUE> {question} <ANS> {answer} </END>"
 
 
-def valid_text(luck: random.Random) -> str:
-    pairs = [valid_pair(luck) for _ in range(luck.randint(1, 4))]
-    if luck.random() < 0.2:
-        pairs.append(luck.choice(pairs))
+def valid_text(rng: random.Random) -> str:
+    pairs = [valid_pair(rng) for _ in range(rng.randint(1, 4))]
+    if rng.random() < 0.2:
+        pairs.append(rng.choice(pairs))
     return "\n\n".join(pairs)
 
 
-def tag_soup(luck: random.Random) -> str:
-    return "".join(luck.choices(BITS, k=luck.randint(0, 30)))
+def tag_soup(rng: random.Random) -> str:
+    return "".join(rng.choices(BITS, k=rng.randint(0, 30)))
 
 
-def soup_between_tags(luck: random.Random) -> str:
+def soup_between_tags(rng: random.Random) -> str:
     """Pairs of syntax alone: tags where they belong, and any order of the rest between them."""
-    question, answer = (["".join(luck.choices(SYNTAX, k=luck.randint(1, 9))) for _ in range(3)] for _ in range(2))
+    question, answer = (["".join(rng.choices(SYNTAX, k=rng.randint(1, 9))) for _ in range(3)] for _ in range(2))
     return "".join(f"<QUE>{ask}<ANS>{reply}</END>" for ask, reply in zip(question, answer, strict=True))
 
 
-def any_unicode(luck: random.Random) -> str:
-    letters = (chr(luck.choice([luck.randrange(0xD800), luck.randrange(0xE000, 0x110000)])) for _ in range(20))
-    return "".join(luck.choice([letter, luck.choice(BITS)]) for letter in letters)
+def any_unicode(rng: random.Random) -> str:
+    letters = (chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(20))
+    return "".join(rng.choice([letter, rng.choice(BITS)]) for letter in letters)
 
 
-def mutated(luck: random.Random) -> str:
-    text = valid_text(luck)
-    for _ in range(luck.randint(1, 4)):
-        start = luck.randrange(len(text) + 1)
-        stop = min(len(text), start + luck.choice([0, 0, 1, 1, 2, 5, 9, 30]))
-        put = luck.choice(
-            ["", luck.choice(BITS), luck.choice(BITS), luck.choice(string.printable), text[start:stop] * 2]
-        )
+def mutated(rng: random.Random) -> str:
+    text = valid_text(rng)
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(len(text) + 1)
+        stop = min(len(text), start + rng.choice([0, 0, 1, 1, 2, 5, 9, 30]))
+        put = rng.choice(["", rng.choice(BITS), rng.choice(BITS), rng.choice(string.printable), text[start:stop] * 2])
         text = text[:start] + put + text[stop:]
     return text
 
 
-def swapped(luck: random.Random) -> str:
+def swapped(rng: random.Random) -> str:
     """A valid text whose bits of syntax are exchanged for others, doubled or left out."""
-    bits = re.split(r"(<QUE>|<ANS>|</END>|\n)", valid_text(luck))
-    for _ in range(luck.randint(1, 3)):
-        place = luck.randrange(len(bits))
-        bits[place] = luck.choice([luck.choice(BITS), bits[place] * 2, "", luck.choice(bits)])
+    bits = re.split(r"(<QUE>|<ANS>|</END>|\n)", valid_text(rng))
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(bits))
+        bits[place] = rng.choice([rng.choice(BITS), bits[place] * 2, "", rng.choice(bits)])
     return "".join(bits)
 
 
-def truncated(luck: random.Random) -> str:
-    text = valid_text(luck)
-    return text[luck.choice([0, 0, luck.randrange(len(text))]) : luck.randrange(len(text) + 1)]
+def truncated(rng: random.Random) -> str:
+    text = valid_text(rng)
+    return text[rng.choice([0, 0, rng.randrange(len(text))]) : rng.randrange(len(text) + 1)]
 
 
 KINDS = [valid_text, tag_soup, soup_between_tags, any_unicode, mutated, mutated, swapped, swapped, truncated]
@@ -228,21 +226,21 @@ KINDS = [valid_text, tag_soup, soup_between_tags, any_unicode, mutated, mutated,
 # ---- the comparison
 
 
-def check(text: str, luck: random.Random) -> tuple[int, int]:
+def check(text: str, rng: random.Random) -> tuple[int, int]:
     """Accepted pairs and all; AssertionError where the two sides differ or something else is wrong."""
-    pairs = parse_completion(text, finished=luck.random() < 0.5)
+    pairs = parse_completion(text, finished=rng.random() < 0.5)
     assert [pair.verdict == "accepted" for pair in pairs] == accepts(text), "grammar and parser differ"
     accepted = [pair for pair in pairs if pair.verdict == "accepted"]
     assert parse_completion(pairs_text(accepted), True) == accepted, "accepted pairs are not read back"
-    rendered(text, pairs, luck)
+    rendered(text, pairs, rng)
     return len(accepted), len(pairs)
 
 
-def rendered(text: str, pairs: list[Pair], luck: random.Random) -> None:
+def rendered(text: str, pairs: list[Pair], rng: random.Random) -> None:
     """Renders the pairs under a context that is hostile too."""
-    context = luck.choice(["An old mill.", text, "{answer} {text}"])
+    context = rng.choice(["An old mill.", text, "{answer} {text}"])
     record = GroupText("t", 0, len(context), context, "s", pairs, 1, 0, 0, 0, "stop")
-    group = SynthGroup(f"{luck.randrange(1 << 40):x}", [record], "m", "w", {}, "f")
+    group = SynthGroup(f"{rng.randrange(1 << 40):x}", [record], "m", "w", {}, "f")
     for document in render_group(group, RECIPE, Counter(), Counter()):
         assert document.text.strip(), "an empty document"
 
@@ -254,11 +252,11 @@ def run(job: tuple[int, int, int]) -> Counter[str]:
     seed, start, stop = job
     found: Counter[str] = Counter()
     for number in range(start, stop):
-        luck = random.Random(f"{seed} {number}")
+        rng = random.Random(f"{seed} {number}")
         kind = KINDS[number % len(KINDS)]
-        text = kind(luck)
+        text = kind(rng)
         try:
-            accepted, pairs = check(text, luck)
+            accepted, pairs = check(text, rng)
         except Exception as error:
             raise RuntimeError(f"seed {seed}, number {number}, {kind.__name__}: {error}\n{text!r}") from error
         found.update(outputs=1, pairs=pairs, accepted=accepted, with_accepted=accepted > 0)

@@ -142,8 +142,7 @@ def compare_attention(context: Context, shape: Numbers) -> Row:
     import jax.numpy as jnp
     import numpy as np
 
-    from ipt_jax.model.attention import attend
-    from ipt_jax.model.cudnn import attend_cudnn
+    from ipt_jax.model.attention import attend, attend_cudnn
 
     B, T, N, K, H = 2, shape.T // (4 if context.tiny else 1), shape.N, shape.K, shape.H
     draw = np.random.default_rng([T, N, K, H])
@@ -221,9 +220,9 @@ def build(context: Context, case: Case) -> Any:
     import jax
 
     from ipt_jax.config import Recipe
-    from ipt_jax.model.config import resolve_model
+    from ipt_jax.hf.config import resolve_model
     from ipt_jax.parallel.mesh import make_mesh
-    from ipt_jax.train.program import build_program
+    from ipt_jax.train.step import build_program
 
     rows = rows_that_fit(context, case)
     length = 128 if context.tiny else LENGTH
@@ -247,7 +246,7 @@ def rows_that_fit(context: Context, case: Case) -> int:
 
 
 def compile_timed(program: Any) -> tuple[Any, float]:
-    from ipt_jax.train.program import lower
+    from ipt_jax.train.step import lower
 
     begun = time.monotonic()
     compiled = lower(program).compile()
@@ -321,9 +320,9 @@ def synthesis(context: Context) -> Iterator[Row]:
     import jax
     import jax.numpy as jnp
 
-    from ipt_jax.generate import LanguageModel
+    from ipt_jax.inference.language_model import LanguageModel
     from ipt_jax.model.config import ModelConfig
-    from ipt_jax.model.mistral import abstract_params
+    from ipt_jax.model.decoder import abstract_params
 
     config = ModelConfig(**(TINY | {"eos_id": None} if context.tiny else SYNTHESIZER))
     shapes, tree = jax.tree.flatten(abstract_params(config, jnp.bfloat16))
@@ -388,8 +387,8 @@ def roofline(context: Context) -> Iterator[Row]:
     import jax
 
     from ipt_jax.compile.roofline import kernels, predict
-    from ipt_jax.train.program import lower
     from ipt_jax.train.state import fresh_state
+    from ipt_jax.train.step import lower
 
     case = next(case for case in FRONTIER if case.size == context.argument)
     program = build(context, case)

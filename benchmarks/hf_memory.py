@@ -22,10 +22,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from ipt_jax.hf import tensors
-from ipt_jax.hf.mapping import leaves
-from ipt_jax.model.config import PRESETS, ModelConfig, ModelSettings, resolve_model
-from ipt_jax.model.source import config_to_hf
+from ipt_jax.hf import safetensors_io
+from ipt_jax.hf.config import config_to_hf, resolve_model
+from ipt_jax.hf.param_names import leaves
+from ipt_jax.model.config import PRESETS, ModelConfig, ModelSettings
 
 GIB = 2**30
 IPT = [sys.executable, "-c", "from ipt_jax.cli import main; main()"]
@@ -34,7 +34,7 @@ IPT = [sys.executable, "-c", "from ipt_jax.cli import main; main()"]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=[name for name in PRESETS if name != "tiny"], default="mistral-1.3b")
-    parser.add_argument("--dtype", choices=tensors.CODES, default="bfloat16")
+    parser.add_argument("--dtype", choices=safetensors_io.CODES, default="bfloat16")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--json", action="store_true", help="print one object on stdout, the table on stderr")
     options = parser.parse_args()
@@ -65,15 +65,15 @@ def main() -> int:
 def write_model(directory: Path, config: ModelConfig, dtype: str) -> int:
     """A random model in files of up to 1 GB; its bytes."""
     directory.mkdir()
-    planned = [tensors.Planned(name, leaf.hf_shape, dtype) for leaf in leaves(config) for name in leaf.names]
+    planned = [safetensors_io.Planned(name, leaf.hf_shape, dtype) for leaf in leaves(config) for name in leaf.names]
     draw = np.random.default_rng(0)
 
     def arrays() -> Iterator[np.ndarray]:
         for tensor in planned:
             yield (0.02 * draw.random(tensor.shape, np.float32)).astype(jnp.dtype(dtype))
 
-    tensors.SHARD_BYTES = 10**9
-    tensors.write_tensors(directory, planned, arrays())
+    safetensors_io.SHARD_BYTES = 10**9
+    safetensors_io.write_tensors(directory, planned, arrays())
     (directory / "config.json").write_text(json.dumps(config_to_hf(config, dtype)))
     return sum(tensor.bytes for tensor in planned)
 

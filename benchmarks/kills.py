@@ -44,10 +44,10 @@ COMMAND = [sys.executable, "-c", "from synth.cli import main; main()", "run"]
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def write_corpus(path: Path, texts: int, luck: Random) -> None:
+def write_corpus(path: Path, texts: int, rng: Random) -> None:
     with path.open("w") as file:
         for number in range(texts):
-            text = " ".join(luck.choices(WORDS, k=luck.randint(20, 90))).capitalize() + "."
+            text = " ".join(rng.choices(WORDS, k=rng.randint(20, 90))).capitalize() + "."
             file.write(json.dumps({"id": f"t{number}", "text": text}) + "\n")
 
 
@@ -71,7 +71,7 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=file, stderr=file, env={**QUIET, **os.environ})
 
 
-def spools(output: Path) -> dict[str, int]:
+def journals(output: Path) -> dict[str, int]:
     """Bytes in each spool; one that is sealed meanwhile is left out."""
     sizes = {}
     for file in output.glob("spool/*.spool"):
@@ -81,16 +81,16 @@ def spools(output: Path) -> dict[str, int]:
 
 
 def stored(output: Path) -> str:
-    return f"{len([*output.glob('*.array_record')])} shards and {sum(spools(output).values()):,} bytes stored"
+    return f"{len([*output.glob('*.array_record')])} shards and {sum(journals(output).values()):,} bytes stored"
 
 
-def wait_for_work(process: subprocess.Popen[bytes], output: Path, log: Path, luck: Random) -> None:
+def wait_for_work(process: subprocess.Popen[bytes], output: Path, log: Path, rng: Random) -> None:
     """Returns at a random moment after new groups were stored. Exits when the run is over before that."""
-    before = spools(output)
-    while all(size <= before.get(name, 0) for name, size in spools(output).items()):
+    before = journals(output)
+    while all(size <= before.get(name, 0) for name, size in journals(output).items()):
         still_runs(process, log)
         time.sleep(0.01)
-    time.sleep(luck.uniform(0, LONGEST_WAIT))
+    time.sleep(rng.uniform(0, LONGEST_WAIT))
     still_runs(process, log)
 
 
@@ -109,11 +109,11 @@ def kill_tree(pid: int) -> None:
     psutil.wait_procs(tree, timeout=20)
 
 
-def kill_runs(command: list[str], output: Path, log: Path, kills: int, luck: Random) -> None:
+def kill_runs(command: list[str], output: Path, log: Path, kills: int, rng: Random) -> None:
     """Starts the run, kills its first process alone, and so on; what an engine has started must then end by itself."""
     for number in range(kills):
         process = start(command, log)
-        wait_for_work(process, output, log, luck)
+        wait_for_work(process, output, log, rng)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
@@ -124,12 +124,12 @@ def kill_runs(command: list[str], output: Path, log: Path, kills: int, luck: Ran
     finish(start(command, log), log)
 
 
-def kill_actors(command: list[str], output: Path, log: Path, kills: int, luck: Random) -> None:
+def kill_actors(command: list[str], output: Path, log: Path, kills: int, rng: Random) -> None:
     process = start(command, log)
     for number in range(kills):
-        wait_for_work(process, output, log, luck)
+        wait_for_work(process, output, log, rng)
         actors = [one for one in psutil.Process(process.pid).children(recursive=True) if is_actor(one)]
-        luck.choice(actors).kill()
+        rng.choice(actors).kill()
         print(f"kill {number + 1}: {stored(output)}, one of {len(actors)} actors")
     finish(process, log)
 
@@ -140,10 +140,10 @@ def is_actor(process: psutil.Process) -> bool:
     return False
 
 
-def kill_server(command: list[str], output: Path, log: Path, kills: int, luck: Random, server: Server) -> None:
+def kill_server(command: list[str], output: Path, log: Path, kills: int, rng: Random, server: Server) -> None:
     process = start(command, log)
     for number in range(kills):
-        wait_for_work(process, output, log, luck)
+        wait_for_work(process, output, log, rng)
         server.kill()
         print(f"kill {number + 1}: {stored(output)}; the server is away for {AWAY:g} s and its start")
         time.sleep(AWAY)
@@ -208,9 +208,9 @@ def undisturbed_and(folder: Path) -> tuple[Path, Path]:
 
 
 def play(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
-    luck, engine = Random(arguments.seed), arguments.engine
+    rng, engine = Random(arguments.seed), arguments.engine
     texts = TEXTS[engine] * (arguments.kills + 1)
-    write_corpus(folder / "corpus.jsonl", texts, luck)
+    write_corpus(folder / "corpus.jsonl", texts, rng)
     write_tokenizer(folder / "model") if engine == "scripted" else write_walking_model(folder / "model")
     output, log = folder / "killed", folder / "run.log"
     shards: dict[str, Any] = {"groups_per_shard": max(texts // ROUNDS // 12, 1)}
@@ -228,9 +228,9 @@ def play(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
     command = write_recipe(folder, "killed", synthesizer=synthesizer, **shards)
     try:
         if engine == "openai":
-            kill_server(command, output, log, arguments.kills, luck, server)
+            kill_server(command, output, log, arguments.kills, rng, server)
         else:
-            kill(command, output, log, arguments.kills, luck)
+            kill(command, output, log, arguments.kills, rng)
     finally:
         if engine == "openai":
             server.kill()

@@ -147,7 +147,7 @@ def _write_rivals(root: Path) -> None:
     import pyarrow as pa
 
     from ipt_jax.corpus.shards import UNPACKED, write_shard
-    from ipt_jax.data.pages import read_token_documents
+    from ipt_jax.data.token_shards import read_token_documents
 
     documents = [np.frombuffer(document.tokens, "<u2") for document in read_token_documents(root / "raw")]
     (root / "singles").mkdir()

@@ -30,14 +30,14 @@ import msgspec
 import numpy as np
 from token_corpus import VOCAB, web_lengths
 
+from ipt_jax.core.hashing import digest, file_digest
 from ipt_jax.corpus.records import Kind, TokenDocument
-from ipt_jax.corpus.settings import digest, file_digest
 from ipt_jax.corpus.shards import SCHEMA, UNPACKED, Manifest, ShardEntry, write_shard
-from ipt_jax.data.lengths import INDEX, PARENTS, id_key, side_path
 from ipt_jax.data.loader import batches
-from ipt_jax.data.pages import PAGE_TOKENS, RECORDS, encode_page
 from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings
+from ipt_jax.data.token_index import INDEX, PARENTS, id_key, index_path
+from ipt_jax.data.token_shards import PAGE_TOKENS, RECORDS, encode_page
 
 SEQ_LEN, ROWS, LAST_STEPS, RANDOM_ROWS = 2048, 16, 8, 40
 SMALLEST_BLOCK = 64
@@ -75,8 +75,8 @@ def write_directory(root: Path, number: int, documents: int) -> None:
             parents["end"] = 0xFFFFFFFF
         entry = f"tokens-{shard:05d}-of-{total:05d}.array_record"
         for what, rows in (("index", index), ("parents", parents)):
-            np.save(side_path(path, entry, what), rows)
-            digests[side_path(path, entry, what).name] = file_digest(side_path(path, entry, what))
+            np.save(index_path(path, entry, what), rows)
+            digests[index_path(path, entry, what).name] = file_digest(index_path(path, entry, what))
         (path / entry).touch()
         tokens = int(index["tokens"].sum(dtype=np.int64))
         pages = int(index["page"][-1]) + 1
@@ -134,7 +134,7 @@ def write_records(root: Path) -> None:
 
 
 def _write_shard(path: Path, name: str, kind: Kind, wanted: set[int]) -> int:
-    index = np.load(side_path(path, name, "index"), mmap_mode="r+")
+    index = np.load(index_path(path, name, "index"), mmap_mode="r+")
     made = {}
     for page in {int(index["page"][local]) for local in wanted}:
         held = np.flatnonzero(index["page"] == page).tolist()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, encode
 from ipt_jax.corpus.shards import Output
-from synth.prompt import wire_pair
+from synth.format.wire import wire_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = ALONE = 10_000  # more groups are rendered by a pool of processes
@@ -82,11 +82,11 @@ def run_stage(folder: Path, count: int, hub: bool) -> str:
 
 
 def render_odd(wanted: int) -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from renderkit import EVEN, odd_group, recipe
     from test_spans import check_document
 
-    from synth.documents import render_group
+    from synth.render.documents import render_group
 
     stream, found, seen = random.Random(0), Counter[str](), 0
     recipes = [recipe(layouts=EVEN, one_shot=0.3, seed=seed, epoch=seed) for seed in range(5)]

@@ -33,17 +33,17 @@ from typing import Any
 
 import msgspec
 
-from ipt_jax.corpus.digests import Kept, KnownDigests
-from ipt_jax.corpus.settings import check_settings, digest
+from ipt_jax.core.hashing import CachedHashes, FileHashCache, digest
+from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.shards import SCHEMA, Manifest, ShardEntry, Shards
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
 from synth.engine.scripted import ScriptedEngine
-from synth.grouping import Place, Shard
-from synth.miniworld.tokenizer import save_tokenizer, train_tokenizer
-from synth.run import WORK, run_identity, run_synth
-from synth.spool import HEADER, Spool
-from synth.worklist import UNIT_BYTES, ListedUnit, WorkList, list_work, save_work
+from synth.generate.grouping import Place, Shard
+from synth.generate.journal import HEADER, Journal
+from synth.generate.run import WORK, run_identity, run_synth
+from synth.generate.work_list import UNIT_BYTES, ListedUnit, WorkList, list_work, save_work
+from synth.miniworld.write import save_tokenizer, train_tokenizer
 
 ROW = 2000  # bytes of a line
 FILE_ROWS = 500_000
@@ -157,7 +157,7 @@ def time_list(folder: Path, corpus: str) -> dict[str, Any]:
 def time_digests(folder: Path, corpus: str) -> dict[str, Any]:
     run = settings(folder, corpus, 0.0)
     started = time.process_time()
-    known = KnownDigests(folder / f"{corpus}.digests")
+    known = FileHashCache(folder / f"{corpus}.digests")
     run_identity(run, load_tokenizer(run.synthesizer.model), known)
     size = sum(file.stat().st_size for file in (folder / corpus).iterdir())
     seconds = time.process_time() - started
@@ -216,12 +216,12 @@ def make_up(folder: Path, texts: int) -> dict[str, Any]:
     run = settings(folder, "sparse", 0.02)
     output = Path(run.output)
     (output / WORK).mkdir(parents=True)
-    known = KnownDigests(output / WORK / "digests.json")
+    known = FileHashCache(output / WORK / "digests.json")
     for file in sorted((folder / "sparse").iterdir()):
         state = file.stat()
         name = f"{file.name} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
         known._known[name] = digest(file.name)  # made up
-    (output / WORK / "digests.json").write_bytes(msgspec.json.encode(Kept(known._known, digest(known._known))))
+    (output / WORK / "digests.json").write_bytes(msgspec.json.encode(CachedHashes(known._known, digest(known._known))))
     identity = run_identity(run, load_tokenizer(run.synthesizer.model), known)
     save_work(output / WORK / "list.json", made_up_list(texts, digest(identity)))
     manifest = Manifest(SCHEMA, "synth", digest(identity), identity)
@@ -234,11 +234,11 @@ def make_up(folder: Path, texts: int) -> dict[str, Any]:
         manifest.shards.append(ShardEntry(name, GROUPS, 0, size, digest(name), counts, {"no_room": 3}))
     manifest.checksum = manifest.digest()
     (output / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-    spool = Spool(output / "spool" / f"{current:05d}.spool")
+    journal = Journal(output / "spool" / f"{current:05d}.spool")
     records = list(Shards(folder / "groups-shard"))
     for place in range(min(GROUPS, texts // ROUNDS) * 9 // 10):
-        spool.append(place, records[place % len(records)])
-    spool.close()
+        journal.append(place, records[place % len(records)])
+    journal.close()
     return {
         "texts": texts,
         "corpus_bytes": texts * ROW,
@@ -257,7 +257,7 @@ def kill_and_restart(folder: Path, run_seconds: float) -> dict[str, Any]:
     time.sleep(run_seconds)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    held = sum(spool.stat().st_size for spool in (folder / "groups-sparse" / "spool").iterdir())
+    held = sum(journal.stat().st_size for journal in (folder / "groups-sparse" / "spool").iterdir())
     again = [answer(in_a_process("restart", str(folder), "sparse")) for _ in range(3)]
     again.sort(key=lambda one: one["seconds"])
     return {"first_start": first, "spool_bytes_at_kill": held, "restarts": again, "restart_median": again[1]}

@@ -41,19 +41,19 @@ from typing import Any
 import psutil
 from walking_model import write_walking_model
 
-from ipt_jax.corpus.digests import KnownDigests
+from ipt_jax.core.hashing import FileHashCache
+from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.records import Pair
-from ipt_jax.corpus.settings import check_settings
-from synth.chain import Chain
 from synth.config import RunSettings
-from synth.drive import in_flight
 from synth.engine import Completion, open_engine, synthesizer_tokenizer
 from synth.engine.scripted import common_prefix
-from synth.prompt import context_block, pairs_text
-from synth.run import fill, make_chain, open_output, run_identity
-from synth.seeds import load_seed_examples
-from synth.store import Store
-from synth.worklist import list_work
+from synth.format.wire import context_block, pairs_text
+from synth.generate.few_shot import Chain
+from synth.generate.group_store import GroupStore
+from synth.generate.run import fill, make_chain, open_output, run_identity
+from synth.generate.scheduler import in_flight
+from synth.generate.seed_examples import load_seed_examples
+from synth.generate.work_list import list_work
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT.parent / "shared" / "data" / "fairytaleqa" / "train.jsonl"
@@ -125,7 +125,7 @@ class Recorder:
 async def chains(engine: Any, settings: RunSettings, chain: Chain) -> Run:
     recorder = Recorder(engine)
     with tempfile.TemporaryDirectory(prefix="ipt-chains-") as folder, open_output(f"{folder}/groups", {}) as output:
-        store = Store(output, list_work(settings, engine.tokenizer, chain.fingerprint), settings.groups_per_shard)
+        store = GroupStore(output, list_work(settings, engine.tokenizer, chain.fingerprint), settings.groups_per_shard)
         run = await timed(lambda: fill(recorder, settings, chain, store), engine)
         store.close()
     run.requests = recorder.requests
@@ -274,13 +274,13 @@ def write_corpus(path: Path, count: int, least: int, most: int, tokenizer: Any) 
     if TEXTS.is_file():
         known = [json.loads(line)["context"] for line in TEXTS.read_text(encoding="utf-8").splitlines()]
     else:
-        luck = random.Random(0)
-        letters = ["".join(luck.choices("etaoinshrdlucm", k=luck.randint(2, 9))) for _ in range(5000)]
-        known = [" ".join(luck.choices(letters, k=300)) for _ in range(3000)]
-    luck, texts = random.Random(1), []
+        rng = random.Random(0)
+        letters = ["".join(rng.choices("etaoinshrdlucm", k=rng.randint(2, 9))) for _ in range(5000)]
+        known = [" ".join(rng.choices(letters, k=300)) for _ in range(3000)]
+    rng, texts = random.Random(1), []
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            size = int(math.exp(luck.uniform(math.log(least), math.log(most))))
+            size = int(math.exp(rng.uniform(math.log(least), math.log(most))))
             long = f"{number} " + " ".join(known[(number * 7 + i) % len(known)] for i in range(4))
             ends = tokenizer.char_ends(long[: 8 * size])[1]
             texts.append(long[: ends[min(size, len(ends)) - 1]].strip())
@@ -330,7 +330,7 @@ async def compare(arguments: argparse.Namespace, folder: Path) -> None:
     await asyncio.gather(*(write(engine, first, ids, f"warm {n}", 0, 32) for n, ids in enumerate(warm)))
     for rounds, one in settings.items():
         texts = write_corpus(folder / f"{rounds}.jsonl", groups * rounds, least, most, tokenizer)
-        chain = make_chain(one, tokenizer, run_identity(one, tokenizer, KnownDigests(folder / "digests.json")))
+        chain = make_chain(one, tokenizer, run_identity(one, tokenizer, FileHashCache(folder / "digests.json")))
         held: dict[str, list[Run]] = {}
         for _ in range(arguments.repeats):
             ours = await chains(engine, one, chain)

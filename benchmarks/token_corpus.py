@@ -9,8 +9,8 @@ import numpy as np
 
 from ipt_jax.corpus.records import Kind, TokenDocument
 from ipt_jax.corpus.shards import Output
-from ipt_jax.data.pages import RECORDS, Written, write_token_shard
-from ipt_jax.data.sides import name_side_files, side_digests, side_names
+from ipt_jax.data.token_index import index_digests, index_names, name_index_files
+from ipt_jax.data.token_shards import RECORDS, Written, write_token_shard
 
 VOCAB = 32_000
 SHARD_DOCUMENTS = 20_000
@@ -34,10 +34,10 @@ def write_corpus(path: Path, lengths: np.ndarray, kind: Kind, seed: int) -> None
             temporary, file = output.temporary(shard), f"tokens-{shard:05d}-of-{total:05d}.array_record"
             mine = lengths[shard * SHARD_DOCUMENTS : (shard + 1) * SHARD_DOCUMENTS]
             records, digests = write_token_shard(temporary, _documents(mine, f"{kind}-{shard}", kind, [seed, shard]))
-            name_side_files(temporary, file)
-            sides, counts = side_names(file, digests), {kind: len(mine)}
+            name_index_files(temporary, file)
+            sides, counts = index_names(file, digests), {kind: len(mine)}
             output.seal_file(shard, total, records, tokens=int(mine.sum()), counts=counts, sides=sides)
-        output.finish({"side_files": side_digests(output.manifest), "duplicate_ids": 0})
+        output.finish({"side_files": index_digests(output.manifest), "duplicate_ids": 0})
 
 
 def _documents(lengths: np.ndarray, name: str, kind: Kind, seed: list[int]) -> Iterator[Written]:

@@ -50,8 +50,8 @@ def our_program(shape: dict[str, int], tokens: np.ndarray, compute_dtype: str = 
     from ipt_jax.config import Recipe
     from ipt_jax.model.config import ModelConfig
     from ipt_jax.parallel.mesh import batch_sharding, make_mesh, place_batch
-    from ipt_jax.train.program import build_program
     from ipt_jax.train.state import fresh_state
+    from ipt_jax.train.step import build_program
 
     recipe = Recipe.model_validate(
         {

@@ -6,7 +6,7 @@ with the number of pairs that have it in parentheses where it is not all.
 
     python benchmarks/verify.py                                              scores that need no engine, and their speed
     python benchmarks/verify.py --engine vllm --model DIR --seconds 300      those that need one, on a part
-    python benchmarks/verify.py --fit                                        the weights in synth/verify/combined.py
+    python benchmarks/verify.py --fit                                        the weights in synth/verify/text_scores.py
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from random import Random
 import numpy as np
 from corruptions import Case, corrupt, read_cases
 
-from ipt_jax.corpus.settings import digest
+from ipt_jax.core.hashing import digest
 from synth.config import SynthesizerSettings
 from synth.engine import Engine, open_engine, synthesizer_tokenizer
-from synth.prompt import Prompt
-from synth.verify.ask import ORDERS, Judge, ask_score, in_order
-from synth.verify.ask import Case as Asked
-from synth.verify.combined import brevity
-from synth.verify.reading import Reading
-from synth.verify.text import TEXT_SCORES
-from synth.verify.verifier import Found, read_pair
+from synth.format.prompt import Prompt
+from synth.verify.engine_scores import ORDERS, Judge, ask_score, in_order
+from synth.verify.engine_scores import Case as Asked
+from synth.verify.prepared_text import PreparedText
+from synth.verify.text_scores import TEXT_SCORES, brevity
+from synth.verify.verifier import FoundScores, read_pair
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 NAMES = (*TEXT_SCORES, "combined")
@@ -47,7 +46,7 @@ ASKED_FAULTS = (
 )
 PRODUCT = "combined · open_closed"
 AT_ONCE = 8  # right pairs that an engine is asked about with all that was made of them
-Table = dict[str, list[tuple[Found, Found]]]  # fault -> what right and wrong pairs got
+Table = dict[str, list[tuple[FoundScores, FoundScores]]]  # fault -> what right and wrong pairs got
 
 
 def auc(right: Iterable[float], wrong: Iterable[float]) -> float:
@@ -61,10 +60,10 @@ class Reader:
     """The scores that need no engine, of any case; a text is prepared once."""
 
     def __init__(self) -> None:
-        self.texts: dict[str, Reading] = {}
+        self.texts: dict[str, PreparedText] = {}
 
-    def __call__(self, case: Case) -> Found:
-        text = self.texts.setdefault(case.context, Reading(case.context))
+    def __call__(self, case: Case) -> FoundScores:
+        text = self.texts.setdefault(case.context, PreparedText(case.context))
         return read_pair(text, case.pair, NAMES)
 
 
@@ -81,7 +80,7 @@ def show(title: str, names: tuple[str, ...], table: Table) -> None:
         print(f"| {fault} | {len(found)} | {' | '.join(cell(name, found) for name in names)} |")
 
 
-def cell(name: str, found: list[tuple[Found, Found]]) -> str:
+def cell(name: str, found: list[tuple[FoundScores, FoundScores]]) -> str:
     known = [
         (right[name], wrong[name])
         for right, wrong in found
@@ -103,9 +102,9 @@ def show_speed(cases: list[Case]) -> None:
 
 
 def seconds(cases: list[Case], names: tuple[str, ...]) -> float:
-    started, texts = time.process_time(), dict[str, Reading]()
+    started, texts = time.process_time(), dict[str, PreparedText]()
     for case in cases:
-        read_pair(texts.setdefault(case.context, Reading(case.context)), case.pair, names)
+        read_pair(texts.setdefault(case.context, PreparedText(case.context)), case.pair, names)
     return time.process_time() - started
 
 
@@ -118,20 +117,20 @@ class Asker:
     def __init__(self, engine: Engine, judge: Judge) -> None:
         self.engine, self.judge = engine, judge
         self.read = Reader()
-        self.known: dict[Case, asyncio.Task[Found]] = {}
+        self.known: dict[Case, asyncio.Task[FoundScores]] = {}
 
-    async def both(self, right: Case, wrong: Case) -> tuple[Found, Found]:
+    async def both(self, right: Case, wrong: Case) -> tuple[FoundScores, FoundScores]:
         if right.choices:
             return await self.chosen(right, wrong)
         first, second = await asyncio.gather(*(self.told(case) for case in (right, wrong)))
         return first, second
 
-    async def told(self, case: Case) -> Found:
+    async def told(self, case: Case) -> FoundScores:
         if case not in self.known:
             self.known[case] = asyncio.create_task(self.ask(case))
         return await self.known[case]
 
-    async def ask(self, case: Case) -> Found:
+    async def ask(self, case: Case) -> FoundScores:
         asked = self.case(case)
         names = ("open_closed", "agreement")
         found = dict(zip(names, await asyncio.gather(*(ask_score(name, asked) for name in names)), strict=True))
@@ -140,7 +139,7 @@ class Asker:
         known = all(isinstance(part, float) for part in parts)
         return given | ({PRODUCT: parts[0] * parts[1]} if known else {})  # type: ignore[operator]
 
-    async def chosen(self, right: Case, wrong: Case) -> tuple[Found, Found]:
+    async def chosen(self, right: Case, wrong: Case) -> tuple[FoundScores, FoundScores]:
         """Both are choices among the same options, so one set of requests tells of both."""
         asked = self.case(right)
         orders = [Random(f"{asked.id}/{number}").sample(right.choices, len(right.choices)) for number in range(ORDERS)]
@@ -225,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("vllm", "jax"))
-    parser.add_argument("--model", help="an HF directory, such as launch/smollm2.py writes")
+    parser.add_argument("--model", help="an HF directory, such as examples/smollm2.py writes")
     parser.add_argument("--seconds", type=float, default=300.0, help="after which an engine gets no new pairs")
     parser.add_argument("--fit", action="store_true")
     arguments = parser.parse_args()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ipt_jax.generate import LanguageModel
+    from ipt_jax.inference.language_model import LanguageModel
 
 
 def load(path: str, dtype: str = "float32") -> LanguageModel:
     """The model in an HF directory, a run directory, one step's directory, or what `ipt import` wrote."""
-    from ipt_jax.hf.load import load as read
+    from ipt_jax.inference.language_model import load as read
 
     return read(path, dtype=dtype)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ipt_jax.corpus.command import Result, Shown, command, quiet_stdout, run_app, show
+from ipt_jax.core.cli_support import Result, Shown, command, quiet_stdout, run_app, show
 
 if TYPE_CHECKING:
     from ipt_jax.config import Recipe
@@ -76,7 +76,7 @@ def show_rows(
     """
     from ipt_jax.config import rows_per_step
     from ipt_jax.data.plan import build_plan
-    from ipt_jax.show import run_show
+    from ipt_jax.report.viewer import run_show
 
     with quiet_stdout():
         solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
@@ -91,7 +91,7 @@ def train(recipe: "Recipe") -> Result:
     Writes checkpoints, metrics.jsonl and run.json to `run_dir`. Rerun the same command to resume from the latest
     checkpoint. SIGTERM saves a checkpoint and exits with code 143.
     """
-    from ipt_jax.train.loop import run_train
+    from ipt_jax.train.trainer import run_train
 
     result = run_train(recipe)
     return Shown(result, exit_code=STOPPED if result["step"] < result["steps"] else 0)
@@ -131,7 +131,7 @@ def import_(
     Reads the weights one tensor at a time. Writes the checkpoint and its tokenizer to --output. A rerun replaces a
     checkpoint there; any other content is an error.
     """
-    from ipt_jax.hf.import_ import run_import
+    from ipt_jax.hf.convert import run_import
 
     return run_import(hf_dir, output)
 
@@ -150,7 +150,7 @@ def export(
     Writes safetensors, configuration and tokenizer to --output. transformers and vLLM load the directory. A rerun
     replaces an export there; any other content is an error.
     """
-    from ipt_jax.hf.export import run_export
+    from ipt_jax.hf.convert import run_export
 
     return run_export(checkpoint, output)
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from ipt_jax.corpus.settings import Settings, UserError
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.settings import Settings
 from ipt_jax.data.settings import DataSettings
 from ipt_jax.model.config import ModelSettings
 

@@ -28,7 +28,7 @@ step export-s "export the synthesizer as a Hugging Face model" \
 step synth "generate pairs for raw articles that were not in its training data" \
   "$bin/synth" run $recipes/synth.yaml --json
 step judge "check the answers against the facts of the world" \
-  "$bin/python" launch/judge.py $out/groups $out/world --json
+  "$bin/python" examples/judge.py $out/groups $out/world --json
 step render "render texts and pairs into augmented documents" \
   "$bin/synth" render $recipes/render.yaml --json
 step tokens-r "tokenize the raw articles" \
@@ -54,6 +54,6 @@ step report "write a report: loss curves, token mix, samples" \
   "$bin/ipt" report $out/runs/vanilla $out/runs/instruct -o $out/report.html \
   --eval $out/eval/vanilla.json --eval $out/eval/instruct.json --groups $out/groups --title Quickstart --json
 
-"$bin/python" launch/summary.py $steps
+"$bin/python" examples/summary.py $steps
 printf '\nmodel    %s (Hugging Face)\npairs    synth inspect %s\nreport   %s\n' \
   "$PWD/$out/model" "$out/groups" "$PWD/$out/report.html"

@@ -28,9 +28,9 @@ mkdir -p "$steps"
 source launch/steps.sh
 
 step texts "select the texts to convert, as {id, text}" \
-  "$bin/python" launch/texts.py "$texts" -o $out/texts.jsonl --count 44
+  "$bin/python" examples/texts.py "$texts" -o $out/texts.jsonl --count 44
 step smollm2 "convert SmolLM2-135M-Instruct from its package to a Hugging Face directory" \
-  "$bin/python" launch/smollm2.py -o $out/smollm2 --json
+  "$bin/python" examples/smollm2.py -o $out/smollm2 --json
 step synth "generate pairs with vLLM, two texts per group, seed examples from $(basename "$seeds")" \
   "$bin/synth" run $recipes/synth.yaml seed_examples.path="$seeds" --json
 step render "render texts and pairs into augmented documents" \
@@ -42,6 +42,6 @@ step import "import the SmolLM2 weights as a checkpoint" "$bin/ipt" import $out/
 step train "continue pre-training for 20 steps" "$bin/ipt" train $recipes/train.yaml --json
 step export "export the run as a Hugging Face model" "$bin/ipt" export $out/run -o $out/model --json
 step greedy "compare greedy decoding of the export in ipt_jax, transformers and vLLM" \
-  "$bin/python" launch/greedy.py $out/model --texts $out/texts.jsonl --tokens 32 --json
+  "$bin/python" examples/greedy.py $out/model --texts $out/texts.jsonl --tokens 32 --json
 
-"$bin/python" launch/real_summary.py $out
+"$bin/python" examples/real_summary.py $out

@@ -4,7 +4,7 @@
 #   launch/test.sh [PYTEST ARGUMENT…]        all tests, with every extra that runs on a CPU, including vLLM (5 GB)
 #   launch/test.sh core [PYTEST ARGUMENT…]   tests without the mark "extra": no torch, no vLLM, no Ray (1 GB)
 #
-# Example: launch/test.sh core tests/test_parse.py -k nested
+# Example: launch/test.sh core tests/synth/test_parse.py -k nested
 # CI=true also runs the tests of `ipt compile` and installs their compilers for GPUs and TPUs in .venv-compile (6.5 GB).
 set -euo pipefail
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ipt_jax.corpus.command import Result, Shown, command, run_app, show
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.cli_support import Result, Shown, command, run_app, show
+from ipt_jax.core.errors import UserError
 
 if TYPE_CHECKING:
-    from synth.collect import CollectSettings
+    from synth.collect.run import CollectSettings
     from synth.config import RunSettings
     from synth.decontaminate.run import DecontaminateSettings
     from synth.mine.run import MineSettings
-    from synth.render import RenderSettings
-    from synth.verify.settings import VerifySettings
+    from synth.render.documents import RenderSettings
+    from synth.verify.run import VerifySettings
 
 app = typer.Typer(
     name="synth",
@@ -33,14 +33,14 @@ def main() -> None:
     run_app(app)
 
 
-@command(app, recipe="synth.collect:CollectSettings")
+@command(app, recipe="synth.collect.run:CollectSettings")
 def collect(settings: "CollectSettings") -> Result:
     """Convert QA data sets to tuning documents.
 
     Reads question-answering data sets. Writes one shard of documents per data set, for tuning a synthesizer, to
     `output`. Rerun the same command to resume.
     """
-    from synth.collect import run_collect
+    from synth.collect.run import run_collect
 
     return run_collect(settings)
 
@@ -73,23 +73,23 @@ def run(
     if estimate is None and price_per_hour is not None:
         raise UserError("--price-per-hour: requires --estimate N; add it, or remove the price")
     if estimate is None:
-        from synth.run import run_synth
+        from synth.generate.run import run_synth
 
         return run_synth(settings, retry_failed=retry_failed)
-    from synth.estimate import run_estimate, show_estimate
+    from synth.generate.estimate import run_estimate, show_estimate
 
     result = run_estimate(settings, estimate, price_per_hour)
     return Shown(result, view=lambda: show_estimate(result))
 
 
-@command(app, recipe="synth.render:RenderSettings")
+@command(app, recipe="synth.render.documents:RenderSettings")
 def render(settings: "RenderSettings") -> Result:
     """Render groups into augmented documents.
 
     Joins texts and pairs through templates. Writes shards of documents to `output`, and a data set for the Hugging Face
     Hub if `hub` is set. Runs on CPUs. Rerun the same command to resume.
     """
-    from synth.render import run_render
+    from synth.render.run import run_render
 
     return run_render(settings)
 
@@ -125,7 +125,7 @@ def mine(settings: "MineSettings") -> Result:
     return run_mine(settings)
 
 
-@command(app, recipe="synth.verify.settings:VerifySettings")
+@command(app, recipe="synth.verify.run:VerifySettings")
 def verify(settings: "VerifySettings") -> Result:
     """Score question-answer pairs.
 
@@ -173,7 +173,7 @@ def inspect(
     Shows texts, pairs, the evidence of answers and reasons for rejection. Prints to the terminal, or writes an HTML
     page with --output. A rerun overwrites the page.
     """
-    from synth.inspect import run_inspect
+    from synth.inspect.run import run_inspect
 
     result = run_inspect(groups, output, limit, sample, rejected)
     return result if as_json or output else None

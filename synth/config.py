@@ -2,16 +2,37 @@
 
 `Synthesizer` says which model answers, on which engine and within which budget. Identities of outputs cover what
 changes the answers (`meaning`), not what only changes the speed.
+
+The names of the scores, as recipes spell them, and which of them need an engine.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
-from ipt_jax.corpus.settings import Settings
-from ipt_jax.corpus.sources import SourceSettings
-from synth.verify.names import ScoreName
+from ipt_jax.core.settings import Settings
+from ipt_jax.corpus.row_reader import SourceSettings
+
+TextScore = Literal[
+    "grounded",
+    "quoted",
+    "located",
+    "question_grounded",
+    "entities",
+    "polarity",
+    "answer_type",
+    "unrepeated",
+    "language",
+    "options",
+    "combined",
+]
+EngineScore = Literal["open_closed", "agreement"]
+ScoreName = Literal[TextScore, EngineScore]
+
+ENGINE_SCORES: frozenset[str] = frozenset(get_args(EngineScore))
+# An engine says more about options than their form does, where there is one.
+BETTER_WITH_ENGINE = ENGINE_SCORES | {"options"}
 
 
 class FaultSettings(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):

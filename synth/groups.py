@@ -7,8 +7,8 @@ directory of other records is refused in one line.
 from collections.abc import Iterator
 from pathlib import Path
 
+from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.records import SynthGroup, decode
-from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.shards import Shards
 
 CONTAMINATED = "contaminated_texts"  # in a group's metadata: places of texts that a benchmark shares words with

@@ -18,43 +18,70 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8"), filename=str(path)) f
 
 # Area (longest prefix of the module's name) -> what of ours it may import, as prefixes. An area may import itself.
 DIRECTIONS: dict[str, tuple[str, ...]] = {
-    "ipt_jax": ("ipt_jax.generate", "ipt_jax.hf"),  # the package's door: load(), inside the function
-    "ipt_jax.corpus": (),
-    "ipt_jax.data": ("ipt_jax.corpus",),
-    "ipt_jax.model": ("ipt_jax.corpus.settings", "ipt_jax.corpus.files"),
-    "ipt_jax.parallel": ("ipt_jax.model.config", "ipt_jax.corpus.settings"),
-    "ipt_jax.config": ("ipt_jax.corpus.settings", "ipt_jax.data.settings", "ipt_jax.model.config"),
-    "ipt_jax.train": ("ipt_jax.model", "ipt_jax.parallel", "ipt_jax.data", "ipt_jax.corpus", "ipt_jax.config"),
-    "ipt_jax.train.loop": (  # model.from reads through ipt_jax.hf
+    "ipt_jax": ("ipt_jax.inference",),  # the package's door: load(), inside the function
+    "ipt_jax.core": (),
+    "ipt_jax.corpus": ("ipt_jax.core",),
+    "ipt_jax.data": ("ipt_jax.core", "ipt_jax.corpus"),
+    "ipt_jax.model": ("ipt_jax.core",),
+    "ipt_jax.config": ("ipt_jax.core", "ipt_jax.data.settings", "ipt_jax.model.config"),
+    "ipt_jax.parallel": ("ipt_jax.core", "ipt_jax.model"),
+    "ipt_jax.hf": ("ipt_jax.core", "ipt_jax.corpus.tokenizer", "ipt_jax.model"),
+    "ipt_jax.inference": ("ipt_jax.core", "ipt_jax.corpus.tokenizer", "ipt_jax.hf", "ipt_jax.model"),
+    "ipt_jax.train": (
+        "ipt_jax.config",
+        "ipt_jax.core",
+        "ipt_jax.corpus",
+        "ipt_jax.data",
+        "ipt_jax.hf",  # model.from and the configuration of a checkpoint
         "ipt_jax.model",
         "ipt_jax.parallel",
-        "ipt_jax.data",
-        "ipt_jax.corpus",
-        "ipt_jax.config",
-        "ipt_jax.train",
-        "ipt_jax.hf.load",
     ),
-    "ipt_jax.hf": ("ipt_jax.model", "ipt_jax.corpus"),
-    "ipt_jax.hf.load": ("ipt_jax.model", "ipt_jax.corpus", "ipt_jax.hf", "ipt_jax.generate"),
-    "ipt_jax.generate": ("ipt_jax.model", "ipt_jax.corpus"),
-    "ipt_jax.compile": ("ipt_jax.train", "ipt_jax.parallel", "ipt_jax.model", "ipt_jax.corpus", "ipt_jax.config"),
-    "ipt_jax.evaluate": ("ipt_jax.hf", "ipt_jax.generate", "ipt_jax.corpus", "ipt_jax.load"),
-    "ipt_jax.report": ("ipt_jax.corpus",),
-    "ipt_jax.show": ("ipt_jax.corpus", "ipt_jax.data", "ipt_jax.report.bars"),
+    "ipt_jax.compile": (
+        "ipt_jax.config",
+        "ipt_jax.core",
+        "ipt_jax.hf.config",
+        "ipt_jax.model",
+        "ipt_jax.parallel",
+        "ipt_jax.train",
+    ),
+    "ipt_jax.evaluate": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.load"),
+    "ipt_jax.report": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.data.plan"),
     "ipt_jax.cli": ("ipt_jax",),
-    "synth": ("ipt_jax.corpus",),
-    "synth.engine.jax_": ("ipt_jax.corpus", "ipt_jax.generate", "ipt_jax.load", "synth"),
+    "synth": ("ipt_jax.core", "ipt_jax.corpus"),
+    "synth.engine.jax_": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.inference", "ipt_jax.load", "synth"),
 }
 # Packages outside the core -> the only modules that may import them, and there inside a function.
 OPTIONAL: dict[str, set[str]] = {
     "vllm": {"synth.engine.vllm_"},
     "torch": set(),
-    "ray": {"ipt_jax.corpus.executor", "synth.cluster"},
+    "ray": {"ipt_jax.core.executor", "synth.generate.ray_workers"},
     "openai": {"synth.engine.openai_"},
     "datasets": {"ipt_jax.corpus.datasets"},
     "tensorflow_datasets": {"ipt_jax.corpus.datasets"},
-    "lm_eval": {"synth.decontaminate.tasks"},
+    "lm_eval": {"synth.decontaminate.benchmarks"},
 }
+# Module names that say the same thing in every package; any other name stands once in the project.
+STRUCTURE = {"cli", "config", "run", "settings"}
+# A word means one thing. These names meant several things, or said little; nothing is called by them again.
+RETIRED_CLASSES = {
+    "Stretch",
+    "Piece",
+    "Part",
+    "Mark",
+    "Kept",
+    "Reading",
+    "Look",
+    "Survey",
+    "Spool",
+    "Live",
+    "Made",
+    "Job",
+}
+RETIRED_MODULES = {
+    *"rows records page look pieces grounds sides kept spellings".split(),
+    *"digests survey live card keep drive spool doubles".split(),
+}
+ALLOWED_MODULES = {"ipt_jax.corpus.records", "ipt_jax.report.page"}  # the one meaning that is left
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "torch")
 
 
@@ -114,7 +141,7 @@ def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
             assert id(node) not in at_import_time, f"{module}:{node.lineno} imports {package} outside of a function"
 
 
-@pytest.mark.parametrize("area", ["ipt_jax.corpus", "ipt_jax.data"])
+@pytest.mark.parametrize("area", ["ipt_jax.core", "ipt_jax.corpus", "ipt_jax.data"])
 def test_no_jax_in_what_workers_load(area: str) -> None:
     for path in SOURCES:
         if under(module_name(path), area):
@@ -122,7 +149,9 @@ def test_no_jax_in_what_workers_load(area: str) -> None:
             assert not found, f"{module_name(path)} imports {found}"
 
 
-@pytest.mark.parametrize("module", ["ipt_jax", "ipt_jax.corpus", "ipt_jax.data.loader", "ipt_jax.cli", "synth.cli"])
+@pytest.mark.parametrize(
+    "module", ["ipt_jax", "ipt_jax.core", "ipt_jax.corpus", "ipt_jax.data.loader", "ipt_jax.cli", "synth.cli"]
+)
 def test_light_imports_stay_light(module: str) -> None:
     """Not even through a third package: a loader worker that holds JAX would claim the accelerator."""
     probe = f"import sys, {module}; print(*sorted({set(NO_JAX)!r} & set(sys.modules)))"
@@ -130,7 +159,48 @@ def test_light_imports_stay_light(module: str) -> None:
     assert done.stdout.split() == []
 
 
+def imported_modules(path: Path) -> set[str]:
+    """Modules of ours that `path` imports anywhere, inside functions and for type checkers too."""
+    found = (name if name in MODULES else name.rpartition(".")[0] for name, _ in imports(path))
+    return {name for name in found if name in MODULES} - {module_name(path)}
+
+
+def test_no_import_cycles() -> None:
+    graph = {module_name(path): imported_modules(path) for path in SOURCES}
+    while graph:
+        leaves = {module for module, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        graph = {module: needs for module, needs in graph.items() if module not in leaves}
+
+
 # ---- sizes and names
+
+
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in TREES[path].body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module_name(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+    assert not RETIRED_CLASSES & places.keys()
+
+
+def test_a_module_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        if path.stem != "__init__" and path.stem not in STRUCTURE:
+            places.setdefault(path.stem, []).append(module_name(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+    assert {module for found in places.values() for module in found if module.split(".")[-1] in RETIRED_MODULES} == (
+        ALLOWED_MODULES
+    )
+
+
+def test_few_modules_and_few_tiny_ones() -> None:
+    sizes = [path.read_text(encoding="utf-8").count("\n") for path in SOURCES if path.name != "__init__.py"]
+    assert len(sizes) <= 140
+    assert sum(size < 60 for size in sizes) <= 15
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -138,7 +208,7 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def test_files_and_functions_fit_a_reader() -> None:
-    beside = [path for folder in ("tests", "launch", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    beside = [path for folder in ("tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     for path in [*SOURCES, *beside]:
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= 500, f"{path}: more than 500 lines"
@@ -174,7 +244,7 @@ SHAPE = re.compile(r"\[([A-Za-z0-9_ .,*+/()-]+)\]")
 
 def legend() -> set[str]:
     """The letters that the model's docstring explains, in its paragraph "Letters"."""
-    docstring = ast.get_docstring(TREES[ROOT / "ipt_jax/model/mistral.py"]) or ""
+    docstring = ast.get_docstring(TREES[ROOT / "ipt_jax/model/decoder.py"]) or ""
     paragraph = docstring[docstring.index("Letters") :].split("\n\n")[0]
     return set(re.findall(r"\b[A-Z]\b", paragraph))
 
@@ -182,11 +252,18 @@ def legend() -> set[str]:
 def test_one_legend_of_tensor_letters() -> None:
     """Shape comments beside arrays use no capital letter that the legend does not explain."""
     assert set("BTSDFNKGHVL") <= legend()
-    arrays = ("ipt_jax.model", "ipt_jax.train", "ipt_jax.hf", "ipt_jax.generate", "ipt_jax.data")
+    arrays = (
+        "ipt_jax.model",
+        "ipt_jax.train",
+        "ipt_jax.hf",
+        "ipt_jax.inference",
+        "ipt_jax.parallel.fsdp",
+        "ipt_jax.data",
+    )
     for path in SOURCES:
         if not module_name(path).startswith(arrays):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             for shape in SHAPE.findall(line.partition("#")[2]):
                 odd = set(re.findall(r"\b[A-Z]\b", shape)) - legend()
-                assert not odd, f"{path}:{number}: {sorted(odd)} in [{shape}] are not in the legend of model/mistral.py"
+                assert not odd, f"{path}:{number}: {sorted(odd)} in [{shape}] are not in the legend of model/decoder.py"

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ipt_jax.config import Recipe
-from ipt_jax.corpus.settings import UserError
-from ipt_jax.model.config import ModelConfig, resolve_model
+from ipt_jax.core.errors import UserError
+from ipt_jax.hf.config import resolve_model
+from ipt_jax.model.config import ModelConfig
 from ipt_jax.parallel.topology import Topology, parse_topology, prepare_environment
 
 

@@ -28,7 +28,7 @@ WRAPPED = re.compile(r"\n(?=\"|\}\})")  # a Pallas kernel's attributes go over s
 
 
 @dataclass(frozen=True)
-class Instruction:
+class HloInstruction:
     name: str
     shape: str
     opcode: str
@@ -60,7 +60,7 @@ class Collective:
         return self.times * (self.size if self.kind == "collective-permute" else part // self.devices)
 
 
-Computations = dict[str, list[Instruction]]
+Computations = dict[str, list[HloInstruction]]
 
 
 def parse(text: str) -> tuple[Computations, str]:
@@ -72,7 +72,7 @@ def parse(text: str) -> tuple[Computations, str]:
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif current is not None and (found := INSTRUCTION.match(line)):
-            current.append(Instruction(found[2], found[3], found[4], found[5], bool(found[1])))
+            current.append(HloInstruction(found[2], found[3], found[4], found[5], bool(found[1])))
     assert entry, "the program's text has no entry"
     return computations, entry
 
@@ -87,12 +87,12 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def is_collective(instruction: Instruction) -> bool:
+def is_collective(instruction: HloInstruction) -> bool:
     return instruction.opcode.removesuffix("-start") in KINDS
 
 
 def collectives_of(
-    instruction: Instruction, computations: Computations, loops: tuple[int, ...] = ()
+    instruction: HloInstruction, computations: Computations, loops: tuple[int, ...] = ()
 ) -> list[Collective]:
     """The arrays that one collective moves; of a fusion, that of a TPU's reduce-scatter in one piece."""
     kind = instruction.opcode.removesuffix("-start")
@@ -106,7 +106,7 @@ def collectives_of(
 
 def _walk(
     computations: Computations, name: str, loops: tuple[int, ...]
-) -> Iterator[tuple[Instruction, tuple[int, ...]]]:
+) -> Iterator[tuple[HloInstruction, tuple[int, ...]]]:
     """Each instruction that runs, and the trips of the loops around it."""
     for one in computations[name]:
         callee = attribute(one, "calls") or attribute(one, "to_apply")
@@ -130,17 +130,17 @@ def goes_on(callee: str, computations: Computations) -> bool:
     return done or callee.startswith("async_collective_fusion")
 
 
-def attribute(instruction: Instruction, name: str) -> str:
+def attribute(instruction: HloInstruction, name: str) -> str:
     found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.rest)
     return found[1] if found else ""
 
 
-def braced(instruction: Instruction, name: str) -> str:
+def braced(instruction: HloInstruction, name: str) -> str:
     found = re.search(rf"\b{name}=\{{([^}}]*)\}}", instruction.rest)
     return found[1] if found else ""
 
 
-def trips_of(loop: Instruction, computations: Computations, around: list[Instruction]) -> int:
+def trips_of(loop: HloInstruction, computations: Computations, around: list[HloInstruction]) -> int:
     """How often a loop runs: what the compiler noted, else the bound that its counter is compared with."""
     if noted := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
         return int(noted[1])
@@ -154,7 +154,7 @@ def trips_of(loop: Instruction, computations: Computations, around: list[Instruc
     return end - _start(loop, int(place[1]), {one.name: one for one in around})
 
 
-def _start(loop: Instruction, place: int, around: dict[str, Instruction]) -> int:
+def _start(loop: HloInstruction, place: int, around: dict[str, HloInstruction]) -> int:
     """A loop's counter before its first turn: 0 unless a constant says otherwise."""
     state = around.get(re.findall(r"%([\w.\-]+)", loop.rest)[0])
     if state is None or state.opcode != "tuple":
@@ -193,7 +193,7 @@ def _numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",")]
 
 
-def _sizes(instruction: Instruction, kind: str, devices: int) -> list[tuple[str, int]]:
+def _sizes(instruction: HloInstruction, kind: str, devices: int) -> list[tuple[str, int]]:
     """(dtype, bytes) of each array of a collective: gathered, or before it is reduced."""
     shapes = [(dtype, _size(dtype, dims)) for dtype, dims in SHAPE.findall(re.sub(r"\{[^}]*\}", "", instruction.shape))]
     if instruction.opcode.endswith("-start"):

@@ -20,14 +20,14 @@ import jax
 from ipt_jax.compile.hardware import predict_step
 from ipt_jax.compile.hlo import Collective, attention_kernels, collectives
 from ipt_jax.config import Recipe
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 from ipt_jax.model.config import ModelConfig, param_count
+from ipt_jax.model.decoder import abstract_params, logical_axes
 from ipt_jax.model.flops import model_flops_per_token
-from ipt_jax.model.mistral import abstract_params, logical_axes
 from ipt_jax.parallel.mesh import make_mesh
 from ipt_jax.parallel.rules import mesh_axes
 from ipt_jax.parallel.topology import Topology, describe_devices
-from ipt_jax.train.program import Program, build_program, lower
+from ipt_jax.train.step import Program, build_program, lower
 
 STEP_DUMPS = "*jit_train_step*"
 STEPS = 1000  # of the schedule; the program is the same for any number

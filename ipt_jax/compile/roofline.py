@@ -25,7 +25,7 @@ import numpy as np
 from ipt_jax.compile.hlo import (
     BYTES,
     Computations,
-    Instruction,
+    HloInstruction,
     attribute,
     braced,
     collectives_of,
@@ -172,13 +172,13 @@ class _Program:
                 found.append(kernel)
         return found
 
-    def _started(self, one: Instruction) -> str:
+    def _started(self, one: HloInstruction) -> str:
         """The name of the asynchronous instruction that this one completes."""
         if one.opcode.endswith("-done"):
             return one.operands[0]
         return one.name.replace("-done", "-start") if one.name.startswith("async-collective-done") else ""
 
-    def _kernel(self, one: Instruction, name: str, times: int) -> Kernel | None:
+    def _kernel(self, one: HloInstruction, name: str, times: int) -> Kernel | None:
         if one.opcode in FREE or one.opcode.endswith("-done") or self._target(one) in FREE_CALLS:
             return None
         part = self._part(one)
@@ -196,18 +196,18 @@ class _Program:
             return Kernel(one.name, "attention", kind, flops, size, times)
         return Kernel(one.name, part, "product" if flops else "memory", flops, size, times) if flops or size else None
 
-    def _callee(self, one: Instruction) -> str:
+    def _callee(self, one: HloInstruction) -> str:
         return attribute(one, "calls") if one.opcode in ("fusion", "async-start") else ""
 
-    def _root(self, one: Instruction) -> Instruction:
+    def _root(self, one: HloInstruction) -> HloInstruction:
         """The root of what a fusion or an asynchronous start calls."""
         return next(inner for inner in self.computations[self._callee(one)] if inner.root)
 
-    def _target(self, one: Instruction) -> str:
+    def _target(self, one: HloInstruction) -> str:
         found = re.search(r'custom_call_target="([^"]*)"', one.rest) if one.opcode == "custom-call" else None
         return found[1] if found else ""
 
-    def _part(self, one: Instruction) -> str:
+    def _part(self, one: HloInstruction) -> str:
         """The scope in the instruction's op_name, else in those of the products and the others that it holds."""
         body = self.computations.get(self._callee(one), [])
         inner = sorted(body, key=lambda each: each.opcode not in ("dot", "convolution"))
@@ -217,7 +217,7 @@ class _Program:
                 return scope[1]
         return "other"
 
-    def _collective(self, one: Instruction) -> Instruction | None:
+    def _collective(self, one: HloInstruction) -> HloInstruction | None:
         """The collective that an instruction is or starts."""
         if is_collective(one):
             return one
@@ -228,13 +228,13 @@ class _Program:
             return None
         return next((inner for inner in self.computations[callee] if is_collective(inner)), None)
 
-    def _grouped(self, moved: Instruction) -> tuple[int, ...]:
+    def _grouped(self, moved: HloInstruction) -> tuple[int, ...]:
         inner = self.computations[self._callee(moved)] if moved.opcode == "fusion" else [moved]
         return group(next(one for one in inner if is_collective(one)).rest)
 
     # ---- products
 
-    def _flops(self, one: Instruction, name: str) -> float:
+    def _flops(self, one: HloInstruction, name: str) -> float:
         """Multiplications and additions of an instruction of computation `name`, those in fusions included."""
         if one.opcode == "fusion":
             callee = self._callee(one)
@@ -252,16 +252,16 @@ class _Program:
             return self._product_flops(one, name, config[1].replace('"', ""))
         return self._attention_flops(one, name) if self._attention(one) else 0.0
 
-    def _product_flops(self, one: Instruction, name: str, contracting: str) -> float:
+    def _product_flops(self, one: HloInstruction, name: str, contracting: str) -> float:
         left = self._dims(one.operands[0], name)
         summed = math.prod(left[int(dim)] for dim in contracting.split(",") if dim.strip())
         return 2.0 * math.prod(_arrays(one.shape)[0][1]) * summed
 
-    def _attention(self, one: Instruction) -> bool:
+    def _attention(self, one: HloInstruction) -> bool:
         target = self._target(one)
         return target.startswith("__cudnn$fmha") or (target == "tpu_custom_call" and one.name.startswith("splash_mha"))
 
-    def _attention_flops(self, one: Instruction, name: str) -> float:
+    def _attention_flops(self, one: HloInstruction, name: str) -> float:
         """Of a fused call: two products a visible pair forward, five backward; seven in splash's two kernels."""
         if one.name.startswith("splash_mha"):
             return self._splash_flops(one, name)
@@ -275,7 +275,7 @@ class _Program:
         products = 5 if "Backward" in self._target(one) else 2
         return 2.0 * products * rows * heads * width * (pairs if causal else length * keys)
 
-    def _splash_flops(self, one: Instruction, name: str) -> float:
+    def _splash_flops(self, one: HloInstruction, name: str) -> float:
         """The first operand says which block of keys comes next [heads, blocks of queries, blocks of keys], or turned.
 
         With a window the shorter side is the blocks that a query's block meets.
@@ -292,7 +292,7 @@ class _Program:
 
     # ---- bytes
 
-    def _bytes(self, one: Instruction, name: str) -> float:
+    def _bytes(self, one: HloInstruction, name: str) -> float:
         """Device memory that one run of an instruction of computation `name` reads and writes."""
         table = self.tables[name]
         operands = [table[operand] for operand in one.operands if operand in table]
@@ -324,7 +324,7 @@ class _Program:
         )
         return self._touched(name, parameter)
 
-    def _touched(self, name: str, value: Instruction) -> float:
+    def _touched(self, name: str, value: HloInstruction) -> float:
         """Bytes of `value` that its users in a fusion need: slices of it, or all."""
         total = 0.0
         for user in self.users[name].get(value.name, []):
@@ -359,7 +359,7 @@ class _Program:
             min(_array_size(array), self._new(name, result)) for result, array in zip(results, arrays, strict=True)
         )
 
-    def _new(self, name: str, result: Instruction) -> float:
+    def _new(self, name: str, result: HloInstruction) -> float:
         """Bytes of a fusion's result that differ from an operand of its own buffer."""
         while result.opcode in ("bitcast", "reshape", "get-tuple-element"):
             result = self.tables[name][result.operands[0]]
@@ -376,16 +376,16 @@ class _Program:
 SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}  # products that a splash kernel computes for each visible pair
 
 
-def _users(body: list[Instruction]) -> dict[str, list[Instruction]]:
+def _users(body: list[HloInstruction]) -> dict[str, list[HloInstruction]]:
     """The instructions that read each instruction."""
-    users: dict[str, list[Instruction]] = defaultdict(list)
+    users: dict[str, list[HloInstruction]] = defaultdict(list)
     for one in body:
         for operand in dict.fromkeys(one.operands):
             users[operand].append(one)
     return users
 
 
-def _convolution_flops(one: Instruction, left: Dims, right: Dims) -> float:
+def _convolution_flops(one: HloInstruction, left: Dims, right: Dims) -> float:
     """Of a convolution as libtpu writes products: the window's places that fall on padding or holes do not count."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     assert labels is not None, f"{one.name}: a convolution without labels"

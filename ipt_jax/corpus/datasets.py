@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 
 HUB = "hf:"
 READ_RECORDS = 256

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 
 Kind = Literal["raw", "augmented", "task", "instruction"]
 KINDS: tuple[Kind, ...] = ("raw", "augmented", "task", "instruction")
@@ -104,8 +104,8 @@ class TokenPage(msgspec.Struct):
     """Consecutive TokenDocuments of a shard, column by column: what one read of a disk brings, under one hash.
 
     What a loader needs is little-endian bytes, so that it makes no object a document: the joined `tokens`, a row of
-    data.pages ROW a document, and loss `runs` (start, stop within the document; uint32). `first` is the number in the
-    shard of the first document. `parents` stand under the place of their document, where it has any.
+    data.token_shards ROW a document, and loss `runs` (start, stop within the document; uint32). `first` is the number
+    in the shard of the first document. `parents` stand under the place of their document, where it has any.
     """
 
     first: int
@@ -118,7 +118,7 @@ class TokenPage(msgspec.Struct):
     parents: dict[int, list[Parent]]
 
 
-Record = TypeVar("Record", bound=msgspec.Struct)
+AnyRecord = TypeVar("AnyRecord", bound=msgspec.Struct)
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type, Any] = {}
 
@@ -127,7 +127,7 @@ def encode(record: msgspec.Struct) -> bytes:
     return _encoder.encode(record)
 
 
-def decode(data: bytes, cls: type[Record]) -> Record:
+def decode(data: bytes, cls: type[AnyRecord]) -> AnyRecord:
     """The record of type `cls` in `data`. Raises UserError when the bytes are another record or none."""
     decoder = _decoders.get(cls)
     if decoder is None:

@@ -20,9 +20,10 @@ from typing import Any, Self
 import msgspec
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from ipt_jax.corpus.files import TEMPORARY, lock_directory, refuse_foreign, sync_directory, write_whole, writing
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import TEMPORARY, lock_directory, refuse_foreign, sync_directory, write_whole, writing
+from ipt_jax.core.hashing import digest, file_digest
 from ipt_jax.corpus.records import Document, decode
-from ipt_jax.corpus.settings import UserError, digest, file_digest
 
 SCHEMA = 1
 PACKED = "group_size:1,zstd:3"  # one record a group: each is read and checked alone

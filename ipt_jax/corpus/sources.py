@@ -20,12 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import zstandard
 
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.hashing import DigestOf, file_digest
+from ipt_jax.corpus.columnar import arrow_parts, parquet_parts, read_arrow, read_parquet
 from ipt_jax.corpus.datasets import HUB, hf_files, hub_files, is_hf, is_tfds, read_tfds, tfds_files, tfds_split
 from ipt_jax.corpus.records import Document, decode
-from ipt_jax.corpus.rows import Dropped, RowReader, SourceSettings
-from ipt_jax.corpus.settings import DigestOf, UserError, file_digest
+from ipt_jax.corpus.row_reader import Dropped, RowReader, SourceSettings
 from ipt_jax.corpus.shards import Shards, read_manifest
-from ipt_jax.corpus.tables import arrow_parts, parquet_parts, read_arrow, read_parquet
 
 UNIT_BYTES = 64 << 20
 READ_BYTES = 4 << 20

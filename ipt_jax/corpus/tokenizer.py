@@ -5,6 +5,12 @@ vocabulary holds the spelling. Pieces of a document are encoded one by one, in t
 a prompt's tokens are a prefix of the training row's; `continuing` leaves out the space that SentencePiece models put
 before a text's first word. `characters` says how much of the text each token covers: by the spelling of its ids where
 they spell the text, which costs a tenth of asking the library, else by the library's offsets.
+
+The bytes that each id of a vocabulary stands for in text.
+
+Exact for byte-level vocabularies and for SentencePiece's (the mark U+2581 is a space, `<0x0A>` a byte). Nothing rests
+on it alone: whoever uses the table compares what the ids spell with the text, so that a tokenizer which changes its
+text (lower case, other forms of a character) is noticed and asked for offsets instead.
 """
 
 import json
@@ -17,8 +23,47 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as JsonTokenizer
 
-from ipt_jax.corpus.settings import UserError, directory_digest
-from ipt_jax.corpus.spellings import json_spellings, sentencepiece_spellings
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.hashing import directory_digest
+
+SPACE_MARK = "\u2581"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def sentencepiece_token_bytes(model: Any) -> list[bytes]:
+    """Of a SentencePieceProcessor. Control and unknown ids stand for nothing."""
+    return [
+        b"" if model.is_control(index) or model.is_unknown(index) else _marked(model.id_to_piece(index))
+        for index in range(model.vocab_size())
+    ]
+
+
+def json_token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
+    """Of a tokenizers.Tokenizer. Special tokens stand for nothing: text that spells one is other ids."""
+    byte_level = _byte_alphabet() if "ByteLevel" in repr(tokenizer.decoder) else None
+    token_bytes = [b""] * vocab_size
+    for piece, index in tokenizer.get_vocab(with_added_tokens=False).items():
+        token_bytes[index] = _marked(piece) if byte_level is None else _from_alphabet(piece, byte_level)
+    for index, token in tokenizer.get_added_tokens_decoder().items():
+        token_bytes[index] = b"" if token.special else token.content.encode()
+    return token_bytes
+
+
+def _marked(piece: str) -> bytes:
+    byte = _BYTE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode()
+
+
+def _from_alphabet(piece: str, alphabet: dict[str, int]) -> bytes:
+    return bytes(alphabet[char] for char in piece) if all(char in alphabet for char in piece) else piece.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes in order for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
 
 FILES = (
     "tokenizer.json",
@@ -189,8 +234,8 @@ class Tokenizer:
     def _spellings(self) -> list[bytes]:
         """The bytes that each id stands for in text; none for control tokens."""
         if self._sentencepiece is not None:
-            return sentencepiece_spellings(self._sentencepiece)
-        return json_spellings(self._json, self.vocab_size)
+            return sentencepiece_token_bytes(self._sentencepiece)
+        return json_token_bytes(self._json, self.vocab_size)
 
     @cached_property
     def literal(self) -> bool:

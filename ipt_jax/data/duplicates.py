@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ipt_jax.corpus.executor import ExecutorName, run_units
-from ipt_jax.corpus.progress import Progress
+from ipt_jax.core.executor import ExecutorName, run_units
+from ipt_jax.core.progress import Progress
 from ipt_jax.corpus.records import Document
-from ipt_jax.corpus.sources import Dropped, SourceSettings, Unit, read_unit
+from ipt_jax.corpus.row_reader import Dropped, SourceSettings
+from ipt_jax.corpus.sources import Unit, read_unit
 
 
-class Task(NamedTuple):
+class HashTask(NamedTuple):
     unit: Unit
     source: SourceSettings
 
@@ -34,7 +35,7 @@ def usable(rows: Iterable[Document | Dropped], dropped: Counter[str]) -> Iterato
             yield row
 
 
-def hash_unit(task: Task) -> np.ndarray:
+def hash_unit(task: HashTask) -> np.ndarray:
     """The hash of each usable document's text, in order. Runs in a worker process."""
     documents = usable(read_unit(task.unit, task.source), Counter())
     hashes = (hashlib.blake2b(one.text.encode(), digest_size=8).digest() for one in documents)
@@ -47,7 +48,7 @@ def find_duplicates(
     """For each unit the numbers of its usable documents whose text stood before."""
     hashes: dict[int, np.ndarray] = {}
     with Progress(len(units), "units", "ipt tokenize: duplicates") as progress:
-        tasks = [Task(*unit) for unit in units]
+        tasks = [HashTask(*unit) for unit in units]
         for index, found in run_units(hash_unit, tasks, workers=workers, executor=executor):
             hashes[index] = found
             progress.advance()

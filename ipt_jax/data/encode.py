@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.records import Document, Segment, TokenType
-from ipt_jax.corpus.settings import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
-from ipt_jax.data.converted import ranges
+from ipt_jax.data.exclude_converted import ranges
 
 BOS, EOS = Segment(control="bos"), Segment(control="eos")
 

@@ -13,7 +13,7 @@ from threading import Lock
 
 import numpy as np
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 from ipt_jax.data.plan import Plan
 
 READ_THREADS = 2  # where there are several hosts, and reads wait for pages; on one, two would only take turns

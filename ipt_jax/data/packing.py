@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ipt_jax.data.blocks import DOCUMENT
-from ipt_jax.data.kept import Kept
-from ipt_jax.data.order import Chunk, MergedOrder
+from ipt_jax.data.block_table import DOCUMENT
+from ipt_jax.data.shared_cache import SharedCache
+from ipt_jax.data.shuffle import Chunk, MergedOrder
 
 CHUNK_ROWS = 512  # rows' worth of tokens in a chunk: what best_fit sees at a time
 CHUNKS_KEPT = 16
@@ -45,7 +45,7 @@ class Concat:
 
     def __init__(self, order: MergedOrder, seq_len: int):
         self._order, self._seq_len = order, seq_len
-        self._layouts = Kept(self._layout, CHUNKS_KEPT)
+        self._layouts = SharedCache(self._layout, CHUNKS_KEPT)
         self.rows = -(-order.tokens // seq_len)
 
     def pieces(self, first: int, stop: int) -> np.ndarray:
@@ -76,7 +76,7 @@ class BestFit:
 
     def __init__(self, order: MergedOrder, seq_len: int):
         self._order, self._seq_len = order, seq_len
-        self._layouts = Kept(self._layout, CHUNKS_KEPT)
+        self._layouts = SharedCache(self._layout, CHUNKS_KEPT)
         counts = [self._packed(chunk)["row"][-1:] + 1 for chunk in range(order.chunks)]
         self._ends = np.cumsum([int(count.sum()) for count in counts])
         self.rows = int(self._ends[-1])

@@ -3,6 +3,8 @@
 The row at (step, slot) is a pure function of the plan, so resuming needs the step alone and any number of hosts sees
 the same global batches. The fingerprint covers the sources' contents, the amounts, the order and the packing. A plan
 holds bytes a block of documents, not bytes a document; lengths and tokens are read when a row is.
+
+The plan as a table for people.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,20 +14,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.hashing import digest
 from ipt_jax.corpus.records import KINDS, TokenType
-from ipt_jax.corpus.settings import UserError, digest
 from ipt_jax.corpus.shards import Manifest, Shards
-from ipt_jax.data.blocks import SourceDocuments, contents, open_documents, open_table
-from ipt_jax.data.mix import check_sources, solve_mix
-from ipt_jax.data.order import MergedOrder, Stream
+from ipt_jax.data.batch import render
+from ipt_jax.data.block_table import SourceDocuments, contents, open_documents, open_table
+from ipt_jax.data.mixture import check_sources, solve_mix
 from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat, Packing
-from ipt_jax.data.pages import open_token_shards
-from ipt_jax.data.records import FOUND, Found, RecordReader
-from ipt_jax.data.rows import render
 from ipt_jax.data.settings import DataSettings, SourceMix
-from ipt_jax.data.table import plan_summary_table
+from ipt_jax.data.shuffle import MergedOrder, Stream
+from ipt_jax.data.token_reader import FOUND, FoundDocuments, TokenReader
+from ipt_jax.data.token_shards import open_token_shards
 
 PLAN_VERSION = 3  # raised when the same settings would give other rows
 
@@ -47,7 +53,7 @@ class Source:
         return "+".join(kind for kind in KINDS if self.manifest.counts.get(kind))
 
 
-class Piece(NamedTuple):
+class RowPiece(NamedTuple):
     """Tokens [start, start + length) of a record of a source, by its place in the recipe, from column `at` of a row."""
 
     source: int
@@ -80,7 +86,7 @@ class Plan:
         self.tokenizer_dir = sources[0].path / "tokenizer"
         self._dtype: TokenType = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
         self._readers = [
-            RecordReader(source.path, source.manifest, source.documents, window=stream.window_blocks, dtype=self._dtype)
+            TokenReader(source.path, source.manifest, source.documents, window=stream.window_blocks, dtype=self._dtype)
             for source, stream in zip(sources, self._streams, strict=True)
         ]
 
@@ -128,14 +134,14 @@ class Plan:
             "fingerprint": self.fingerprint,
         }
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[RowPiece]:
         """What row `row` is made of; nothing beyond the last row."""
         if row >= self.rows:
             return []
         found = self._packing.pieces(row, row + 1)
         start = found["document"]["start"] + found["offset"]
         columns = (found["source"], found["document"]["record"], start, found["length"], found["at"])
-        return [Piece(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+        return [RowPiece(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
     def row(self, row: int) -> dict[str, np.ndarray]:
         """Row `row`: each field's array [T]."""
@@ -162,7 +168,7 @@ class Plan:
             found[-1]["row"] += slot - first
         return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, PIECE), *found])
 
-    def _read(self, pieces: np.ndarray, whole_blocks: bool) -> Found:
+    def _read(self, pieces: np.ndarray, whole_blocks: bool) -> FoundDocuments:
         """The document of each piece."""
         places, runs = np.empty(len(pieces), FOUND), [np.zeros((0, 2), np.uint32)]
         buffers: list[bytes] = []
@@ -176,7 +182,7 @@ class Plan:
             places[mine] = found.places
             buffers += found.buffers
             runs.append(found.runs)
-        return Found(places, buffers, np.concatenate(runs))
+        return FoundDocuments(places, buffers, np.concatenate(runs))
 
 
 def _runs(rows: Sequence[int], end: int) -> Iterator[tuple[int, int, int]]:
@@ -238,3 +244,48 @@ def _open_source(source: SourceMix, opened: dict[str, Shards]) -> Source:
 def print_plan(plan: Plan) -> None:
     """The summary as a table."""
     Console().print(plan_summary_table(plan.summary()))
+
+
+def plan_summary_table(summary: dict[str, Any]) -> Table:
+    """`summary` is what `Plan.summary()` gives."""
+    table = Table(
+        title="{tokens:,} tokens in {rows:,} rows of {seq_len:,} ({packing})".format(**summary),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # a plan of 100B tokens fits 80 columns
+        pad_edge=False,
+        caption=Text(_caption(summary)),
+        caption_justify="left",
+    )
+    for heading in ("source", "kind", "asked"):
+        table.add_column(heading, min_width=6, overflow="fold")
+    for heading in ("documents", "tokens", "share", "epochs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for source in summary["sources"]:
+        table.add_row(
+            escape(source["name"]),
+            source["kind"],
+            source["asked"],
+            f"{source['documents']:,}",
+            f"{source['tokens']:,}",
+            f"{source['share']:.2%}",
+            f"{source['epochs']:.4g}{_cap(source)}",
+        )
+    return table
+
+
+def _cap(source: dict[str, Any]) -> str:
+    """How often the source may be repeated, where that is stated or was left open."""
+    if source["max_epochs"]:
+        return f" of {source['max_epochs']:g}"
+    return " (no cap)" if source["epochs"] > 1 and not source["asked"].startswith("epochs") else ""
+
+
+def _caption(summary: dict[str, Any]) -> str:
+    steps = "{steps:,} steps of {rows_per_step:,} rows, padding {padding_fraction:.3%}".format(**summary)
+    cut = "{truncated_tokens:,} tokens cut from last documents, plan {fingerprint:.12}".format(**summary)
+    left_out = (
+        "{name}: {converted_tokens:,} tokens of {converted_documents:,} converted documents left out; "
+        "{converted_elsewhere:,} converted texts are of other sources"
+    )
+    lines = [left_out.format(**source) for source in summary["sources"] if source["converted_documents"]]
+    return "\n".join([f"{steps}, {cut}", *lines])

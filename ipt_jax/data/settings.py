@@ -9,7 +9,7 @@ from typing import Literal, Self
 import pydantic
 from pydantic import Field
 
-from ipt_jax.corpus.settings import Settings
+from ipt_jax.core.settings import Settings
 
 
 class SourceMix(Settings):

@@ -21,19 +21,27 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from ipt_jax.corpus.executor import run_units
-from ipt_jax.corpus.files import writing
-from ipt_jax.corpus.progress import Progress
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.executor import run_units
+from ipt_jax.core.files import writing
+from ipt_jax.core.progress import Progress
+from ipt_jax.core.settings import Settings
 from ipt_jax.corpus.records import Document, TokenDocument
-from ipt_jax.corpus.settings import Settings, UserError
+from ipt_jax.corpus.row_reader import SourceSettings
 from ipt_jax.corpus.shards import Manifest, Output
-from ipt_jax.corpus.sources import UNIT_BYTES, SourceSettings, Unit, plan_units, read_unit, source_identity
+from ipt_jax.corpus.sources import UNIT_BYTES, Unit, plan_units, read_unit, source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.duplicates import find_duplicates, usable
 from ipt_jax.data.encode import token_dtype, tokenize_documents
-from ipt_jax.data.lengths import document_count, read_index
-from ipt_jax.data.pages import RECORDS, Written, write_token_shard
-from ipt_jax.data.sides import name_side_files, side_damage, side_digests, side_names
+from ipt_jax.data.token_index import (
+    document_count,
+    index_damage,
+    index_digests,
+    index_names,
+    name_index_files,
+    read_index,
+)
+from ipt_jax.data.token_shards import RECORDS, Written, write_token_shard
 
 STAGE = "tokenize"
 SHARD = "tokens"
@@ -41,7 +49,7 @@ BATCH_CHARACTERS = 1 << 18  # text that is tokenized at a time: large enough for
 IDS_A_PASS = 1 << 23  # 64 MiB of keys
 
 
-class InputSettings(SourceSettings):
+class TokenizeInput(SourceSettings):
     """One input of `ipt tokenize`."""
 
     bos: bool = True
@@ -53,7 +61,7 @@ class InputSettings(SourceSettings):
 class TokenizeSettings(Settings):
     """The recipe of `ipt tokenize`."""
 
-    inputs: list[InputSettings] = Field(min_length=1)
+    inputs: list[TokenizeInput] = Field(min_length=1)
     """Sources to tokenize."""
     tokenizer: str
     """Directory or file of the tokenizer: tokenizer.json, or tokenizer.model of SentencePiece."""
@@ -69,17 +77,17 @@ class TokenizeSettings(Settings):
     """Input bytes per output shard. A shard is the unit of parallel work and of resumption."""
 
 
-class Job(NamedTuple):
+class TokenizeJob(NamedTuple):
     """What a worker needs to write one shard. `duplicates`: numbers of the unit's usable documents that drop out."""
 
     unit: Unit
-    source: InputSettings
+    source: TokenizeInput
     tokenizer: str
     temporary: Path
     duplicates: np.ndarray | None
 
 
-class Made(NamedTuple):
+class TokenizedUnit(NamedTuple):
     """What a worker says about the shard that it wrote."""
 
     records: int
@@ -143,7 +151,7 @@ def _whole(output: Output, index: int) -> bool:
     """Whether shard `index` is there with its side files as they were written. One that is damaged is named."""
     if not output.has(index):
         return False
-    found = side_damage(output.path, output.entry(index))
+    found = index_damage(output.path, output.entry(index))
     if found:
         print(f"{found}; it is made again", file=sys.stderr)
         output.drop(index)
@@ -151,20 +159,20 @@ def _whole(output: Output, index: int) -> bool:
 
 
 def _make_shards(
-    settings: TokenizeSettings, output: Output, units: list[tuple[Unit, InputSettings]], todo: list[int]
+    settings: TokenizeSettings, output: Output, units: list[tuple[Unit, TokenizeInput]], todo: list[int]
 ) -> int:
     """Tokenizes the units that are missing; returns the tokens made."""
     total, tokens, read = len(units), 0, 0
     duplicates = _duplicates(settings, units)
     tokenizer = str(Path(settings.tokenizer).absolute())
-    jobs = [Job(*units[i], tokenizer, output.temporary(i).absolute(), duplicates[i]) for i in todo]
+    jobs = [TokenizeJob(*units[i], tokenizer, output.temporary(i).absolute(), duplicates[i]) for i in todo]
     weight = sum(job.unit.size for job in jobs)
     with Progress(None, "tokens", "ipt tokenize") as progress:
         results = run_units(tokenize_unit, jobs, workers=settings.workers, executor=settings.executor)
         for done, (place, made) in enumerate(results, start=total - len(todo) + 1):
             index, name = todo[place], f"{SHARD}-{todo[place]:05d}-of-{total:05d}.array_record"
             with writing(output.path):
-                name_side_files(output.temporary(index), name)
+                name_index_files(output.temporary(index), name)
             output.seal_file(
                 index,
                 total,
@@ -172,7 +180,7 @@ def _make_shards(
                 tokens=made.tokens,
                 counts=made.counts,
                 dropped=made.dropped,
-                sides=side_names(name, made.sides),
+                sides=index_names(name, made.sides),
             )
             tokens, read = tokens + made.tokens, read + jobs[place].unit.size
             progress.expect(tokens * weight // max(read, 1))
@@ -180,7 +188,7 @@ def _make_shards(
     return tokens
 
 
-def _duplicates(settings: TokenizeSettings, units: list[tuple[Unit, InputSettings]]) -> list[np.ndarray | None]:
+def _duplicates(settings: TokenizeSettings, units: list[tuple[Unit, TokenizeInput]]) -> list[np.ndarray | None]:
     """For each unit the numbers of its usable documents that drop out."""
     if not settings.drop_duplicates:
         return [None] * len(units)
@@ -200,7 +208,7 @@ def _finish(output: Output, tokenizer: Tokenizer) -> Manifest:
         (output.path / "tokenizer").mkdir(exist_ok=True)
         for file in tokenizer.files():
             shutil.copyfile(file, output.path / "tokenizer" / file.name)
-    summary = {"side_files": side_digests(output.manifest)}
+    summary = {"side_files": index_digests(output.manifest)}
     output.manifest.summary = summary
     return output.finish(summary | {"duplicate_ids": _duplicate_ids(output)})
 
@@ -217,14 +225,14 @@ def _duplicate_ids(output: Output) -> int:
     return count
 
 
-def tokenize_unit(job: Job) -> Made:
+def tokenize_unit(job: TokenizeJob) -> TokenizedUnit:
     """Writes the shard of one unit and its side files, under temporary names. Runs in a worker process."""
     tokenizer = _open_tokenizer(job.tokenizer)
     counts, dropped = Counter[str](), Counter[str]()
     with writing(job.temporary.parent):
         records, sides = write_token_shard(job.temporary, _written(job, tokenizer, counts, dropped))
     tokens = counts.pop("tokens", 0)
-    return Made(records, tokens, dict(counts), dict(dropped), sides)
+    return TokenizedUnit(records, tokens, dict(counts), dict(dropped), sides)
 
 
 @lru_cache(maxsize=1)
@@ -233,7 +241,7 @@ def _open_tokenizer(path: str) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _written(job: Job, tokenizer: Tokenizer, counts: Counter[str], dropped: Counter[str]) -> Iterator[Written]:
+def _written(job: TokenizeJob, tokenizer: Tokenizer, counts: Counter[str], dropped: Counter[str]) -> Iterator[Written]:
     dtype = token_dtype(tokenizer)
     little_endian = np.dtype(dtype).newbyteorder("<")
     for batch in _batches(job, dropped):
@@ -251,7 +259,7 @@ def _written(job: Job, tokenizer: Tokenizer, counts: Counter[str], dropped: Coun
             yield Written(made, row.characters)
 
 
-def _batches(job: Job, dropped: Counter[str]) -> Iterator[list[Document]]:
+def _batches(job: TokenizeJob, dropped: Counter[str]) -> Iterator[list[Document]]:
     """The unit's documents that are to be tokenized, some BATCH_CHARACTERS of text at a time."""
     batch: list[Document] = []
     characters = 0
@@ -265,7 +273,7 @@ def _batches(job: Job, dropped: Counter[str]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _kept(job: Job, dropped: Counter[str]) -> Iterator[Document]:
+def _kept(job: TokenizeJob, dropped: Counter[str]) -> Iterator[Document]:
     duplicates = set() if job.duplicates is None else set(job.duplicates.tolist())
     for number, document in enumerate(usable(read_unit(job.unit, job.source), dropped)):
         if number in duplicates:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.files import write_whole, writing
-from ipt_jax.corpus.settings import UserError
-from ipt_jax.evaluate.lm import run_task
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import write_whole, writing
+from ipt_jax.evaluate.scoring import run_task
 from ipt_jax.evaluate.tasks import HEADLINE, Task, mean_and_stderr, read_tasks
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.sources import read_jsonl
 
 Sort = Literal["choices", "answer"]

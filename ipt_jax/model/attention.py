@@ -5,6 +5,23 @@ included) and, where segment ids are given, only keys of its own segment, exactl
 is float32. `xla` runs everywhere and holds at most a block of queries against its keys at a time, recomputed in the
 backward pass, so nothing grows with the square of the row. `cudnn` is JAX's public fused kernel for NVIDIA GPUs; it
 serves rows without segment ids.
+
+`cudnn`: JAX's public fused attention for NVIDIA GPUs, through cuDNN.
+
+Takes 16-bit floats only, forward and backward fused, nothing of the size of T x T a head. Documents are kept apart by a
+mask [B, 1, T, T], which cuDNN reads as a bias: T squared 16-bit numbers a row, once for all heads and layers, is the
+price of a public interface (the packed layouts are private to JAX). Its numbers cannot be checked without a GPU: what
+is checked here is the compiled program.
+
+Limits that `choose_attention` keeps to (jax 0.10.2): head_dim a multiple of 8, at most 256 on Hopper and 128 elsewhere;
+with a mask an even row length, and on Hopper a multiple of 128 (`cudnn_gives_nan`). The mask is passed as bool. JAX
+turns it into a bias in the dtype of the queries, and no gradient flows through it. A float32 bias gives NaN gradients
+(jax issue 32242), and the gradient of a bias is wrong for a batch above 1 (jax issue 30593).
+
+`splash`: the block-sparse flash attention for TPUs that comes with JAX (Pallas), forward and backward.
+
+Causality and the window are computed inside the kernel and blocks outside of them are skipped; documents are kept apart
+by segment ids. Rows are a multiple of 128 tokens. `interpret=True` runs the same kernel on a CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -19,7 +36,54 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.splash import LANES, fits_splash
+
+
+def attend_cudnn(q: Array, k: Array, v: Array, *, window: int | None, segment_ids: Array | None = None) -> Array:
+    """Causal self-attention of q [B, T, N, H] over k, v [B, T, K, H] -> [B, T, N, H]; see `attention.attend`."""
+    local = (window - 1, 0) if window is not None and window < q.shape[1] else None  # keys left of the query itself
+    same = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=same, is_causal=True, local_window_size=local, implementation="cudnn"
+    )  # fmt: skip
+
+
+LANES = 128  # rows are cut into blocks that are multiples of a TPU's vector lanes
+SPLASH_BLOCK = 512  # queries and keys at a time
+SPLASH_TOKENS = 2048  # of rows at a time; a core works off its blocks one by one anyway
+
+
+def fits_splash(seq_len: int) -> bool:
+    return seq_len % LANES == 0
+
+
+def attend_splash(
+    q: Array, k: Array, v: Array, *, window: int | None, segment_ids: Array | None = None, interpret: bool = False
+) -> Array:
+    """Causal self-attention of q [B, T, N, H] over k, v [B, T, K, H] -> [B, T, N, H]; see `attention.attend`."""
+    # Pallas takes a second to import: only runs on TPUs pay it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N, H = q.shape[1:]
+    reach = T if window is None else min(window, T)
+    mask = masks.LocalMask((T, T), (reach - 1, 0), 0)  # each query: itself and the reach - 1 keys before it
+    block = next(size for size in range(min(SPLASH_BLOCK, T), 0, -LANES) if T % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * N), block_sizes=sizes, interpret=interpret
+    )
+    q, k, v = (x.swapaxes(1, 2) for x in (q * (1 / math.sqrt(H)), k, v))  # [B, N or K, T, H]
+
+    def row(parts: tuple[Array, ...]) -> Array:
+        q, k, v, *segments = parts
+        return kernel(q.astype(k.dtype), k, v, *(splash.SegmentIds(ids, ids) for ids in segments))
+
+    # Few rows at a time: the backward kernels want log-sums spread over 128 lanes, twice the size of q in float32.
+    rows = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
+    return jax.lax.map(row, rows, batch_size=max(1, SPLASH_TOKENS // T)).swapaxes(1, 2)
+
 
 Attention = Callable[..., Array]  # (q, k, v, *, window, segment_ids) -> [B, T, N, H], as `attend`
 

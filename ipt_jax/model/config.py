@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ipt_jax.corpus.settings import Settings, UserError, check_settings
+from ipt_jax.core.settings import Settings
 
 
 class RopeScaling(Settings):
@@ -139,30 +139,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         intermediate_size=1536, rope_theta=100_000.0, tie_embeddings=True, max_positions=8192,
     ),
 }  # fmt: skip
-
-
-def resolve_model(
-    settings: ModelSettings, vocab_size: int | None = None, bos_id: int | None = None, eos_id: int | None = None
-) -> ModelConfig:
-    """What a `model:` block means; `vocab_size` and the control ids are those of the sources' tokenizer."""
-    stated = settings.model_dump(exclude_unset=True, exclude={"preset", "from_"})
-    if settings.from_:
-        from ipt_jax.model.source import read_model_config, resolve_checkpoint
-
-        fields = read_model_config(resolve_checkpoint(settings.from_)).model_dump() | stated
-    else:
-        tokenizer = {"vocab_size": vocab_size, "bos_id": bos_id, "eos_id": eos_id}
-        known = {name: value for name, value in tokenizer.items() if value is not None}
-        fields = known | PRESETS.get(settings.preset or "", {}) | stated
-    if "hidden_size" in fields and "q_heads" in fields:
-        fields.setdefault("head_dim", fields["hidden_size"] // fields["q_heads"])
-    config = check_settings(ModelConfig, fields, "model")
-    if vocab_size is not None and vocab_size > config.vocab_size:
-        raise UserError(
-            f"model: vocab_size is {config.vocab_size}, but the sources' tokenizer has {vocab_size} ids; "
-            f"set model.vocab_size to {vocab_size} or more"
-        )
-    return config
 
 
 def param_count(config: ModelConfig) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 TPU_PLUGIN = "libtpu"

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 
 OURS = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "NCCL_", "MEGASCALE_", "TF_")
 ENVIRONMENT = {

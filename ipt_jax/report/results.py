@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ipt_jax.corpus.markup import Child, Markup, join, tag
-from ipt_jax.report.bars import Bar, score, score_bars
+from ipt_jax.core.html import Child, Markup, join, tag
+from ipt_jax.core.svg import Bar, score, score_bars
 from ipt_jax.report.runs import Entrant
 from ipt_jax.report.training import COLOURS, colour, swatch, table
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.sources import read_jsonl
 
 KINDS = ("raw", "augmented", "task", "instruction")

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from ipt_jax.corpus.markup import Child, Markup, join, tag
-from ipt_jax.corpus.progress import format_duration
-from ipt_jax.report.bars import Part, share_bar
-from ipt_jax.report.curves import Line, line_chart, short
+from ipt_jax.core.html import Child, Markup, join, tag
+from ipt_jax.core.progress import format_duration
+from ipt_jax.core.svg import BarSegment, Line, line_chart, share_bar, short
 from ipt_jax.report.runs import KINDS, Run, last
 
 COLOURS = 8
@@ -132,7 +131,7 @@ def mixes(runs: Sequence[Run]) -> Markup | None:
 def _mix(run: Run) -> Markup:
     sources = run.plan["sources"]
     parts = [
-        Part(
+        BarSegment(
             source["name"], _kind(source), float(source["share"]), f"{source['name']}: {source['share']:.1%} of tokens"
         )
         for source in sources

@@ -26,19 +26,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ipt_jax.corpus.files import sync_directory
-from ipt_jax.corpus.settings import Fault, UserError
+from ipt_jax.core.checkpoint_digests import numbered, write_digests
+from ipt_jax.core.checkpoint_path import LiteralPath
+from ipt_jax.core.errors import Fault, UserError
+from ipt_jax.core.files import sync_directory
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.integrity import numbered, write_digests
-from ipt_jax.model.paths import LiteralPath
-from ipt_jax.train.record import tell
+from ipt_jax.train.run_info import tell
 from ipt_jax.train.state import TrainState
 
 SAVING, REMOVING = ".saving", ".removing"  # what follows a step's number before and after its time
 FULL = "No space left on device"
 
 
-class Record(msgspec.Struct):
+class CheckpointRecord(msgspec.Struct):
     """What a checkpoint knows of its run. `made_with` must be equal to go on."""
 
     step: int
@@ -100,7 +100,7 @@ class Checkpoints:
         self._wait()
         self._orbax.close()
 
-    def save(self, state: TrainState, record: Record, *, last: bool) -> None:
+    def save(self, state: TrainState, record: CheckpointRecord, *, last: bool) -> None:
         """Copies the state off the devices and returns. Writing continues in the background, and prints its end.
 
         A save that fails is printed, and the next one is the next try; `finish` raises for the last of a run.

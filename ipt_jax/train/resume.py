@@ -16,15 +16,15 @@ from typing import Any
 import jax
 import msgspec
 
-from ipt_jax.corpus.settings import UserError
-from ipt_jax.model.integrity import Newest, Skipped, newest_verified, refuse_all, unverified
-from ipt_jax.train.checkpoint import Record, from_first_process
-from ipt_jax.train.record import tell
+from ipt_jax.core.checkpoint_digests import Newest, Skipped, newest_verified, refuse_all, unverified
+from ipt_jax.core.errors import UserError
+from ipt_jax.train.checkpoint import CheckpointRecord, from_first_process
+from ipt_jax.train.run_info import tell
 
 NOTHING, UNUSABLE = -1, -2
 
 
-def find_newest(run_dir: Path) -> tuple[Record | None, list[Skipped]]:
+def find_newest(run_dir: Path) -> tuple[CheckpointRecord | None, list[Skipped]]:
     """The record of the newest checkpoint that verifies, and the later ones. Raises UserError when none verifies."""
     checkpoints = run_dir.absolute() / "checkpoints"
     found = newest_verified(checkpoints) if jax.process_index() == 0 else Newest(None, [])
@@ -36,12 +36,12 @@ def find_newest(run_dir: Path) -> tuple[Record | None, list[Skipped]]:
         return None, []
     file = checkpoints / str(step) / "record" / "record.json"
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Record), found.skipped
+        return msgspec.json.decode(file.read_bytes(), type=CheckpointRecord), found.skipped
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); move the folder of step {step} away to resume") from error
 
 
-def set_aside(run_dir: Path, record: Record | None, skipped: list[Skipped]) -> None:
+def set_aside(run_dir: Path, record: CheckpointRecord | None, skipped: list[Skipped]) -> None:
     """Renames the checkpoints that were skipped to N.damaged, and says what is used instead."""
     if record is None or jax.process_index() != 0:
         return
@@ -58,7 +58,7 @@ def set_aside(run_dir: Path, record: Record | None, skipped: list[Skipped]) -> N
         tell(f"warning: checkpoint {record.step} has no digests.json (an earlier version wrote it): not verified")
 
 
-def refuse_changed(run_dir: Path, record: Record, made_with: dict[str, Any]) -> None:
+def refuse_changed(run_dir: Path, record: CheckpointRecord, made_with: dict[str, Any]) -> None:
     """Raises UserError naming the first field in which the run's checkpoint and the recipe differ."""
     before, now = flatten(record.made_with), flatten(json.loads(json.dumps(made_with)))
     for field in dict.fromkeys([*now, *before]):  # a tokenizer before the contents that it changed

@@ -2,10 +2,17 @@
 
 Guarantees equal initial parameters on every mesh (each tensor is drawn from its own key, inside jit, straight into its
 shards: no device ever holds the whole model), and moments that lie where their parameters lie.
+
+Where the state really lies once it exists: every shard against the plan, and what a device holds.
+
+Guarantees that a run whose parameters or moments are not split as planned ends before its first step, with the name:
+a replicated one costs memory on every device and traffic in every step, and shows in no loss. Looks at this process's
+devices; the others look at theirs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +22,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.mistral import abstract_params, init_params
+from ipt_jax.model.decoder import abstract_params, init_params
+from ipt_jax.parallel.rules import param_name
 
 
 @jax.tree_util.register_dataclass
@@ -66,3 +74,39 @@ def state_from_params(
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+
+
+BIG = 2**20  # elements; what is smaller (norms) is not told
+
+
+def check_layout(state: TrainState, planned: TrainState) -> list[str]:
+    """Lines for people: each big parameter's parts, and bytes a device. Fails where a shard is not as planned."""
+    jax.tree_util.tree_map_with_path(_check, state, planned)
+    named = jax.tree_util.tree_leaves_with_path(state.params)
+    split = [(param_name(path), leaf) for path, leaf in named if leaf.size >= BIG]
+    held = {what: _held(tree) / 2**20 for what, tree in (("parameters", state.params), ("moments", state.optimizer))}
+    whole = sum(leaf.nbytes for _, leaf in named) / 2**20
+    total = f"state: {held['parameters']:,.1f} MiB of {whole:,.1f} MiB of parameters a device"
+    return [*(_tell(name, leaf) for name, leaf in split), f"{total}, {held['moments']:,.1f} MiB of moments"]
+
+
+def _check(path: tuple[Any, ...], leaf: jax.Array, planned: NamedSharding) -> None:
+    wanted = planned.shard_shape(leaf.shape)
+    name = jax.tree_util.keystr(path)
+    devices = {shard.device for shard in leaf.addressable_shards}
+    assert devices == planned.addressable_devices, f"state{name} lies on {len(devices)} devices of this process"
+    for shard in leaf.addressable_shards:
+        assert shard.data.shape == wanted, f"state{name}: {shard.device} holds {shard.data.shape}, planned was {wanted}"
+
+
+def _held(tree: Any) -> int:
+    """Bytes of the arrays of `tree` on one device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _tell(name: str, leaf: jax.Array) -> str:
+    part = leaf.addressable_shards[0].data
+    axes = [str(axis) for axis in leaf.sharding.spec if axis is not None]  # type: ignore[attr-defined]
+    parts = math.prod(leaf.shape) // part.size
+    how = f"{parts} parts ({' x '.join(axes)})" if parts > 1 else "whole on every device"
+    return f"{name} {list(leaf.shape)}: {how}, {part.nbytes / 2**20:,.1f} MiB a device"

@@ -4,28 +4,37 @@ Guarantees: the loss is the sum over the global batch divided once by the global
 micro-batches nor meshes change what is optimized; gradients and moments are float32 whatever the compute dtype. A batch
 is a dict of arrays [A, M, T]: A accumulation steps of M rows. Metrics are scalars and sums by document kind; a loss or
 gradient that is not finite is reported in them, the caller decides.
+
+From a recipe and a mesh to a step ready to compile: every choice that was left open is made here, with its reason.
+
+Guarantees that `ipt train` and `ipt compile` build the same program, and that each choice (attention kernel, dtype,
+accumulation, loss chunk, what could not be split) can be printed; `strict: true` turns a fallback into an error. Needs
+devices only as descriptions, so that a topology which is not here serves as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ipt_jax.config import OptimizerSettings
-from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.mistral import forward, logical_axes
-from ipt_jax.parallel.mesh import batch_sharding
-from ipt_jax.train.device import OnDevice
-from ipt_jax.train.loss import cross_entropy, no_sums
-from ipt_jax.train.optim import clip, learning_rate
-from ipt_jax.train.state import TrainState
+from ipt_jax.config import OptimizerSettings, Recipe, accumulation_steps, rows_per_step
+from ipt_jax.core.errors import UserError
+from ipt_jax.model.attention import CUDNN_ROWS, choose_attention, cudnn_gives_nan
+from ipt_jax.model.config import ModelConfig, param_count
+from ipt_jax.model.decoder import forward, logical_axes
+from ipt_jax.parallel.fsdp import OnDevice
+from ipt_jax.parallel.mesh import batch_sharding, row_shards
+from ipt_jax.parallel.rules import bytes_per_device, place_params
+from ipt_jax.train.loss import chunk_size, cross_entropy, no_sums
+from ipt_jax.train.optimizer import clip, learning_rate, make_optimizer
+from ipt_jax.train.state import TrainState, abstract_state, state_shardings
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -150,3 +159,141 @@ def make_step(
         return TrainState(state.step + 1, params, moments), metrics
 
     return train_step
+
+
+# Logits held at a time on one device, where the recipe leaves train.loss_chunk open. On CPUs a chunk that stays in the
+# cache is nearly twice as fast as one pass; on accelerators only memory matters.
+LOGITS_BYTES = 256 * 2**20
+CPU_CHUNK_TOKENS = 256
+# A layer's products [tokens, F] at a time, where the layer computes them again in the backward pass anyway. Matrix
+# products of some thousand rows fill any accelerator.
+MLP_BYTES = 128 * 2**20
+BATCH_DTYPES = {
+    "tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.bool_,
+    "segment_ids": jnp.int32, "positions": jnp.int32, "kinds": jnp.int32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Program:
+    """A train step and everything needed to lower it."""
+
+    model: ModelConfig
+    mesh: Mesh
+    shape: StepShape
+    rows: int  # of the global batch
+    optimizer: optax.GradientTransformation
+    state: TrainState  # abstract
+    shardings: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]  # abstract, with shardings
+    step: jax.stages.Wrapped  # jitted, the state donated
+    choices: dict[str, Any]  # what was chosen and why, for people and run.json
+
+
+def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: int) -> Program:
+    """The program of `recipe` on the devices of `mesh`. Raises UserError for what cannot be."""
+    device = mesh.devices.flat[0]
+    attention, reason, fallbacks = _attention(recipe, model, device.device_kind, device.platform)
+    shards = row_shards(mesh)
+    accumulation = accumulation_steps(recipe, shards)
+    rows = rows_per_step(recipe)
+    chunk, chunk_reason = _chunk_tokens(recipe, model, mesh)
+    tokens = recipe.data.seq_len * rows // accumulation // shards  # of one micro-batch on one device
+    shape = StepShape(
+        accumulation=accumulation,
+        compute_dtype=_compute_dtype(recipe, device.platform),
+        remat=recipe.train.remat,
+        attention=attention,
+        separate_documents=recipe.data.cross_document == "block",
+        loss_chunk=chunk_size(tokens, chunk),
+        mlp_chunk=_mlp_chunk(recipe, model, mesh, tokens),
+        z_loss=recipe.train.z_loss,
+        unroll=device.platform in ("cuda", "gpu") and recipe.train.remat != "full",
+    )
+    optimizer = make_optimizer(recipe.optimizer, total_steps)
+    state = abstract_state(model, optimizer)
+    placement = place_params(logical_axes(model), state.params, mesh)
+    fallbacks = fallbacks + placement.notes
+    if recipe.train.strict and fallbacks:
+        raise UserError(f"train.strict: {fallbacks[0]}; change the recipe, or set train.strict to false")
+    shardings = state_shardings(state, optimizer, placement.shardings, mesh)
+    step = make_step(model, recipe.optimizer, optimizer, total_steps, shape, mesh, shardings)
+    whole = NamedSharding(mesh, PartitionSpec())
+    choices = {
+        **asdict(shape),
+        "attention_reason": reason,
+        "loss_chunk_reason": chunk_reason,
+        "mesh": dict(mesh.shape),
+        "devices": f"{mesh.devices.size} x {device.device_kind}",
+        "parameters": param_count(model),
+        "state_bytes_per_device": bytes_per_device(state, shardings),
+        "rows_per_step": rows,
+        "fallbacks": fallbacks,
+    }
+    return Program(
+        model, mesh, shape, rows, optimizer, state, shardings,
+        batch=abstract_batch(recipe.data.seq_len, rows, accumulation, batch_sharding(mesh)),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
+        choices=choices,
+    )  # fmt: skip
+
+
+def lower(program: Program) -> jax.stages.Lowered:
+    """The step lowered for the program's mesh, from shapes alone."""
+    state = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        program.state,
+        program.shardings,
+    )
+    return program.step.lower(state, program.batch)
+
+
+def abstract_batch(
+    seq_len: int, rows: int, accumulation: int, sharding: NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch [A, M, T]."""
+    shape = (accumulation, rows // accumulation, seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+
+
+def _attention(recipe: Recipe, model: ModelConfig, kind: str, platform: str) -> tuple[str, str, list[str]]:
+    """Kernel, reason, and the fallback if it is one."""
+    asked, seq_len = recipe.train.attention, recipe.data.seq_len
+    dtype = _compute_dtype(recipe, platform)
+    name, reason = choose_attention(kind, model, seq_len, recipe.data.cross_document, dtype)
+    if name == "cudnn" and asked in ("auto", name) and cudnn_gives_nan(kind, seq_len, recipe.data.cross_document):
+        below = seq_len // CUDNN_ROWS * CUDNN_ROWS
+        lengths = f"{below} or {below + CUDNN_ROWS}" if below else f"{CUDNN_ROWS}"
+        raise UserError(
+            f"data.seq_len must be a multiple of {CUDNN_ROWS} with data.cross_document: block on {kind}, got {seq_len} "
+            f"(NaN in cuDNN's backward pass); set data.seq_len to {lengths}, or train.attention to xla"
+        )
+    if asked == "auto":
+        return name, reason, [f"attention: {reason}"] if name == "xla" and platform != "cpu" else []
+    if asked not in ("xla", name):
+        raise UserError(f"train.attention is {asked}, which cannot run here ({reason}); set it to {name} or auto")
+    return asked, "asked for by train.attention", []
+
+
+def _compute_dtype(recipe: Recipe, platform: str) -> str:
+    if recipe.train.compute_dtype != "auto":
+        return recipe.train.compute_dtype
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def _chunk_tokens(recipe: Recipe, model: ModelConfig, mesh: Mesh) -> tuple[int, str]:
+    """Tokens of one row shard whose logits are held at a time, and why so many."""
+    if recipe.train.loss_chunk is not None:
+        return recipe.train.loss_chunk, "asked for by train.loss_chunk"
+    if mesh.devices.flat[0].platform == "cpu":
+        return CPU_CHUNK_TOKENS, f"{CPU_CHUNK_TOKENS} tokens stay in a CPU's cache"
+    tokens = LOGITS_BYTES * mesh.shape["tensor"] // (4 * model.vocab_size)
+    return tokens, f"float32 logits of at most {LOGITS_BYTES // 2**20} MiB a device"
+
+
+def _mlp_chunk(recipe: Recipe, model: ModelConfig, mesh: Mesh, tokens: int) -> int | None:
+    """Tokens whose feed-forward products exist at a time; None where they are kept for the backward pass."""
+    remat = recipe.train.remat
+    if remat in ("none", "dots") or "gate" in remat or "up" in remat:
+        return None
+    return chunk_size(tokens, MLP_BYTES * mesh.shape["tensor"] // (2 * model.intermediate_size))

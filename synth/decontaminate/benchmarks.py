@@ -1,5 +1,11 @@
-"""The benchmarks of a recipe as items: rows of JSON Lines, or documents of lm-eval tasks, by the fields to look for."""
+"""The benchmarks of a recipe as items: rows of JSON Lines, or documents of lm-eval tasks, by the fields to look for.
 
+The test and validation documents of lm-eval tasks: the one module that imports lm_eval for decontamination.
+
+Nothing is fetched: a task's data lie on this machine or in the hub's cache (HF_HUB_OFFLINE=0 allows fetching).
+"""
+
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -7,9 +13,35 @@ from typing import Any, Self
 import pydantic
 from pydantic import Field
 
-from ipt_jax.corpus.settings import Settings, UserError
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.settings import Settings
 from ipt_jax.corpus.sources import find_files, read_jsonl
-from synth.decontaminate.needles import Item
+from synth.decontaminate.ngram_index import BenchmarkItem
+
+
+def task_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(id, document) of every document of a task, of all tasks of a group or tag, or of a task's YAML file."""
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ.setdefault(variable, "1")
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"benchmark task {name}: lm_eval is not installed; run launch/setup.sh evals") from error
+    try:
+        # The index of all tasks takes seconds, and a task's own file needs none of it.
+        tasks = TaskManager(include_defaults=not Path(name).is_file()).load(name)["tasks"]
+    except Exception as error:  # whatever lm_eval and datasets raise: no such task, no data, a broken YAML file
+        raise UserError(
+            f"benchmark task {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "check its name, and that its data lie on this machine"
+        ) from error
+    for task_name, task in tasks.items():
+        splits = {"test": task.test_docs if task.has_test_docs() else None}
+        splits["validation"] = task.validation_docs if task.has_validation_docs() else None
+        for split, documents in splits.items():
+            for number, document in enumerate(documents() or () if documents else ()):
+                yield f"{task_name}/{split}/{number}", dict(document)
+
 
 BINARY = (".parquet", ".arrow", ".array_record")
 
@@ -41,13 +73,13 @@ class BenchmarkSettings(Settings):
         return self.name or self.task or Path(self.path or "").name.split(".")[0]
 
 
-def read_items(number: int, settings: BenchmarkSettings) -> list[Item]:
+def read_items(number: int, settings: BenchmarkSettings) -> list[BenchmarkItem]:
     """The items of benchmark `number` of the recipe. UserError where a row lacks a field, or there is none."""
     items = []
     for where, row_id, row in benchmark_rows(settings):
         for item_id, block in blocks(row_id, row, settings.fields):
             texts = [text for field in settings.fields for text in field_texts(block, field, where)]
-            items.append(Item(number, item_id, tuple(text for text in texts if text.strip())))
+            items.append(BenchmarkItem(number, item_id, tuple(text for text in texts if text.strip())))
     if not any(item.fields for item in items):
         raise UserError(f"benchmark {settings.label}: no text in {', '.join(settings.fields)}; name other fields")
     return items
@@ -56,7 +88,7 @@ def read_items(number: int, settings: BenchmarkSettings) -> list[Item]:
 def benchmark_rows(settings: BenchmarkSettings) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(where it stands, id, row)."""
     if settings.task is not None:
-        from synth.decontaminate.tasks import task_rows
+        from synth.decontaminate.benchmarks import task_rows
 
         for row_id, row in task_rows(settings.task):
             yield f"benchmark task {row_id}", row_id, row

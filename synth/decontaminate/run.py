@@ -20,15 +20,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ipt_jax.corpus.executor import run_units
-from ipt_jax.corpus.files import TEMPORARY, sync_directory, writing
-from ipt_jax.corpus.progress import Progress
-from ipt_jax.corpus.settings import Settings, UserError, digest, file_digest
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.executor import run_units
+from ipt_jax.core.files import TEMPORARY, sync_directory, writing
+from ipt_jax.core.hashing import digest, file_digest
+from ipt_jax.core.progress import Progress
+from ipt_jax.core.settings import Settings
+from ipt_jax.corpus.row_reader import SourceSettings
 from ipt_jax.corpus.shards import Output, Shards, load_manifest
-from ipt_jax.corpus.sources import SourceSettings, plan_units, source_identity
+from ipt_jax.corpus.sources import plan_units, source_identity
 from synth.decontaminate.benchmarks import BenchmarkSettings, read_items
-from synth.decontaminate.needles import Bounds, Item, Needles
-from synth.decontaminate.unit import REMOVED, Job, Made, clean_unit, removed_path
+from synth.decontaminate.clean import REMOVED, CleanedUnit, CleanJob, clean_unit, removed_path
+from synth.decontaminate.ngram_index import BenchmarkItem, Bounds, NgramIndex
 from synth.groups import decode_group
 
 STAGE = "decontaminate"
@@ -37,7 +40,7 @@ KINDS = ("pairs", "texts", "documents")
 NEEDLES = f"needles.msgpack{TEMPORARY}"
 
 
-class InputSettings(SourceSettings):
+class DecontaminateInput(SourceSettings):
     """Groups, documents or raw text."""
 
     name: str | None = None
@@ -51,7 +54,7 @@ class InputSettings(SourceSettings):
 class DecontaminateSettings(Settings):
     """The recipe of `synth decontaminate`."""
 
-    inputs: list[InputSettings] = Field(min_length=1)
+    inputs: list[DecontaminateInput] = Field(min_length=1)
     """Sources to clean: groups, documents or raw texts."""
     benchmarks: list[BenchmarkSettings] = Field(min_length=1)
     """Benchmarks to look for."""
@@ -71,7 +74,7 @@ def run_decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:
     check_names("benchmarks", names)
     check_apart(settings)
     items = [item for number, one in enumerate(settings.benchmarks) for item in read_items(number, one)]
-    needles = Needles.build(items, names, Bounds(settings.ngram, min(settings.shortest, settings.ngram)))
+    needles = NgramIndex.build(items, names, Bounds(settings.ngram, min(settings.shortest, settings.ngram)))
     root = Path(settings.output)
     with ExitStack() as stack:
         outputs = [stack.enter_context(open_output(settings, one, items)) for one in settings.inputs]
@@ -118,7 +121,7 @@ def is_own(path: Path) -> bool:
     return (path / "manifest.json").is_file() and load_manifest(path).stage == STAGE
 
 
-def open_output(settings: DecontaminateSettings, source: InputSettings, items: list[Item]) -> Output:
+def open_output(settings: DecontaminateSettings, source: DecontaminateInput, items: list[BenchmarkItem]) -> Output:
     """The output of one input. What it depends on: contents of the input and words of the benchmarks, by name."""
     words: dict[str, list[Any]] = {one.label: [] for one in settings.benchmarks}
     for item in items:
@@ -133,7 +136,7 @@ def open_output(settings: DecontaminateSettings, source: InputSettings, items: l
     return Output(path, stage=STAGE, identity=identity, shard_name=shard_name, remake=True)
 
 
-def holds_groups(source: InputSettings) -> bool:
+def holds_groups(source: DecontaminateInput) -> bool:
     """Whether the input is a directory of SynthGroups, told by its first record."""
     if not (Path(source.path) / "manifest.json").is_file():
         return False
@@ -149,7 +152,7 @@ def holds_groups(source: InputSettings) -> bool:
 
 def fill(settings: DecontaminateSettings, outputs: list[Output], needles: Path) -> None:
     """Makes all shards that are missing, of all inputs side by side."""
-    jobs: list[Job] = []
+    jobs: list[CleanJob] = []
     places: list[tuple[Output, int, int]] = []
     done, contents = 0, file_digest(needles)
     for source, output in zip(settings.inputs, outputs, strict=True):
@@ -159,7 +162,7 @@ def fill(settings: DecontaminateSettings, outputs: list[Output], needles: Path) 
                 done += unit.size
                 continue
             groups, temporary = output.shard_name == "groups", output.temporary(index).absolute()
-            jobs.append(Job(unit, source, source.label, groups, temporary, needles.absolute(), contents))
+            jobs.append(CleanJob(unit, source, source.label, groups, temporary, needles.absolute(), contents))
             places.append((output, index, len(units)))
     total = done + sum(job.unit.size for job in jobs)
     with Progress(total >> 20, "MB", "synth decontaminate", done=done >> 20) as progress:
@@ -182,7 +185,7 @@ def is_whole(output: Output, index: int) -> bool:
     return True
 
 
-def seal(output: Output, index: int, total: int, made: Made) -> None:
+def seal(output: Output, index: int, total: int, made: CleanedUnit) -> None:
     """Names the shard and its list of matches; a named shard has its list."""
     name = f"{output.shard_name}-{index:05d}-of-{total:05d}.{REMOVED}"
     with writing(output.path):
@@ -208,7 +211,7 @@ def join_matches(root: Path, outputs: list[Output]) -> dict[str, set[str]]:
 
 
 def figures(
-    settings: DecontaminateSettings, outputs: list[Output], needles: Needles, hit: dict[str, set[str]]
+    settings: DecontaminateSettings, outputs: list[Output], needles: NgramIndex, hit: dict[str, set[str]]
 ) -> dict[str, Any]:
     """What `--json` prints. `removed`: pairs, texts and documents that share words with each benchmark, together."""
     counts: Counter[str] = Counter()

@@ -4,7 +4,8 @@ and a scripted one for tests and rehearsals."""
 from pathlib import Path
 from typing import Any
 
-from ipt_jax.corpus.settings import DigestOf, UserError, digest, file_digest
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.hashing import DigestOf, digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import FAILURES, Completion, Engine, EngineDied, RequestFailed, weights_digest

@@ -13,7 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ipt_jax.corpus.settings import DigestOf, Fault, UserError, digest, directory_digest, file_digest
+from ipt_jax.core.errors import Fault, UserError
+from ipt_jax.core.hashing import DigestOf, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 
 

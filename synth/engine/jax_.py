@@ -7,18 +7,18 @@ request: there is no cache between them, so `cached_prompt_tokens` is 0.
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import Completion, refuse_vocabulary, time_limit, without_eos
 
 if TYPE_CHECKING:
-    from ipt_jax.generate import LanguageModel
+    from ipt_jax.inference.language_model import LanguageModel
 
 LOOP_TURNS = 6  # of the event loop, from an answer to the first request of the group that takes the place
 
 
-class Request(NamedTuple):
+class PendingRequest(NamedTuple):
     prompt_ids: list[int]
     seed: int
     max_new_tokens: int
@@ -27,7 +27,7 @@ class Request(NamedTuple):
     answer: "asyncio.Future[Completion]"
 
 
-class Asked(NamedTuple):
+class PendingScore(NamedTuple):
     """Tokens to score."""
 
     prompt_ids: list[int]
@@ -43,7 +43,7 @@ class JaxEngine:
         import jax
 
         from ipt_jax import load
-        from ipt_jax.generate import BatchGenerator
+        from ipt_jax.inference.language_model import BatchGenerator
 
         if model is None:
             default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -59,9 +59,9 @@ class JaxEngine:
         self._timeout = settings.request_timeout_seconds
         self._model = model
         self._generator = BatchGenerator(model, settings.max_num_seqs, settings.max_model_len, settings.max_new_tokens)
-        self._waiting: list[Request] = []
-        self._running: dict[int, Request] = {}
-        self._asked: list[Asked] = []
+        self._waiting: list[PendingRequest] = []
+        self._running: dict[int, PendingRequest] = {}
+        self._asked: list[PendingScore] = []
         self._stepper: asyncio.Task[None] | None = None
 
     async def generate(
@@ -75,7 +75,7 @@ class JaxEngine:
         priority: int = 0,
     ) -> Completion:
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Request(prompt_ids, seed, max_new_tokens, temperature, priority, answer))
+        self._waiting.append(PendingRequest(prompt_ids, seed, max_new_tokens, temperature, priority, answer))
         self._wake()
         async with time_limit(self._timeout):
             return await answer
@@ -83,7 +83,7 @@ class JaxEngine:
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
         """All that are waiting when the stepper comes by are scored in a few batches of similar length."""
         logprob: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._asked.append(Asked(prompt_ids, answer_ids, logprob))
+        self._asked.append(PendingScore(prompt_ids, answer_ids, logprob))
         self._wake()
         async with time_limit(self._timeout):
             return await logprob
@@ -142,7 +142,7 @@ class JaxEngine:
             self._running[number] = request
         del self._waiting[:free]
 
-    def _settle(self, request: Request, ids: list[int], finish_reason: str) -> None:
+    def _settle(self, request: PendingRequest, ids: list[int], finish_reason: str) -> None:
         kept = without_eos(ids, self.tokenizer.eos_id)
         reason = "stop" if len(kept) < len(ids) else finish_reason
         if not request.answer.done():  # given up meanwhile

@@ -19,7 +19,8 @@ from typing import Any
 
 import msgspec
 
-from ipt_jax.corpus.settings import UserError, uniform
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.seeding import uniform
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import Completion, EngineDied, Places, RequestFailed, time_limit, without_eos

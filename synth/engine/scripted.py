@@ -10,12 +10,13 @@ import asyncio
 from collections import OrderedDict
 from random import Random
 
+from ipt_jax.core.hashing import digest
+from ipt_jax.core.seeding import draw
 from ipt_jax.corpus.records import Pair
-from ipt_jax.corpus.settings import digest, draw
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
 from synth.engine.base import Completion, EngineDied, Places, RequestFailed, time_limit
-from synth.prompt import ANSWER_TAG, END_TAG, PAIR_SEPARATOR, QUESTION_TAG, pair_text, wire_pair
+from synth.format.wire import ANSWER_TAG, END_TAG, PAIR_SEPARATOR, QUESTION_TAG, pair_text, wire_pair
 
 # Groups whose last request is remembered, a concurrent one each: latency spreads by a factor of three, so no group is
 # forgotten between two of its own requests.
@@ -43,19 +44,19 @@ class ScriptedEngine:
         request_id: str,
         priority: int = 0,
     ) -> Completion:
-        luck = draw(seed if temperature > 0 else 0, digest(prompt_ids))
-        await self._take_time(luck, priority)
+        rng = draw(seed if temperature > 0 else 0, digest(prompt_ids))
+        await self._take_time(rng, priority)
         context = last_context(self.tokenizer, prompt_ids)
         if context.endswith(ANSWER_TAG):
             return self._answer(context, prompt_ids)
-        pairs = [pair_text(pair) for pair in quote_pairs(context, luck)]
-        if luck.random() < self.faults.malformed:
-            broken = luck.randrange(len(pairs))
-            pairs[broken] = malform(pairs[broken], luck)
+        pairs = [pair_text(pair) for pair in quote_pairs(context, rng)]
+        if rng.random() < self.faults.malformed:
+            broken = rng.randrange(len(pairs))
+            pairs[broken] = malform(pairs[broken], rng)
         ids = self.tokenizer.encode(PAIR_SEPARATOR.join(pairs), continuing=True)
         room = max_new_tokens
-        if luck.random() < self.faults.truncated:
-            room = min(room, luck.randrange(len(ids)))
+        if rng.random() < self.faults.truncated:
+            room = min(room, rng.randrange(len(ids)))
         # The closing EOS takes a token of the room too.
         finish_reason, ids = ("stop" if len(ids) < room else "length"), ids[:room]
         chain = request_id.split("/")[0]
@@ -63,20 +64,20 @@ class ScriptedEngine:
         self._remember(chain, prompt_ids + ids)
         return Completion(ids, finish_reason, len(prompt_ids), cached)
 
-    async def _take_time(self, luck: Random, priority: int) -> None:
+    async def _take_time(self, rng: Random, priority: int) -> None:
         await self._places.take(priority)
         try:
             async with time_limit(self._timeout):
-                await self._work(luck)
+                await self._work(rng)
         finally:
             self._places.give_back()
 
-    async def _work(self, luck: Random) -> None:
+    async def _work(self, rng: Random) -> None:
         self._asked += 1
         if self.faults.dies_at is not None and self._asked >= self.faults.dies_at:
             raise EngineDied("the scripted engine died as it was told to")
-        await asyncio.sleep(self.faults.latency_seconds * luck.uniform(0.5, 1.5))
-        fault = luck.random()
+        await asyncio.sleep(self.faults.latency_seconds * rng.uniform(0.5, 1.5))
+        fault = rng.random()
         if fault < self.faults.error:
             raise RequestFailed("scripted error")
         if fault < self.faults.error + self.faults.timeout:
@@ -120,24 +121,24 @@ def last_context(tokenizer: Tokenizer, prompt_ids: list[int]) -> str:
     return opened.strip().removeprefix("<CON>").removesuffix("</CON>").strip()
 
 
-def quote_pairs(context: str, luck: Random) -> list[Pair]:
+def quote_pairs(context: str, rng: Random) -> list[Pair]:
     """One to four pairs of the four formats; every answer stands in the context."""
     words = context.split() or ["nothing"]
     pairs = []
-    for place in luck.sample(range(len(words)), min(len(words), luck.randint(1, 4))):
+    for place in rng.sample(range(len(words)), min(len(words), rng.randint(1, 4))):
         before, answer = " ".join(words[max(0, place - 3) : place]), words[place]
         question = f'What stands behind "{before}"?' if before else "What is the first word?"
         others = sorted(set(words) - {answer})
-        options = luck.sample([answer, *luck.sample(others, min(3, len(others)))], min(4, len(others) + 1))
-        several = len(options) > 1 and luck.random() < 0.5
-        rationale = f'The text says "{before} {answer}".' if luck.random() < 0.5 else None
+        options = rng.sample([answer, *rng.sample(others, min(3, len(others)))], min(4, len(others) + 1))
+        several = len(options) > 1 and rng.random() < 0.5
+        rationale = f'The text says "{before} {answer}".' if rng.random() < 0.5 else None
         pairs.append(wire_pair(question, answer, options if several else None, rationale))
     return pairs
 
 
-def malform(pair: str, luck: Random) -> str:
+def malform(pair: str, rng: Random) -> str:
     """A pair's text with one of the faults that real models make."""
-    return luck.choice(
+    return rng.choice(
         [
             pair.replace("<ANS>", ""),
             pair.replace("<QUE>", ""),

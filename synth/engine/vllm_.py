@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import Completion, EngineDied, RequestFailed, refuse_vocabulary, time_limit, without_eos

@@ -1,6 +1,6 @@
 """The rules of `synth mine`: what in a text can be asked without a model, after AdaptLLM (arXiv 2309.09530).
 
-A rule finds places in a text; a template (templates/mine.yaml) makes a question of each. Rules read English cues and
+A rule finds places in a text; a template (mine.yaml) makes a question of each. Rules read English cues and
 sentence ends, know nothing of meaning, and find nothing in most sentences. Every answer stands in the text, but for the
 names of relations between sentences.
 """
@@ -13,13 +13,15 @@ from pathlib import Path
 from random import Random
 from typing import Literal, NamedTuple
 
+from ipt_jax.core.hashing import digest
+from ipt_jax.core.settings import parse_yaml
 from ipt_jax.corpus.records import Pair
-from ipt_jax.corpus.settings import digest, parse_yaml
-from synth.pieces import fill_words
-from synth.prompt import SENTENCE_END, wire_pair
+from synth.format.wire import wire_pair
+from synth.render.spans import fill_words
+from synth.text.sentences import SENTENCE_END
 
 RULES = 1  # goes up whenever a rule finds other places: outputs of other rules are other data
-TEMPLATES = Path(__file__).parents[1] / "templates" / "mine.yaml"
+TEMPLATES = Path(__file__).parent / "mine.yaml"
 Pattern = Literal["cloze", "title", "definition", "connective", "summary", "words", "paraphrase", "completion"]
 SHORTEST, LONGEST = 6, 50  # words of a sentence that is worth a question
 BLANK = "____"
@@ -55,7 +57,7 @@ STOP = frozenset(
 )
 
 
-class Reading(NamedTuple):
+class ParsedText(NamedTuple):
     """A text as the rules see it; `good` are the numbers of the sentences that are worth a question."""
 
     text: str
@@ -73,7 +75,7 @@ class Find(NamedTuple):
     options: Sequence[str] = ()
 
 
-def read(text: str) -> Reading:
+def read(text: str) -> ParsedText:
     sentences, last = [], 0
     for match in SENTENCE_END.finditer(text):
         sentences.append(text[last : match.end()].strip())
@@ -83,7 +85,7 @@ def read(text: str) -> Reading:
     short = 1 <= len(first.split()) <= 15 and not first.rstrip().endswith((".", "!", ":", ",", ";"))
     title = first.strip() if line_break and short and len(rest.split()) >= 30 else None
     sentences = [one for one in sentences if one != title]
-    return Reading(text, title, sentences, [number for number, one in enumerate(sentences) if is_good(one)])
+    return ParsedText(text, title, sentences, [number for number, one in enumerate(sentences) if is_good(one)])
 
 
 def is_good(sentence: str) -> bool:
@@ -92,18 +94,18 @@ def is_good(sentence: str) -> bool:
     return SHORTEST <= words <= LONGEST and sentence[0].isupper() and sentence[-1] in '.!?"”’'
 
 
-def cloze(reading: Reading, luck: Random) -> Iterator[Find]:
-    for number in shuffled(reading.good, luck):
-        sentence = reading.sentences[number]
+def cloze(parsed: ParsedText, rng: Random) -> Iterator[Find]:
+    for number in shuffled(parsed.good, rng):
+        sentence = parsed.sentences[number]
         found = [match for match in KEY_WORD.finditer(sentence) if match.start() and match.group() not in STOP]
         found = [match for match in found if sentence.count(match.group()) == 1]
         if not found:
             continue
-        word = luck.choice(found)
+        word = rng.choice(found)
         gap = {"sentence": sentence[: word.start()] + BLANK + sentence[word.end() :]}
-        others = sorted(same_kind(word.group(), reading.text) - set(re.findall(r"\w+", sentence)))
-        if len(others) >= OPTIONS - 1 and luck.random() < 0.5:
-            options = luck.sample([word.group(), *luck.sample(others, OPTIONS - 1)], OPTIONS)
+        others = sorted(same_kind(word.group(), parsed.text) - set(re.findall(r"\w+", sentence)))
+        if len(others) >= OPTIONS - 1 and rng.random() < 0.5:
+            options = rng.sample([word.group(), *rng.sample(others, OPTIONS - 1)], OPTIONS)
             yield Find("choice", gap, word.group(), options)
         else:
             yield Find("free", gap, word.group())
@@ -115,66 +117,66 @@ def same_kind(word: str, text: str) -> set[str]:
     return {other for other in KEY_WORD.findall(text) if kind(other) and other != word and other not in STOP}
 
 
-def title(reading: Reading, luck: Random) -> Iterator[Find]:
-    if reading.title is not None:
-        yield Find("free", {}, reading.title)
+def title(parsed: ParsedText, rng: Random) -> Iterator[Find]:
+    if parsed.title is not None:
+        yield Find("free", {}, parsed.title)
 
 
-def definition(reading: Reading, luck: Random) -> Iterator[Find]:
-    for number in shuffled(reading.good, luck):
-        match = DEFINITION.fullmatch(reading.sentences[number])
+def definition(parsed: ParsedText, rng: Random) -> Iterator[Find]:
+    for number in shuffled(parsed.good, rng):
+        match = DEFINITION.fullmatch(parsed.sentences[number])
         if match and not POINTING & set(match["term"].casefold().split()):
             yield Find("free", {"term": match["term"]}, sentence_of(match["what"]))
 
 
-def connective(reading: Reading, luck: Random) -> Iterator[Find]:
-    for number in shuffled(reading.good, luck):
-        sentence = reading.sentences[number]
+def connective(parsed: ParsedText, rng: Random) -> Iterator[Find]:
+    for number in shuffled(parsed.good, rng):
+        sentence = parsed.sentences[number]
         if because := BECAUSE.fullmatch(sentence):
             effect, cause = because["effect"], because["cause"]
-            if luck.random() < 0.5:
+            if rng.random() < 0.5:
                 yield Find("cause", {"effect": effect}, f"Because {cause}.")
             else:
                 yield Find("effect", {"cause": upper(cause)}, sentence_of(effect))
-        elif (cue := OPENING.match(sentence)) and number and is_good(reading.sentences[number - 1]):
-            sides = {"first": reading.sentences[number - 1], "second": upper(sentence[cue.end() :])}
-            yield Find("relation", sides, RELATION_OF[cue[1]], luck.sample(sorted(RELATIONS), len(RELATIONS)))
+        elif (cue := OPENING.match(sentence)) and number and is_good(parsed.sentences[number - 1]):
+            sides = {"first": parsed.sentences[number - 1], "second": upper(sentence[cue.end() :])}
+            yield Find("relation", sides, RELATION_OF[cue[1]], rng.sample(sorted(RELATIONS), len(RELATIONS)))
 
 
-def summary(reading: Reading, luck: Random) -> Iterator[Find]:
-    if len(reading.good) < 4:
+def summary(parsed: ParsedText, rng: Random) -> Iterator[Find]:
+    if len(parsed.good) < 4:
         return
-    if reading.title is not None or reading.good[0] == 0:
-        yield Find("free", {}, reading.title or reading.sentences[0])
-    counts = Counter(word for word in KEY_WORD.findall(reading.text) if word not in STOP and not word[0].isdigit())
+    if parsed.title is not None or parsed.good[0] == 0:
+        yield Find("free", {}, parsed.title or parsed.sentences[0])
+    counts = Counter(word for word in KEY_WORD.findall(parsed.text) if word not in STOP and not word[0].isdigit())
     terms = [word for word, count in counts.most_common(3) if count > 1]
     if len(terms) == 3:
         yield Find("topic", {}, ", ".join(terms))
 
 
-def words(reading: Reading, luck: Random) -> Iterator[Find]:
-    for number in shuffled(reading.good, luck):
-        sentence = reading.sentences[number]
+def words(parsed: ParsedText, rng: Random) -> Iterator[Find]:
+    for number in shuffled(parsed.good, rng):
+        sentence = parsed.sentences[number]
         known = list(dict.fromkeys(word for word in LONG_WORD.findall(sentence) if word.lower() not in STOP))
         if len(known) >= 3:
-            yield Find("free", {"words": ", ".join(luck.sample(known, 3))}, sentence)
+            yield Find("free", {"words": ", ".join(rng.sample(known, 3))}, sentence)
 
 
-def paraphrase(reading: Reading, luck: Random) -> Iterator[Find]:
-    for number in shuffled(reading.good, luck):
-        cue = REPHRASING.match(reading.sentences[number])
-        if cue and number and is_good(reading.sentences[number - 1]):
-            told = upper(reading.sentences[number][cue.end() :])
-            yield Find("free", {"first": reading.sentences[number - 1]}, told)
+def paraphrase(parsed: ParsedText, rng: Random) -> Iterator[Find]:
+    for number in shuffled(parsed.good, rng):
+        cue = REPHRASING.match(parsed.sentences[number])
+        if cue and number and is_good(parsed.sentences[number - 1]):
+            told = upper(parsed.sentences[number][cue.end() :])
+            yield Find("free", {"first": parsed.sentences[number - 1]}, told)
 
 
-def completion(reading: Reading, luck: Random) -> Iterator[Find]:
-    good = set(reading.good)
-    for number in shuffled(sorted(number for number in good if number + 1 in good), luck):
-        yield Find("free", {"first": reading.sentences[number]}, reading.sentences[number + 1])
+def completion(parsed: ParsedText, rng: Random) -> Iterator[Find]:
+    good = set(parsed.good)
+    for number in shuffled(sorted(number for number in good if number + 1 in good), rng):
+        yield Find("free", {"first": parsed.sentences[number]}, parsed.sentences[number + 1])
 
 
-Rule = Callable[[Reading, Random], Iterator[Find]]
+Rule = Callable[[ParsedText, Random], Iterator[Find]]
 FINDERS: dict[Pattern, Rule] = {
     "cloze": cloze,
     "title": title,
@@ -187,8 +189,8 @@ FINDERS: dict[Pattern, Rule] = {
 }
 
 
-def shuffled(numbers: list[int], luck: Random) -> list[int]:
-    return luck.sample(numbers, len(numbers))
+def shuffled(numbers: list[int], rng: Random) -> list[int]:
+    return rng.sample(numbers, len(numbers))
 
 
 def sentence_of(words: str) -> str:
@@ -209,7 +211,7 @@ def rules_digest() -> str:
     return digest({"rules": RULES, "templates": load_templates()})
 
 
-def ask(pattern: Pattern, find: Find, luck: Random) -> Pair:
+def ask(pattern: Pattern, find: Find, rng: Random) -> Pair:
     """The pair on the wire; whether the parser accepts it is another matter: a text may spell the format's tags."""
-    question = fill_words(luck.choice(load_templates()[f"{pattern}.{find.variant}"]), find.fields)
+    question = fill_words(rng.choice(load_templates()[f"{pattern}.{find.variant}"]), find.fields)
     return wire_pair(question, find.answer, list(find.options))

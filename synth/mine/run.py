@@ -17,18 +17,22 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, field_validator
 
-from ipt_jax.corpus.executor import run_units
-from ipt_jax.corpus.files import writing
-from ipt_jax.corpus.progress import Progress
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.executor import run_units
+from ipt_jax.core.files import writing
+from ipt_jax.core.hashing import digest
+from ipt_jax.core.progress import Progress
+from ipt_jax.core.seeding import draw, uniform
+from ipt_jax.core.settings import Settings
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup, encode
-from ipt_jax.corpus.settings import Settings, UserError, digest, draw, uniform
+from ipt_jax.corpus.row_reader import Dropped
 from ipt_jax.corpus.shards import Manifest, Output, write_shard
-from ipt_jax.corpus.sources import Dropped, Unit, plan_units, read_unit, source_identity
-from synth.collect import read_back
+from ipt_jax.corpus.sources import Unit, plan_units, read_unit, source_identity
+from synth.collect.run import read_back
 from synth.config import CorpusSettings
-from synth.grouping import ID_LETTERS, group_key, neighbours
+from synth.format.parser import question_key, reject
+from synth.generate.grouping import ID_LETTERS, group_key, neighbours
 from synth.mine.patterns import FINDERS, Find, Pattern, ask, read, rules_digest
-from synth.parse import question_key, reject
 
 PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn
 
@@ -61,14 +65,14 @@ class MineSettings(Settings):
         return patterns
 
 
-class Job(NamedTuple):
+class MineJob(NamedTuple):
     unit: Unit
     settings: MineSettings
     fingerprint: str
     temporary: Path
 
 
-class Made(NamedTuple):
+class MinedUnit(NamedTuple):
     records: int
     counts: dict[str, int]
     dropped: dict[str, int]
@@ -85,7 +89,7 @@ def run_mine(settings: MineSettings) -> dict[str, Any]:
     units = plan_units(settings.corpus)
     with Output(settings.output, stage="mine", identity=identity, shard_name="groups", remake=True) as output:
         todo = [index for index in range(len(units)) if not output.has(index)]
-        jobs = [Job(units[i], settings, digest(identity), output.temporary(i).absolute()) for i in todo]
+        jobs = [MineJob(units[i], settings, digest(identity), output.temporary(i).absolute()) for i in todo]
         total, left = sum(unit.size for unit in units), sum(job.unit.size for job in jobs)
         done = total - left
         with Progress(total >> 20, "MB", "synth mine", done=done >> 20) as progress:
@@ -120,7 +124,7 @@ def figures(manifest: Manifest) -> dict[str, Any]:
 # ---- in a worker
 
 
-def mine_unit(job: Job) -> Made:
+def mine_unit(job: MineJob) -> MinedUnit:
     """Writes the shard of one unit under its temporary name."""
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
@@ -133,10 +137,10 @@ def mine_unit(job: Job) -> Made:
 
     with writing(job.temporary.parent):
         written = write_shard(job.temporary, records())
-    return Made(written, dict(sorted(counts.items())), dict(dropped))
+    return MinedUnit(written, dict(sorted(counts.items())), dict(dropped))
 
 
-def kept_texts(job: Job, dropped: Counter[str]) -> Iterator[Document]:
+def kept_texts(job: MineJob, dropped: Counter[str]) -> Iterator[Document]:
     for row in read_unit(job.unit, job.settings.corpus):
         if isinstance(row, Dropped):
             dropped[row.reason] += 1
@@ -144,7 +148,7 @@ def kept_texts(job: Job, dropped: Counter[str]) -> Iterator[Document]:
             yield row
 
 
-def make_group(texts: list[Document], job: Job, counts: Counter[str]) -> SynthGroup:
+def make_group(texts: list[Document], job: MineJob, counts: Counter[str]) -> SynthGroup:
     mined = [mine_text(text, job.settings, counts) for text in texts]
     records = [
         GroupText(
@@ -168,16 +172,16 @@ def make_group(texts: list[Document], job: Job, counts: Counter[str]) -> SynthGr
 
 def mine_text(text: Document, settings: MineSettings, counts: Counter[str]) -> list[Pair]:
     """The text's pairs, accepted and rejected; what became of them is counted."""
-    reading = read(text.text)
+    parsed = read(text.text)
     found: list[tuple[Pattern, Find, Random]] = []
     for pattern in settings.patterns:
-        luck = draw(settings.seed, "mine", pattern, text.id)
-        found += [(pattern, find, luck) for find in islice(FINDERS[pattern](reading, luck), PER_PATTERN)]
+        rng = draw(settings.seed, "mine", pattern, text.id)
+        found += [(pattern, find, rng) for find in islice(FINDERS[pattern](parsed, rng), PER_PATTERN)]
     chosen = draw(settings.seed, "mine", text.id).sample(found, min(settings.max_pairs, len(found)))
     seen: set[tuple[str, ...]] = set()
     pairs = []
-    for pattern, find, luck in chosen:
-        pair = read_back(ask(pattern, find, luck))
+    for pattern, find, rng in chosen:
+        pair = read_back(ask(pattern, find, rng))
         key = question_key(pair)
         if pair.verdict == "accepted" and key in seen:
             pair = reject(pair, "duplicate_question")

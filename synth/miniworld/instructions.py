@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ipt_jax.corpus.settings import draw
+from ipt_jax.core.seeding import draw
 from synth.miniworld.world import words
 
 

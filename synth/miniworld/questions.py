@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from ipt_jax.corpus.settings import UserError, draw
-from synth.miniworld.prose import Article, Sentence, write_article
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.seeding import draw
+from synth.format.wire import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
+from synth.miniworld.articles import Article, Sentence, write_article
 from synth.miniworld.world import (
     CHOICES,
     KINDS,
@@ -26,7 +28,6 @@ from synth.miniworld.world import (
     province_entities,
     words,
 )
-from synth.prompt import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
 
 Verdict = Literal["right", "wrong", "unknown_question"]
 TUNING_CHOICES = 3

@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
-from ipt_jax.corpus.settings import UserError
+from ipt_jax.core.errors import UserError
 
 KINDS = ("person", "place", "guild", "work", "event")
 SLOTS = 4  # entities of one kind in a province
@@ -31,7 +31,7 @@ Split = Literal["article", "tuning"]
 @cache
 def words() -> dict[str, Any]:
     """The data file of wordings, questions, values and frames."""
-    return tomllib.loads((files("synth") / "templates" / "miniworld.toml").read_text(encoding="utf-8"))
+    return tomllib.loads((files("synth.miniworld") / "miniworld.toml").read_text(encoding="utf-8"))
 
 
 @cache

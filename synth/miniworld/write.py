@@ -10,6 +10,11 @@
     world.json               what the world was made from; written first, marked complete last
 
 Equal settings give equal bytes. A complete directory is left as it is; one made with other settings is refused.
+
+A small byte-level BPE tokenizer trained on the world's own text.
+
+Guaranteed: any text round-trips; equal worlds give equal files; `transformers` opens the directory, with `<s>` and
+`</s>` as BOS and EOS. The tags of the wire format are ordinary text that happens to merge into one id each.
 """
 
 import contextlib
@@ -19,15 +24,53 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ipt_jax.corpus.files import lock_directory, write_whole, writing
-from ipt_jax.corpus.progress import Progress
-from ipt_jax.corpus.settings import UserError
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import lock_directory, write_whole, writing
+from ipt_jax.core.progress import Progress
+from synth.format.wire import context_block, pairs_text, wire_pair
+from synth.miniworld.articles import write_article
 from synth.miniworld.instructions import write_instruction
-from synth.miniworld.prose import write_article
 from synth.miniworld.questions import TUNING_SETS, held_out_questions, tuning_row
-from synth.miniworld.tokenizer import save_tokenizer, train_tokenizer
 from synth.miniworld.world import PROVINCE, World, answer_words
-from synth.prompt import context_block, pairs_text, wire_pair
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+SMALLEST = 256 + len(SPECIAL)
+# GPT-2's split, with a tag of the wire format and a run of line breaks held together.
+SPLIT = r" ?</?(?:CON|QUE|ANS|END)>|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s*\n+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
+    """A tokenizer of at most `size` ids, the three control tokens first."""
+    if size < SMALLEST:
+        raise UserError(f"miniworld: tokenizer_size is {size}; a byte-level tokenizer needs at least {SMALLEST}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (directory / "special_tokens_map.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+
 
 SCHEMA = 1
 OURS = {"raw", "tuning", "heldout", "tokenizer", "instructions.jsonl", "world.json", "world.json.tmp", ".lock"}

@@ -2,6 +2,8 @@
 
 Guaranteed: nothing is deleted and nothing but scores changes; each shard is whole or absent; a second run goes on, with
 an engine from group to group. Without an engine the bytes are a pure function of groups and recipe.
+
+The recipe of `synth verify`.
 """
 
 import asyncio
@@ -13,19 +15,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ipt_jax.corpus.executor import run_units
-from ipt_jax.corpus.files import writing
-from ipt_jax.corpus.progress import Progress
+from pydantic import Field, ValidationInfo, field_validator
+
+from ipt_jax.core.errors import Fault, UserError
+from ipt_jax.core.executor import run_units
+from ipt_jax.core.files import writing
+from ipt_jax.core.hashing import digest
+from ipt_jax.core.progress import Progress
+from ipt_jax.core.settings import Settings
 from ipt_jax.corpus.records import SynthGroup, decode, encode
-from ipt_jax.corpus.settings import Fault, UserError, digest
 from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard
-from synth.drive import drive
+from synth.config import ENGINE_SCORES, ScoreName, SynthesizerSettings
 from synth.engine import Engine, EngineDied, open_engine, synthesizer_identity
+from synth.format.wire import FORMAT
+from synth.generate.journal import Journal
+from synth.generate.scheduler import run_groups
 from synth.groups import decode_group
-from synth.prompt import FORMAT
-from synth.spool import Spool
-from synth.verify.settings import VerifySettings
 from synth.verify.verifier import VERSION, Verifier, make_verifier, score_figures, tally_scores
+
+
+class VerifySettings(Settings):
+    """The recipe of `synth verify`."""
+
+    groups: str
+    """Output of `synth run`, `mine`, `decontaminate` or `verify`."""
+    synthesizer: SynthesizerSettings | None = None
+    """Model and engine. Required by open_closed and agreement, used by options if given."""
+    scores: list[ScoreName] = Field(min_length=1)
+    """Scores to compute (docs/verify.md)."""
+    seed: int = 0
+    """Random seed of the order in which options are shown."""
+    output: str
+    """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
+
+    @field_validator("scores")
+    @classmethod
+    def _can_be_given(cls, scores: list[ScoreName], info: ValidationInfo) -> list[ScoreName]:
+        asked = sorted(ENGINE_SCORES.intersection(scores))
+        if asked and info.data.get("synthesizer", ...) is None:
+            raise ValueError(f"{', '.join(asked)} need an engine; give a synthesizer, or leave them out")
+        return scores
+
 
 FEW_GROUPS = 2_000  # fewer are scored sooner than worker processes start
 
@@ -94,7 +124,7 @@ def fill(work: Work) -> None:
         raise SystemExit(128 + stopped_by)
 
 
-class ShardJob(NamedTuple):
+class VerifyJob(NamedTuple):
     groups: str
     shard: int
     verifier: Verifier
@@ -105,7 +135,7 @@ def read_shards(work: Work, progress: Progress) -> None:
     """Scores that need no engine: a shard a process."""
     missing = work.missing
     jobs = [
-        ShardJob(work.settings.groups, shard, Verifier(work.verifier.names), work.output.temporary(shard))
+        VerifyJob(work.settings.groups, shard, Verifier(work.verifier.names), work.output.temporary(shard))
         for shard in missing
     ]
     workers = 1 if len(work.shards) < FEW_GROUPS else None
@@ -114,7 +144,7 @@ def read_shards(work: Work, progress: Progress) -> None:
         progress.advance(records)
 
 
-def read_shard(job: ShardJob) -> tuple[int, dict[str, int]]:
+def read_shard(job: VerifyJob) -> tuple[int, dict[str, int]]:
     """Scores one input shard into the job's temporary file; runs in a worker process."""
     counts: Counter[str] = Counter()
 
@@ -160,32 +190,32 @@ async def ask_shards(engine: Engine, work: Work, progress: Progress) -> signal.S
 
 
 async def ask_shard(engine: Engine, work: Work, shard: int, progress: Progress) -> signal.Signals | None:
-    spool = Spool(work.output.path / "spool" / f"{shard:05d}.spool")
-    progress.advance(len(spool))
+    journal = Journal(work.output.path / "spool" / f"{shard:05d}.spool")
+    progress.advance(len(journal))
 
     def put(placed: Placed, group: SynthGroup) -> None:
-        spool.append(placed.place, encode(group))
+        journal.append(placed.place, encode(group))
         progress.advance()
 
     groups = (decode_group(record, work.shards) for record in work.shards.stream(shard))
-    missing = (Placed(place, group) for place, group in enumerate(groups) if place not in spool)
+    missing = (Placed(place, group) for place, group in enumerate(groups) if place not in journal)
     try:
-        stopped_by = await drive(engine, Asker(work.verifier), missing, put)
+        stopped_by = await run_groups(engine, Asker(work.verifier), missing, put)
         if stopped_by is None:
-            seal(work, shard, spool)
+            seal(work, shard, journal)
         return stopped_by
     finally:
-        spool.close()
+        journal.close()
 
 
-def seal(work: Work, shard: int, spool: Spool) -> None:
+def seal(work: Work, shard: int, journal: Journal) -> None:
     places = range(work.records(shard))
     counts: Counter[str] = Counter()
     for place in places:
-        counts.update(tally(decode(spool.read(place), SynthGroup)))
-    records = (spool.read(place) for place in places)
+        counts.update(tally(decode(journal.read(place), SynthGroup)))
+    records = (journal.read(place) for place in places)
     work.output.seal(shard, len(work.shards.paths), records, counts=dict(sorted(counts.items())))
-    spool.path.unlink()
+    journal.path.unlink()
 
 
 def tally(group: SynthGroup) -> Counter[str]:

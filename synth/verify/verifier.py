@@ -12,19 +12,17 @@ from typing import Any
 import msgspec
 
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
-from synth.config import SynthesizerSettings
+from synth.config import BETTER_WITH_ENGINE, SynthesizerSettings
 from synth.engine import Engine, synthesizer_tokenizer
-from synth.prompt import Prompt
-from synth.verify.ask import Case, Judge, ask_score
-from synth.verify.combined import PARTS, combined
-from synth.verify.names import BETTER_WITH_ENGINE
-from synth.verify.reading import Reading
-from synth.verify.text import TEXT_SCORES, Unscored
+from synth.format.prompt import Prompt
+from synth.verify.engine_scores import Case, Judge, ask_score
+from synth.verify.prepared_text import PreparedText
+from synth.verify.text_scores import PARTS, TEXT_SCORES, Unscored, combined
 
 VERSION = 1  # of what the scores mean; another one is another recipe
 DIGITS = 4  # of a score; sums of rounded scores are whole numbers of 1 / 10 ** DIGITS, and exact
 UNSCORED = "unscored"
-Found = dict[str, float | str]  # a score, or the reason why there is none
+FoundScores = dict[str, float | str]  # a score, or the reason why there is none
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,18 @@ class Verifier:
         found = [await self.ask_text(engine, text, f"{group.id}/{place}") for place, text in enumerate(group.texts)]
         return marked(group, found)
 
-    def read_text(self, text: GroupText) -> list[Found]:
-        reading = Reading(text.text)
+    def read_text(self, text: GroupText) -> list[FoundScores]:
+        reading = PreparedText(text.text)
         return [read_pair(reading, pair, self.names) for pair in accepted(text)]
 
-    async def ask_text(self, engine: Engine, text: GroupText, id: str) -> list[Found]:
+    async def ask_text(self, engine: Engine, text: GroupText, id: str) -> list[FoundScores]:
         assert self.judge is not None
         opened = Prompt(self.judge.tokenizer).start_example(text.text)
         cases = [Case(self.judge, engine, opened, pair, f"{id}/{place}") for place, pair in enumerate(accepted(text))]
         found = self.read_text(text)
         return list(await asyncio.gather(*(self.ask_pair(case, one) for case, one in zip(cases, found, strict=True))))
 
-    async def ask_pair(self, case: Case, found: Found) -> Found:
+    async def ask_pair(self, case: Case, found: FoundScores) -> FoundScores:
         # Options in a faulty form have their score, 0, and a pair without any has its reason.
         names = [name for name in self.asked if name != "options" or found[name] == 1.0]
         given = await asyncio.gather(*(ask_score(name, case) for name in names))
@@ -80,10 +78,10 @@ def accepted(text: GroupText) -> list[Pair]:
     return [pair for pair in text.pairs if pair.verdict == "accepted"]
 
 
-def read_pair(text: Reading, pair: Pair, names: tuple[str, ...]) -> Found:
+def read_pair(text: PreparedText, pair: Pair, names: tuple[str, ...]) -> FoundScores:
     """The scores among `names` that need the text alone."""
     wanted = {name for name in names if name in TEXT_SCORES} | set(PARTS if "combined" in names else ())
-    found: Found = {}
+    found: FoundScores = {}
     for name in sorted(wanted):
         try:
             found[name] = TEXT_SCORES[name](text, pair)
@@ -95,7 +93,7 @@ def read_pair(text: Reading, pair: Pair, names: tuple[str, ...]) -> Found:
     return {name: found[name] for name in names if name in found}
 
 
-def marked(group: SynthGroup, found: list[list[Found]]) -> SynthGroup:
+def marked(group: SynthGroup, found: list[list[FoundScores]]) -> SynthGroup:
     """The group with what was found for the accepted pairs of each text; what it held under the same names goes."""
     counted = Counter(group.meta.get(UNSCORED, {}))
     names = {name for pairs in found for one in pairs for name in one}
@@ -118,7 +116,7 @@ def marked(group: SynthGroup, found: list[list[Found]]) -> SynthGroup:
     return msgspec.structs.replace(group, texts=texts, meta=meta)
 
 
-def with_scores(pair: Pair, found: Found) -> Pair:
+def with_scores(pair: Pair, found: FoundScores) -> Pair:
     kept = {name: score for name, score in pair.scores.items() if name not in found}
     given = {name: round(score, DIGITS) for name, score in found.items() if isinstance(score, float)}
     return msgspec.structs.replace(pair, scores=dict(sorted((kept | given).items())))

@@ -1,0 +1,236 @@
+"""What both console scripts share: the decorator `command`, exit codes, one-line errors and the printed result.
+
+Exit codes: 0 success; 2 user error (one line on stderr, also for a path that cannot be opened); 1 fault (one line if
+the cause is outside the program, otherwise a traceback); 130 Ctrl-C; 143 SIGTERM before the stage finished.
+stdout holds the result only. Output of libraries and child processes during a stage goes to stderr.
+"""
+
+import contextlib
+import errno
+import importlib
+import inspect
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from ipt_jax.core.errors import Fault, UserError
+from ipt_jax.core.recipe_fields import list_fields
+from ipt_jax.core.settings import Settings, load_settings
+
+Config = Annotated[Path, typer.Argument(help="Recipe: a YAML file with the fields below.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.SUB=VALUE]...", help="Fields of the recipe to override. VALUE is YAML.", show_default=False
+    ),
+]
+# Typer brings its own copy of click or uses the one installed, by version; its public errors lead to the bases in both.
+UsageError: Any
+ClickError: Any
+UsageError, ClickError = typer.BadParameter.__mro__[1:3]
+# Errors of a path rather than of the program. Worker processes pass them on unchanged.
+OF_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object on stdout. Default: a table.")
+]
+
+
+class Shown(NamedTuple):
+    """The result of a command that prints more than a table of figures, or ends with another exit code than 0."""
+
+    result: dict[str, Any]  # what --json prints
+    view: Callable[[], None] | None = None  # prints to stdout in place of the table
+    exit_code: int = 0
+
+
+Result = dict[str, Any] | Shown | None
+Body = Callable[..., Result]
+
+
+def command(app: typer.Typer, name: str | None = None, *, recipe: str | None = None) -> Callable[[Body], Body]:
+    """Registers a function as a command of `app`: load the recipe, run with stdout redirected, print the result.
+
+    With `recipe` ("module:Class" of a settings class, imported when needed) the command takes CONFIG and overrides,
+    passes the loaded settings as the first argument, and lists their fields in `--help`. Every command takes --json.
+    A function with a parameter `as_json` prints to stdout itself when it is false, and returns None if that is all.
+    """
+
+    def register(body: Body) -> Body:
+        parameters = inspect.signature(body).parameters
+        own = {key: value for key, value in parameters.items() if key != "as_json"}
+        if recipe:
+            del own[next(iter(own))]
+        taken = [_parameter("config", Config), _parameter("overrides", Overrides, None)] if recipe else []
+        taken += [value.replace(kind=Parameter.KEYWORD_ONLY) for value in own.values()]
+        taken += [_parameter("as_json", AsJson, False)]
+
+        def run(
+            *, as_json: bool, config: Path | None = None, overrides: list[str] | None = None, **options: Any
+        ) -> None:
+            settings = [load_settings(_recipe_class(recipe), config, overrides)] if recipe and config else []
+            prints_itself = "as_json" in parameters
+            if prints_itself:
+                options["as_json"] = as_json
+            with contextlib.nullcontext() if prints_itself and not as_json else quiet_stdout():
+                result = body(*settings, **options)
+            _print_result(result, as_json)
+
+        run.__name__, run.__doc__ = body.__name__, body.__doc__
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+        run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+        app.command(name, cls=_with_fields(recipe) if recipe else None)(run)
+        return body
+
+    return register
+
+
+def _parameter(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _print_result(result: Result, as_json: bool) -> None:
+    if isinstance(result, Shown):
+        if result.view is None or as_json:
+            show(result.result, as_json)
+        else:
+            result.view()
+        if result.exit_code:
+            raise typer.Exit(result.exit_code)
+    elif result is not None:
+        show(result, as_json)
+
+
+def _recipe_class(recipe: str) -> type[Settings]:
+    module, _, name = recipe.partition(":")
+    cls: type[Settings] = getattr(importlib.import_module(module), name)
+    return cls
+
+
+def _with_fields(recipe: str) -> type[TyperCommand]:
+    class WithFields(TyperCommand):
+        """A command whose help ends with the fields of its recipe."""
+
+        def format_epilog(self, ctx: Any, formatter: Any) -> None:
+            lines = list_fields(_recipe_class(recipe))
+            with formatter.section("Recipe fields (N is the index of a list item, from 0)"):
+                formatter.write_dl([(line.name, _help_text(*line[1:])) for line in lines])
+
+    return WithFields
+
+
+def _help_text(kind: str, default: str, description: str) -> str:
+    return f"{description}  [{kind}; {default if default == 'required' else f'default: {default}'}]"
+
+
+def run_app(app: typer.Typer) -> None:
+    """Runs a console script and ends the process with the exit code that the contract gives."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a ? for it
+    sys.exit(_exit_code(app))
+
+
+def _exit_code(app: typer.Typer) -> int:
+    try:
+        result = app(standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        return _mistake(str(error))
+    except Fault as error:
+        print(f"fault: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except UsageError as error:
+        message = error.format_message()
+        if message.startswith("Usage:"):  # a bare command asks for its help
+            print(message, file=sys.stderr)
+            return 2
+        usage = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        return _mistake(message.rstrip(".") + usage)
+    except ClickError as error:
+        return _mistake(error.format_message())
+    except (typer.Abort, KeyboardInterrupt):
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (BrokenPipeError, SystemExit) as error:  # the reader of stdout has gone, as `| head` does
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _close_stdout()  # Typer and Rich tell of the pipe by SystemExit(1)
+        return 0
+    except OSError as error:
+        return _failed(error)
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _failed(error: OSError) -> int:
+    if error.filename is not None and error.errno in OF_PATHS:
+        return _mistake(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its rights")
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        _close_stdout()
+        print(
+            f"fault: stdout or a file cannot be written ({error.strerror}); free space or write elsewhere",
+            file=sys.stderr,
+        )
+    else:
+        traceback.print_exception(error)
+    return 1
+
+
+def _close_stdout() -> None:
+    """What is still in its buffer goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _mistake(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Sends all that is written to stdout, by this process or its children, to stderr meanwhile."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def show(result: dict[str, Any], as_json: bool, *, hide: tuple[str, ...] = ()) -> None:
+    """Prints a stage's result: one JSON object, or a table of its figures without the keys in `hide`."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=not sys.stdout.encoding.lower().startswith("utf")))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in result.items():
+        if key not in hide:
+            table.add_row(key.replace("_", " "), _plain(value))
+    Console(highlight=False).print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,273 @@
+"""Side files of token shards: what planning must know about each document without opening a shard.
+
+Beside `tokens-00000-of-00010.array_record` lie `….index.npy` (a row a document: tokens, characters, the record of the
+shard that holds it, a key of its id), `….parents.npy` (a row a parent: key of the raw id, character span) and, where
+the shard holds raw documents, `….chars.npy` (characters that each token covers, control tokens none). Index and parents
+are checked against the manifest's digests and counts; the characters of a document against its row when they are used.
+
+A key is the first 64 bits of BLAKE2b of the id: among 2e8 ids two share a key with probability 1e-3.
+
+`TokenIndexWriter` writes a shard's side files while its documents stream by, in constant memory.
+
+Rows go to temporary files in blocks; closing them writes the number of rows into the header. The bytes are those of
+`numpy.save`. `name_index_files` gives the files their names before the shard gets its own: a named shard has all.
+"""
+
+import bisect
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import TEMPORARY
+from ipt_jax.core.hashing import file_digest
+from ipt_jax.corpus.records import Parent
+from ipt_jax.corpus.shards import Manifest, ShardEntry
+from ipt_jax.data.shared_cache import SharedCache, in_threads
+
+INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("page", "<u4"), ("id", "<u8")])
+PARENTS = np.dtype([("id", "<u8"), ("start", "<u4"), ("end", "<u4")])
+OPEN_FILES = 128
+SMALL_BYTES = 1 << 25  # index files of a directory that are together no larger are read whole, each once
+
+
+def id_key(document_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "little")
+
+
+def document_count(counted: Manifest | ShardEntry) -> int:
+    """The documents of a token directory or of one shard. Its records are pages of them; its counts are by kind."""
+    return sum(counted.counts.values())
+
+
+def index_path(directory: Path, shard: str, what: str) -> Path:
+    return directory / f"{shard.removesuffix('.array_record')}.{what}.npy"
+
+
+def read_index(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
+    """The index of each shard. Raises UserError naming a file that is absent or differs from the manifest."""
+    for entry in manifest.shards:
+        index = _read_checked(directory, manifest, entry, "index")
+        if len(index) != document_count(entry) or int(index["tokens"].sum(dtype=np.int64)) != entry.tokens:
+            raise UserError(_damaged(index_path(directory, entry.name, "index")))
+        yield index
+
+
+class IndexFiles:
+    """Index rows of any ranges of a directory's documents, read as they are asked for."""
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self._paths = [index_path(directory, entry.name, "index") for entry in manifest.shards]
+        self._ends = np.cumsum([document_count(entry) for entry in manifest.shards]).tolist()
+        self._files = SharedCache(self._open, OPEN_FILES)
+        self._small = (
+            SharedCache(self._whole, len(self._paths)) if self._ends[-1] * INDEX.itemsize <= SMALL_BYTES else None
+        )
+
+    def __call__(self, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The rows of all ranges, joined."""
+        return np.frombuffer(b"".join(in_threads(self._read, ranges)), INDEX)
+
+    def _read(self, span: tuple[int, int]) -> bytes:
+        first, stop = span
+        found = []
+        for shard, low, high in shards_of(self._ends, first, stop):
+            if self._small:
+                found.append(self._small(shard)[low * INDEX.itemsize : high * INDEX.itemsize])
+            else:
+                found.append(self._rows(shard, low, high))
+        return b"".join(found)
+
+    def _whole(self, shard: int) -> bytes:
+        return self._rows(shard, 0, self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+
+    def _rows(self, shard: int, low: int, high: int) -> bytes:
+        file, start = self._files(shard)
+        size = (high - low) * INDEX.itemsize
+        data = os.pread(file.fileno(), size, start + low * INDEX.itemsize)
+        if len(data) != size:
+            raise UserError(_damaged(self._paths[shard]))
+        return data
+
+    def _open(self, shard: int) -> tuple[BinaryIO, int]:
+        """The file, which closes when its last user lets go of it, and where its rows begin."""
+        path = self._paths[shard]
+        documents = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
+        try:
+            file = path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: absent; run ipt tokenize again to make it") from error
+        return file, os.fstat(file.fileno()).st_size - documents * INDEX.itemsize  # rows end the file
+
+
+def shards_of(ends: Sequence[int], first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first, stop within it) of what has numbers [first, stop) in a directory whose shards end at `ends`."""
+    shard = bisect.bisect_right(ends, first)
+    while first < stop:
+        start = ends[shard - 1] if shard else 0
+        high = min(stop, ends[shard])
+        if first < high:
+            yield shard, first - start, high - start
+        first, shard = high, shard + 1
+
+
+def read_parents(directory: Path, manifest: Manifest) -> np.ndarray:
+    arrays = [_read_checked(directory, manifest, entry, "parents") for entry in manifest.shards]
+    return np.concatenate(arrays) if arrays else np.zeros(0, PARENTS)
+
+
+def _read_checked(directory: Path, manifest: Manifest, entry: ShardEntry, what: str) -> np.ndarray:
+    path = index_path(directory, entry.name, what)
+    if not path.is_file():
+        raise UserError(f"{path}: absent; run ipt tokenize again to make it")
+    if file_digest(path) != manifest.summary["side_files"].get(path.name):
+        raise UserError(_damaged(path))
+    return np.load(path, allow_pickle=False)
+
+
+def _damaged(path: Path) -> str:
+    return f"{path}: its bytes differ from the manifest's; delete it and run ipt tokenize again"
+
+
+class CharacterEnds:
+    """Where the tokens of single documents end in their raw text, read from one shard's memory-mapped file."""
+
+    def __init__(self, directory: Path, shard: str, index: np.ndarray):
+        self._path = index_path(directory, shard, "chars")
+        try:
+            self._chars = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise UserError(f"{self._path}: absent or damaged; delete it and run ipt tokenize again") from error
+        self._index = index
+        self._starts = np.cumsum(index["tokens"], dtype=np.int64) - index["tokens"]
+
+    def __call__(self, document: int) -> np.ndarray:
+        row, start = self._index[document], self._starts[document]
+        ends = np.cumsum(self._chars[start : start + row["tokens"]], dtype=np.int64)
+        if len(ends) != row["tokens"] or ends[-1] != row["characters"]:
+            raise UserError(_damaged(self._path))
+        return ends
+
+
+WAITING_ROWS = 4096  # documents whose rows wait in memory
+INDEX_KINDS = ("index", "parents", "chars")
+
+
+class TokenIndexWriter:
+    """The side files of the shard at `temporary`, a row a document in their order."""
+
+    def __init__(self, temporary: Path):
+        self._index = _Column(_temporary(temporary, "index"), INDEX)
+        self._parents = _Column(_temporary(temporary, "parents"), PARENTS)
+        self._chars = _Column(_temporary(temporary, "chars"), np.dtype(np.uint8))
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._parent_rows: list[tuple[int, int, int]] = []
+        self._kept: list[np.ndarray] = []
+        self._any_characters = False
+
+    def add(
+        self, document_id: str, page: int, tokens: int, characters: np.ndarray | None, parents: list[Parent]
+    ) -> None:
+        """`page`: the record that holds it. `characters`: how many of its text each token covers, if it is raw."""
+        self._any_characters |= characters is not None
+        self._kept.append(np.zeros(tokens, np.uint8) if characters is None else characters)
+        self._rows.append((tokens, 0, page, id_key(document_id)))
+        self._parent_rows += [(id_key(parent.id), parent.start, parent.end) for parent in parents]
+        if len(self._rows) == WAITING_ROWS:
+            self._write_kept()
+
+    def _write_kept(self) -> None:
+        if self._rows:
+            rows, characters = np.array(self._rows, INDEX), np.concatenate(self._kept)
+            starts = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
+            rows["characters"] = np.add.reduceat(characters, starts, dtype=np.uint32)
+            self._index.write(rows)
+            self._parents.write(np.array(self._parent_rows, PARENTS))
+            self._chars.write(characters)
+        self._rows, self._parent_rows, self._kept = [], [], []
+
+    def close(self) -> dict[str, str]:
+        """Writes what is left and returns the files' SHA-256. Without a raw document there is none of characters."""
+        self._write_kept()
+        columns = {"index": self._index, "parents": self._parents, "chars": self._chars}
+        for column in columns.values():
+            column.close()
+        if not self._any_characters:
+            columns.pop("chars").path.unlink()
+        return {what: file_digest(column.path) for what, column in columns.items()}
+
+
+class _Column:
+    """One array in a .npy file that grows. Unsigned integers take the smallest type that holds all of them."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self._dtype, self._rows = path, dtype, 0
+        self._file: Any = path.open("wb+")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        """Has the same length for any number of rows: numpy leaves room for the number to grow."""
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._rows,)}
+        self._file.seek(0)
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def write(self, rows: np.ndarray) -> None:
+        if self._dtype.names is None:
+            smallest = np.min_scalar_type(int(rows.max(initial=0)))
+            if smallest.itemsize > self._dtype.itemsize:  # a token of more than 255 characters: rare
+                self._widen(smallest)
+        self._file.write(rows.astype(self._dtype, copy=False).tobytes())
+        self._rows += len(rows)
+
+    def _widen(self, dtype: np.dtype) -> None:
+        self.close()
+        narrow = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        os.unlink(self.path)  # the mapping keeps the bytes
+        self._dtype, self._rows, self._file = dtype, 0, self.path.open("wb+")
+        self._write_header()
+        for start in range(0, len(narrow), 1 << 20):
+            self.write(narrow[start : start + (1 << 20)])
+
+    def close(self) -> None:
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _temporary(shard: Path, what: str) -> Path:
+    return shard.with_name(f"{shard.name.removesuffix(TEMPORARY)}.{what}{TEMPORARY}")
+
+
+def name_index_files(temporary: Path, shard: str) -> None:
+    """Renames what `TokenIndexWriter(temporary)` wrote, before the shard gets its name. A file of a former run goes."""
+    for what in INDEX_KINDS:
+        written, named = _temporary(temporary, what), index_path(temporary.parent, shard, what)
+        if written.exists():
+            os.replace(written, named)
+        else:
+            named.unlink(missing_ok=True)
+
+
+def index_names(shard: str, digests: dict[str, str]) -> dict[str, str]:
+    """The digests that `TokenIndexWriter.close` gave, by the files' final names."""
+    return {index_path(Path(), shard, what).name: value for what, value in digests.items()}
+
+
+def index_digests(manifest: Manifest) -> dict[str, str]:
+    """SHA-256 of each side file by name, as planning looks for it in the manifest's summary."""
+    return {name: value for entry in manifest.shards for name, value in entry.sides.items()}
+
+
+def index_damage(directory: Path, entry: ShardEntry) -> str | None:
+    """What is wrong with the side files of a listed shard."""
+    for name, wanted in entry.sides.items():
+        if not (directory / name).is_file():
+            return f"{directory / name}: listed in the manifest but absent"
+        if file_digest(directory / name) != wanted:
+            return f"{directory / name}: its bytes differ from the manifest's checksum"
+    return None

@@ -1,0 +1,132 @@
+"""`ipt import`: a Hugging Face directory becomes a checkpoint that training continues from.
+
+Guarantees: the parameters keep their dtype (float32 or bfloat16; float16 widens to float32), each stands where the
+table of `ipt_jax.hf.param_names` puts it, and the output is whole or absent. One parameter, all its layers, is in
+memory at a time. Tokenizer files travel along; without them the import succeeds with a warning.
+
+`ipt export`: a checkpoint becomes a directory that transformers (4.57 and 5), vLLM and lm-eval load.
+
+Guarantees: safetensors in the checkpoint's own dtype, in files of up to 5 GB, with config.json, generation_config.json
+and the tokenizer files; the directory is whole or absent, and only an earlier export of the same model is replaced.
+One parameter, all its layers, is in memory at a time. Without tokenizer files it succeeds with a warning.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint.experimental.v1 as orbax
+
+from ipt_jax.core.checkpoint_digests import write_digests
+from ipt_jax.core.checkpoint_path import LiteralPath, ModelSource, resolve_checkpoint
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import refuse_unrelated, whole_directory
+from ipt_jax.corpus.tokenizer import load_tokenizer
+from ipt_jax.hf.config import config_to_hf, read_model_config
+from ipt_jax.hf.param_names import leaves
+from ipt_jax.hf.params import Parameters, open_parameters
+from ipt_jax.hf.safetensors_io import Planned, write_tensors, written_here
+from ipt_jax.model.config import ModelConfig, param_count
+
+
+def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
+    """Writes OUTPUT/checkpoint, OUTPUT/model.json and OUTPUT/tokenizer."""
+    source, output = resolve_checkpoint(hf_dir), Path(output).absolute()
+    if source.kind != "hf":
+        raise UserError(f"{hf_dir}: is a checkpoint already; import takes a Hugging Face directory with config.json")
+    config = read_model_config(source)
+    dtype, parameters = open_parameters(source, config)
+    text = config.model_dump_json(indent=1)
+    earlier = output / "model.json"
+    refuse_unrelated(output, earlier.is_file() and earlier.read_text(encoding="utf-8") == text, "import")
+    size = param_count(config) * (2 if dtype == "bfloat16" else 4)
+    with whole_directory(output, size) as directory:
+        for leaf, value in parameters:
+            _save(LiteralPath(directory / "written"), leaf.row.path, value)
+        orbax.partial.finalize(LiteralPath(directory / "written"))
+        checkpoint = directory / "checkpoint"
+        checkpoint.mkdir()
+        os.replace(directory / "written" / "state", checkpoint / "params")
+        for file in (directory / "written").iterdir():  # Orbax's notes on the item, under the name it now has
+            file.unlink()
+        (directory / "written").rmdir()
+        (checkpoint / "model.json").write_text(text, encoding="utf-8")
+        write_digests(checkpoint)
+        (directory / "model.json").write_text(text, encoding="utf-8")
+        copy_tokenizer(source, directory / "tokenizer")
+    tensors = sum(len(leaf.names) for leaf in leaves(config))
+    return {"tensors": tensors, "bytes": size, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _save(directory: LiteralPath, path: tuple[str, ...], value: np.ndarray) -> None:
+    """Adds one parameter to the checkpoint under way."""
+    block: Any = value
+    for key in reversed(path):
+        block = {key: block}
+    try:
+        orbax.partial.save(directory, block)
+    except ValueError as error:  # TensorStore's word for a failed write
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def copy_tokenizer(source: ModelSource, target: Path) -> None:
+    """The tokenizer files beside a model, byte for byte, or a warning."""
+    if source.tokenizer is None:
+        print("warning: the model has no tokenizer files; whoever tokenizes for it has to name them", file=sys.stderr)
+        return
+    target.mkdir(exist_ok=True)
+    for file in load_tokenizer(source.tokenizer).files():
+        (target / file.name).write_bytes(file.read_bytes())
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def run_export(checkpoint: str | Path, output: str | Path) -> dict[str, Any]:
+    """Writes the model behind `checkpoint` (a run, a step, an import or an HF directory) to `output`."""
+    source, output = resolve_checkpoint(checkpoint), Path(output).absolute()
+    config = read_model_config(source)
+    dtype, parameters = open_parameters(source, config)
+    raw = config_to_hf(config, dtype)
+    refuse_unrelated(output, _is_export(output, raw), "export")
+    planned = [Planned(name, leaf.hf_shape, dtype) for leaf in leaves(config) for name in leaf.names]
+    size = sum(tensor.bytes for tensor in planned)
+    with whole_directory(output, size) as directory:
+        write_tensors(directory, planned, _hf_tensors(parameters, dtype))
+        _write_json(directory / "config.json", raw)
+        _write_json(directory / "generation_config.json", _generation(config))
+        copy_tokenizer(source, directory)
+    return {"tensors": len(planned), "bytes": size, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _hf_tensors(parameters: Parameters, dtype: str) -> Iterator[np.ndarray]:
+    for leaf, value in parameters:
+        for part in value if leaf.stacked else value[None]:
+            yield leaf.to_hf(part).astype(np.dtype(dtype), copy=False)
+
+
+def _is_export(path: Path, raw: dict[str, Any]) -> bool:
+    config = path / "config.json"
+    return config.is_file() and written_here(path) and json.loads(config.read_text(encoding="utf-8")) == raw
+
+
+def _generation(config: ModelConfig) -> dict[str, Any]:
+    tokens = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
+    return {key: value for key, value in tokens.items() if value is not None}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

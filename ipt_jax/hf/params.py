@@ -1,0 +1,125 @@
+"""Reads models: parameters leaf by leaf from a checkpoint or an HF directory, and the `LanguageModel` around them.
+
+Guarantees that every parameter is there, has the shape that the configuration asks for, and that nothing is left over
+(a stored copy of a tied head apart); a UserError names the tensor that is not so. At no time is more than one
+parameter, all its layers, held besides the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ipt_jax.core.checkpoint_path import LiteralPath, ModelSource
+from ipt_jax.core.errors import UserError
+from ipt_jax.hf.config import read_model_config
+from ipt_jax.hf.param_names import TIED_HEAD, Leaf, leaves
+from ipt_jax.hf.safetensors_io import Stored, list_tensors, read_tensor
+from ipt_jax.model.config import ModelConfig
+
+Parameters = Iterator[tuple[Leaf, np.ndarray]]
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}  # float16 widens: bfloat16 would drop its digits
+
+
+def load_params(
+    source: ModelSource,
+    dtype: str = "float32",
+    place: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, value: jnp.asarray(value),
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and parameters of `source`; `place` puts each parameter where it should live."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
+    config = read_model_config(source)
+    params: dict[str, Any] = {}
+    _, parameters = open_parameters(source, config)
+    for leaf, value in parameters:
+        block = params
+        for key in leaf.row.path[:-1]:
+            block = block.setdefault(key, {})
+        block[leaf.row.path[-1]] = place(leaf.row.path, value.astype(jnp.dtype(dtype), copy=False))
+    return config, params
+
+
+def open_parameters(source: ModelSource, config: ModelConfig) -> tuple[str, Parameters]:
+    """The dtype that the parameters are stored in, and the parameters one by one, checked before the first is read."""
+    if source.kind == "hf":
+        stored = list_tensors(source.weights)
+        dtype = _check_hf(source, config, stored)
+        return dtype, _from_hf(config, stored, dtype)
+    return _check_checkpoint(source, config), _from_checkpoint(source, config)
+
+
+def _check_hf(source: ModelSource, config: ModelConfig, stored: dict[str, Stored]) -> str:
+    wanted = {name: leaf.hf_shape for leaf in leaves(config) for name in leaf.names}
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise UserError(
+                f"{source.weights}: tensor {name} is missing; config.json asks for it, copy the model again"
+            )
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
+        if stored[name].dtype not in DTYPES:
+            raise UserError(
+                f"{stored[name].file}: tensor {name} is {stored[name].dtype}; give float32, bfloat16 or float16 weights"
+            )
+    for name in stored.keys() - wanted.keys():
+        if name != TIED_HEAD and not name.endswith("rotary_emb.inv_freq"):  # a table that old writers stored
+            raise UserError(f"{stored[name].file}: tensor {name} is not part of a {config.family} model")
+    dtypes = {DTYPES[stored[name].dtype] for name in wanted}
+    return "bfloat16" if dtypes == {"bfloat16"} else "float32"
+
+
+def _from_hf(config: ModelConfig, stored: dict[str, Stored], dtype: str) -> Parameters:
+    for leaf in leaves(config):
+        value = np.empty(leaf.shape, jnp.dtype(dtype))
+        parts = value if leaf.stacked else value[None]
+        for part, name in zip(parts, leaf.names, strict=True):
+            part[...] = leaf.from_hf(read_tensor(stored[name], name))
+        yield leaf, value
+
+
+def _check_checkpoint(source: ModelSource, config: ModelConfig) -> str:
+    stored = ocp.PyTreeCheckpointHandler().metadata(LiteralPath(source.weights)).tree
+    dtypes = set()
+    for leaf in leaves(config):
+        found = stored
+        for key in leaf.row.path:
+            found = found.get(key, {})
+        name = ".".join(leaf.row.path)
+        if not hasattr(found, "shape"):
+            raise UserError(f"{source.weights}: parameter {name} is missing; {source.config} asks for it")
+        if tuple(found.shape) != leaf.shape:
+            raise UserError(
+                f"{source.weights}: parameter {name} has shape {list(found.shape)}, "
+                f"{source.config.name} asks for {list(leaf.shape)}"
+            )
+        dtypes.add(jnp.dtype(found.dtype).name)
+    return "bfloat16" if dtypes == {"bfloat16"} else "float32"
+
+
+def _from_checkpoint(source: ModelSource, config: ModelConfig) -> Parameters:
+    with ocp.PyTreeCheckpointer() as reader:
+        for leaf in leaves(config):
+            yield leaf, _read_one(reader, source.weights, leaf.row.path)
+
+
+def _read_one(reader: ocp.PyTreeCheckpointer, directory: Path, path: tuple[str, ...]) -> np.ndarray:
+    """One parameter, the others left on disk."""
+    item: Any = 0
+    how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    for key in reversed(path):
+        item, how = {key: item}, {key: how}
+    found = reader.restore(
+        LiteralPath(directory), args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+    )
+    for key in path:
+        found = found[key]
+    return found

@@ -1,0 +1,183 @@
+"""Generation with a key-value cache: fixed shapes, rows that come and go, one jitted loop.
+
+Guarantees: a row's tokens depend on its own prompt, seed, temperature and limit alone, not on its batch mates; greedy
+tokens are those of the argmax without a cache. Row b's token at position i lies at index i of its own cache lines, so
+rows of any length share a batch and a finished row's place is given to the next prompt. The loop returns to the host
+when so few rows are live that new ones should come in. The cache is float of the model's dtype:
+2 * L * rows * length * K * H numbers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ipt_jax.model.attention import attend, dense
+from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.decoder import decoder_layer, embed, logits_of, rms_norm, rope_tables
+
+TURNS = 64  # tokens a row between two looks at the queue
+
+
+class Rows(NamedTuple):
+    """The state of a batch of B rows that generate side by side; a place without a row is not live."""
+
+    keys: tuple[Array, ...]  # a layer: [B, K, H, S], rotated; with S last a CPU reads them at twice the speed
+    values: tuple[Array, ...]  # a layer: [B, K, S, H]
+    output: Array  # [B, O] int32, the new tokens
+    produced: Array  # [B] int32, how many of them
+    last: Array  # [B] int32, the newest token, not yet in the cache
+    position: Array  # [B] int32, its position
+    limit: Array  # [B] int32, how many new tokens may be made
+    temperature: Array  # [B] float32, 0 is greedy
+    seed: Array  # [B, 2] uint32
+    live: Array  # [B] bool
+
+
+def empty_rows(config: ModelConfig, rows: int, length: int, outputs: int, dtype: Any) -> Rows:
+    """Places for `rows` rows of up to `length` tokens, of which up to `outputs` are new."""
+    K, H = config.kv_heads, config.head_dim
+
+    def cache(*line: int) -> tuple[Array, ...]:
+        return tuple(jnp.zeros((rows, K, *line), dtype) for _ in range(config.layers))
+
+    return Rows(
+        keys=cache(H, length),
+        values=cache(length, H),
+        output=jnp.zeros((rows, outputs), jnp.int32),
+        produced=jnp.zeros(rows, jnp.int32),
+        last=jnp.zeros(rows, jnp.int32),
+        position=jnp.zeros(rows, jnp.int32),
+        limit=jnp.zeros(rows, jnp.int32),
+        temperature=jnp.zeros(rows, jnp.float32),
+        seed=jnp.zeros((rows, 2), jnp.uint32),
+        live=jnp.zeros(rows, bool),
+    )
+
+
+class Arrivals(NamedTuple):
+    """New prompts, padded on the right to one length; `place` B (one past the end) marks an unused entry."""
+
+    tokens: Array  # [R, T] int32
+    length: Array  # [R] int32
+    place: Array  # [R] int32
+    limit: Array  # [R] int32
+    temperature: Array  # [R] float32
+    seed: Array  # [R, 2] uint32
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="rows")
+def prefill(params: dict[str, Any], rows: Rows, arrivals: Arrivals, eos_id: Array, *, config: ModelConfig) -> Rows:
+    """Runs the new prompts, puts their keys and values into their places and makes the first token of each."""
+    R, T = arrivals.tokens.shape
+    places = arrivals.place
+    tables = rope_tables(config, jnp.arange(T)[None])
+
+    def see(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        out = attend(q, k, v, window=config.sliding_window)
+        return out, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))  # [R, K, H, T], [R, K, T, H]
+
+    def step(x: Array, layer: dict[str, Array]) -> tuple[Array, Any]:
+        return decoder_layer(layer, config, x, tables, see)
+
+    x = embed(params, arrivals.tokens, rows.keys[0].dtype)
+    x, (keys, values) = jax.lax.scan(step, x, params["layers"])  # [L, R, K, H, T], [L, R, K, T, H]
+    x = rms_norm(x[jnp.arange(R), arrivals.length - 1], params["norm"], config.norm_eps)  # [R, D]
+    first = sample(logits_of(params, config, x), arrivals.seed, jnp.zeros_like(arrivals.length), arrivals.temperature)
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[places].set(new, mode="drop")
+
+    one = jnp.ones_like(first)
+    return Rows(
+        keys=tuple(line.at[places, :, :, :T].set(keys[i], mode="drop") for i, line in enumerate(rows.keys)),
+        values=tuple(line.at[places, :, :T].set(values[i], mode="drop") for i, line in enumerate(rows.values)),
+        output=rows.output.at[places, 0].set(first, mode="drop"),
+        produced=put(rows.produced, one),
+        last=put(rows.last, first),
+        position=put(rows.position, arrivals.length),
+        limit=put(rows.limit, arrivals.limit),
+        temperature=put(rows.temperature, arrivals.temperature),
+        seed=put(rows.seed, arrivals.seed),
+        live=put(rows.live, _goes_on(first, one, arrivals.limit, eos_id)),
+    )
+
+
+def _goes_on(token: Array, produced: Array, limit: Array, eos_id: Array) -> Array:
+    """eos_id -1 ends nothing."""
+    return (produced < limit) & (token != eos_id)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="rows")
+def decode(params: dict[str, Any], rows: Rows, eos_id: Array, enough: Array, *, config: ModelConfig) -> Rows:
+    """Makes tokens, one a live row and turn, until at most `enough` rows are live or TURNS are over."""
+    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.layers)]  # split once a call
+
+    def go_on(state: tuple[Array, Rows]) -> Array:
+        return (state[1].live.sum() > enough) & (state[0] < TURNS)
+
+    def turn(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
+        return state[0] + 1, _turn(params, layers, state[1], eos_id, config)
+
+    return jax.lax.while_loop(go_on, turn, (jnp.int32(0), rows))[1]
+
+
+def _turn(
+    params: dict[str, Any], layers: list[dict[str, Array]], rows: Rows, eos_id: Array, config: ModelConfig
+) -> Rows:
+    x = embed(params, rows.last[:, None], rows.keys[0].dtype)  # [B, 1, D]
+    tables = rope_tables(config, rows.position[:, None])
+    keys, values = [], []
+    for layer, key_line, value_line in zip(layers, rows.keys, rows.values, strict=True):
+        see = partial(_see_cache, key_line, value_line, rows.position, config.sliding_window)
+        x, (key_line, value_line) = decoder_layer(layer, config, x, tables, see)
+        keys.append(key_line)
+        values.append(value_line)
+    x = rms_norm(x[:, 0], params["norm"], config.norm_eps)  # [B, D]
+    token = sample(logits_of(params, config, x), rows.seed, rows.produced, rows.temperature)
+    token = jnp.where(rows.live, token, rows.last)
+    step = rows.live.astype(jnp.int32)
+    write = jnp.where(rows.live, rows.produced, rows.output.shape[1])  # past the end: dropped
+    return rows._replace(
+        keys=tuple(keys),
+        values=tuple(values),
+        output=rows.output.at[jnp.arange(len(token)), write].set(token, mode="drop"),
+        produced=rows.produced + step,
+        last=token,
+        position=rows.position + step,
+        live=rows.live & _goes_on(token, rows.produced + step, rows.limit, eos_id),
+    )
+
+
+def _see_cache(
+    keys: Array, values: Array, position: Array, window: int | None, q: Array, k: Array, v: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """Puts one token's k, v [B, 1, K, H] into the cache lines, then attends over what q [B, 1, N, H] may see."""
+    B, _, N, H = q.shape
+    K, S = values.shape[1:3]
+    row = jnp.arange(B)
+    keys = keys.at[row, :, :, position].set(k[:, 0])
+    values = values.at[row, :, position].set(v[:, 0])
+    age = position[:, None] - jnp.arange(S)[None]  # [B, S]
+    mask = age >= 0 if window is None else (age >= 0) & (age < window)
+    out = dense(q.reshape(B, K, N // K, 1, H), keys.swapaxes(2, 3), values, mask[:, None])  # [B, K, G, 1, H]
+    return out.reshape(B, 1, N, H), (keys, values)
+
+
+def sample(logits: Array, seed: Array, number: Array, temperature: Array) -> Array:
+    """Token [B] from logits [B, V]; the draw for a row's n-th token depends on its seed and n alone."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn() -> Array:
+        def one(words: Array, n: Array, row: Array) -> Array:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(words[0]), words[1]), n)
+            return jax.random.categorical(key, row).astype(jnp.int32)
+
+        warm = jnp.maximum(temperature, 1e-6)[:, None]
+        return jnp.where(temperature > 0, jax.vmap(one)(seed, number, logits / warm), best)
+
+    return jax.lax.cond((temperature > 0).any(), drawn, lambda: best)

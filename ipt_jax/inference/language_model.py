@@ -1,0 +1,289 @@
+"""The one door for Python users: a model that scores and generates.
+
+`ipt_jax.load(path)` gives a `LanguageModel`. Guarantees: a text prompt is BOS (where the tokenizer has one) and the
+text's tokens, a list of ids is taken as it is; results are of the prompts' own type and without the EOS that closed
+them; a result does not depend on what else is in the call, apart from rounding. `BatchGenerator` is the layer below
+for callers whose prompts come one by one. Shapes are drawn from a few sizes, so that little is compiled.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ipt_jax.core.checkpoint_path import resolve_checkpoint
+from ipt_jax.core.errors import UserError
+from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from ipt_jax.hf.params import load_params
+from ipt_jax.inference import generate
+from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.decoder import forward, logits_of
+
+PromptInput = str | list[int]
+SCORE_TOKENS = 8192  # tokens of a scoring batch, padding included
+CACHE_BYTES = 512 * 2**20  # key-value cache of `LanguageModel.generate`
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sum of the log-probabilities of a continuation's tokens, their number, and whether each was the likeliest."""
+
+    logprob: float
+    tokens: int
+    greedy: bool
+
+    def __float__(self) -> float:
+        return self.logprob
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What followed a prompt: `number` is the request's; `ids` lack the EOS; `finish_reason` is stop or length."""
+
+    number: int
+    ids: list[int]
+    finish_reason: str
+
+
+class LanguageModel:
+    """Parameters with their configuration and, where there is one, the tokenizer. The parameters' dtype computes."""
+
+    def __init__(self, config: ModelConfig, params: dict[str, Any], tokenizer: Tokenizer | None = None):
+        self.config, self.tokenizer = config, tokenizer
+        self.compiled = config.model_copy(update={"bos_id": None, "eos_id": None})  # what compiled code depends on
+        self.params = jax.tree.map(jnp.asarray, params)
+
+    @property
+    def dtype(self) -> Any:
+        return self.params["norm"].dtype
+
+    def logits(self, tokens: Any, segment_ids: Any = None) -> np.ndarray:
+        """float32 [B, T, V] of tokens [B, T], or [T, V] of one row; compiled anew for each shape."""
+        rows = np.atleast_2d(np.asarray(tokens, np.int32))
+        segments = None if segment_ids is None else jnp.asarray(np.atleast_2d(np.asarray(segment_ids, np.int32)))
+        out = np.asarray(_logits(self.params, jnp.asarray(rows), segments, config=self.compiled), np.float32)
+        return out if np.ndim(tokens) == 2 else out[0]
+
+    def loglikelihood(self, prompts: Sequence[PromptInput], continuations: Sequence[PromptInput]) -> list[Score]:
+        """The score of each continuation after its prompt; the two are encoded apart."""
+        if len(prompts) != len(continuations):
+            raise UserError(f"loglikelihood: {len(prompts)} prompts for {len(continuations)} continuations; give pairs")
+        rows = [
+            (self.encode(prompt), self.encode(continuation, continuing=True))
+            for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
+        for number, (prompt, continuation) in enumerate(rows):
+            if not prompt:
+                raise UserError(f"loglikelihood: prompt {number} has no tokens; a continuation needs one before it")
+            self._fits(number, len(prompt) + len(continuation), "prompt and continuation")
+        scores: dict[int, Score] = {}
+        by_size: dict[int, list[int]] = {}
+        for number, (prompt, continuation) in enumerate(rows):
+            by_size.setdefault(_bucket(len(prompt) + len(continuation)), []).append(number)
+        for size, numbers in by_size.items():
+            at_once = max(1, SCORE_TOKENS // size)
+            for start in range(0, len(numbers), at_once):
+                batch = numbers[start : start + at_once]
+                scores |= dict(zip(batch, self._score([rows[i] for i in batch], size), strict=True))
+        return [scores[number] for number in range(len(rows))]
+
+    def _score(self, rows: list[tuple[list[int], list[int]]], size: int) -> list[Score]:
+        longest = max(len(continuation) for _, continuation in rows)
+        R, C = _power_of_two(len(rows)), 32 if longest <= 32 else size
+        tokens, places = np.zeros((R, size), np.int32), np.zeros((R, C), np.int32)
+        targets, counts = np.zeros((R, C), np.int32), np.zeros((R, C), bool)
+        for row, (prompt, continuation) in enumerate(rows):
+            n, m = len(prompt), len(continuation)
+            tokens[row, : n + m] = prompt + continuation
+            places[row, :m] = np.arange(n - 1, n + m - 1)  # the token before predicts
+            targets[row, :m], counts[row, :m] = continuation, True
+        sums, greedy = _continuations(self.params, tokens, places, targets, counts, config=self.compiled)
+        sums, greedy = np.asarray(sums), np.asarray(greedy)
+        return [Score(float(sums[i]), len(rows[i][1]), bool(greedy[i])) for i in range(len(rows))]
+
+    def generate(
+        self,
+        prompts: Sequence[PromptInput],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        eos: bool = True,
+    ) -> list[Any]:
+        """A completion of each prompt: a text for a text, ids for ids. Prompt i draws from (seed, i)."""
+        if not prompts:
+            return []
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+        ids = [self.encode(prompt) for prompt in prompts]
+        for number, prompt in enumerate(ids):
+            self._fits(number, len(prompt) + max_new_tokens, f"prompt and {max_new_tokens} new tokens")
+        length = _bucket(max(len(prompt) for prompt in ids) + max_new_tokens)
+        generator = BatchGenerator(self, self._rows(len(ids), length), length, max_new_tokens, eos=eos)
+        requests = [(prompt, (seed << 32) + number) for number, prompt in enumerate(ids)]
+        done = generator.run(requests, temperature=temperature)
+        return [
+            self._tokenizer().decode(one.ids) if isinstance(prompt, str) else one.ids
+            for prompt, one in zip(prompts, done, strict=True)
+        ]
+
+    def encode(self, text: PromptInput, continuing: bool = False) -> list[int]:
+        """Ids of a prompt, or of what continues one; a list passes through."""
+        if not isinstance(text, str):
+            return list(text)
+        tokenizer = self._tokenizer()
+        start = [] if continuing or tokenizer.bos_id is None else [tokenizer.bos_id]
+        return start + tokenizer.encode(text, continuing=continuing)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer files; give token ids, or load a directory with a tokenizer")
+        return self.tokenizer
+
+    def _fits(self, number: int, tokens: int, what: str) -> None:
+        if tokens > self.config.max_positions:
+            raise UserError(
+                f"request {number}: {what} make {tokens} tokens, the model's context holds {self.config.max_positions}"
+                "; shorten it"
+            )
+
+    def _rows(self, count: int, length: int) -> int:
+        """As many rows side by side as there are prompts, up to 64 and to CACHE_BYTES."""
+        c = self.config
+        row_bytes = 2 * c.layers * c.kv_heads * c.head_dim * length * jnp.dtype(self.dtype).itemsize
+        return min(_power_of_two(count), 64, max(1, CACHE_BYTES // row_bytes))
+
+
+class BatchGenerator:
+    """Continuous batching over fixed shapes: prompts join as others end.
+
+    `add` requests, then `step` until nothing is pending; each step returns what ended in it. A request's tokens depend
+    on its prompt, seed, temperature and limit; the batch changes at most the rounding of its logits.
+    """
+
+    def __init__(
+        self, model: LanguageModel, batch_rows: int, max_model_len: int, max_new_tokens: int, eos: bool = True
+    ):
+        self.model, self.length, self.max_new_tokens = model, max_model_len, max_new_tokens
+        self.eos_id = -1 if model.config.eos_id is None or not eos else model.config.eos_id
+        self.arrivals = max(1, batch_rows // 4)  # rows of a prefill, and rows that end before the loop comes back
+        self.rows = generate.empty_rows(model.config, batch_rows, max_model_len, max_new_tokens, model.dtype)
+        self.owner: list[int | None] = [None] * batch_rows
+        self.queue: deque[tuple[int, list[int], int, int, float]] = deque()
+        self.added = 0
+
+    @property
+    def pending(self) -> int:
+        """Requests that have not come back yet."""
+        return len(self.queue) + sum(owner is not None for owner in self.owner)
+
+    def add(
+        self, prompt: list[int], seed: int = 0, *, max_new_tokens: int | None = None, temperature: float = 0.0
+    ) -> int:
+        """Queues a prompt and returns its number. A limit past the context's end is cut to it."""
+        if not 0 < len(prompt) < self.length:
+            raise UserError(f"a prompt of {len(prompt)} tokens: expected 1 to {self.length - 1} (max_model_len - 1)")
+        wanted = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
+        limit = min(wanted, self.length - len(prompt))
+        self.queue.append((self.added, list(prompt), seed, limit, temperature))
+        self.added += 1
+        return self.added - 1
+
+    def run(self, requests: Sequence[tuple[list[int], int]], temperature: float = 0.0) -> list[Generation]:
+        """The completions of (prompt, seed) pairs, in their order."""
+        numbers = [self.add(prompt, seed, temperature=temperature) for prompt, seed in requests]
+        done: dict[int, Generation] = {}
+        while self.pending:
+            done |= {completion.number: completion for completion in self.step()}
+        return [done[number] for number in numbers]
+
+    def step(self) -> list[Generation]:
+        """Fills free places from the queue, generates for a while, and returns the requests that ended."""
+        while self.queue and None in self.owner:
+            self._admit()
+        live = sum(owner is not None for owner in self.owner)
+        if not live:
+            return []
+        enough = jnp.int32(max(0, live - self.arrivals))
+        self.rows = generate.decode(
+            self.model.params, self.rows, jnp.int32(self.eos_id), enough, config=self.model.compiled
+        )
+        return self._collect()
+
+    def _admit(self) -> None:
+        places = [place for place, owner in enumerate(self.owner) if owner is None][: self.arrivals]
+        taken = [self.queue.popleft() for _ in places[: len(self.queue)]]
+        R, T = self.arrivals, min(_bucket(max(len(prompt) for _, prompt, *_ in taken)), self.length)
+        tokens, seeds = np.zeros((R, T), np.int32), np.zeros((R, 2), np.uint32)
+        lengths, limits = np.ones(R, np.int32), np.zeros(R, np.int32)
+        slots, temperatures = np.full(R, len(self.owner), np.int32), np.zeros(R, np.float32)
+        for row, ((number, prompt, seed, limit, temperature), place) in enumerate(zip(taken, places, strict=False)):
+            tokens[row, : len(prompt)], lengths[row], limits[row] = prompt, len(prompt), limit
+            seeds[row] = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+            slots[row], temperatures[row] = place, temperature
+            self.owner[place] = number
+        new = generate.Arrivals(*map(jnp.asarray, (tokens, lengths, slots, limits, temperatures, seeds)))
+        self.rows = generate.prefill(
+            self.model.params, self.rows, new, jnp.int32(self.eos_id), config=self.model.compiled
+        )
+
+    def _collect(self) -> list[Generation]:
+        live, produced, output = (np.asarray(x) for x in (self.rows.live, self.rows.produced, self.rows.output))
+        done = []
+        for place, number in enumerate(self.owner):
+            if number is None or live[place]:
+                continue
+            ids = output[place, : produced[place]].tolist()
+            ended = bool(ids) and ids[-1] == self.eos_id
+            done.append(Generation(number, ids[:-1] if ended else ids, "stop" if ended else "length"))
+            self.owner[place] = None
+        return done
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits(params: dict[str, Any], tokens: Array, segment_ids: Array | None, *, config: ModelConfig) -> Array:
+    hidden = forward(params, config, tokens, segment_ids=segment_ids, compute_dtype=params["norm"].dtype)
+    return logits_of(params, config, hidden)
+
+
+@partial(jax.jit, static_argnames="config")
+def _continuations(
+    params: dict[str, Any], tokens: Array, places: Array, targets: Array, counts: Array, *, config: ModelConfig
+) -> tuple[Array, Array]:
+    """For each row of tokens [R, T]: the log-probability of targets [R, C] after `places`; are all the likeliest."""
+    hidden = forward(params, config, tokens, compute_dtype=params["norm"].dtype)
+    hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)  # [R, C, D]
+
+    def one(row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        states, target, count = row
+        logits = logits_of(params, config, states)  # [C, V], one row's at a time
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        logprob = chosen - jax.nn.logsumexp(logits, axis=1)
+        return jnp.where(count, logprob, 0.0).sum(), ((logits.argmax(1) == target) | ~count).all()
+
+    return jax.lax.map(one, (hidden, targets, counts))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _bucket(n: int) -> int:
+    """The next of 64, 96, 128, 192, 256, 384, ...: few shapes to compile, little padding."""
+    whole = max(64, _power_of_two(n))
+    return whole * 3 // 4 if n <= whole * 3 // 4 and whole > 64 else whole
+
+
+def load(path: str | Path, dtype: str = "float32") -> LanguageModel:
+    """The model at `path` with its tokenizer, if it has one; `dtype` (float32 or bfloat16) stores and computes."""
+    source = resolve_checkpoint(path)
+    config, params = load_params(source, dtype)
+    return LanguageModel(config, params, load_tokenizer(source.tokenizer) if source.tokenizer else None)

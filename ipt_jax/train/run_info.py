@@ -1,0 +1,91 @@
+"""What a run says about itself: the lines printed at the start, and run.json.
+
+Guarantees that everything which was chosen rather than stated (attention kernel and why, loss chunk, dtype, mesh, what
+could not be split) stands in both, with the versions, the git commit and the plan's fingerprint. No secrets: nothing of
+the environment is written.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ipt_jax.config import Recipe
+from ipt_jax.core.files import write_whole
+from ipt_jax.data.plan import Plan
+from ipt_jax.train.step import Program
+
+PACKAGES = ("instruction-pretraining", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def describe(recipe: Recipe, plan: Plan, program: Program, processes: str) -> dict[str, Any]:
+    """The content of run.json."""
+    return {
+        "recipe": recipe.model_dump(by_alias=True),
+        "model": program.model.model_dump(),
+        "plan": plan.summary(),
+        "plan_fingerprint": plan.fingerprint,
+        **program.choices,
+        "processes": processes,
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs; None outside a checkout."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def write_record(run_dir: Path, described: dict[str, Any]) -> None:
+    write_whole(run_dir / "run.json", json.dumps(described, indent=1, ensure_ascii=False).encode())
+
+
+def copy_tokenizer(plan: Plan, run_dir: Path) -> None:
+    """The tokenizer travels with the run, so that an export finds it."""
+    if not plan.tokenizer_dir.is_dir():
+        tell(f"no tokenizer files in {plan.tokenizer_dir}: an export of this run will lack them")
+        return
+    target = run_dir / "tokenizer"
+    target.mkdir(exist_ok=True)
+    for file in sorted(plan.tokenizer_dir.iterdir()):
+        write_whole(target / file.name, file.read_bytes())
+
+
+def tell_start(described: dict[str, Any], run_dir: Path, start_step: int, steps: int) -> None:
+    """The choices, for people."""
+    plan = described["plan"]
+    tell(f"{run_dir}: step {start_step} of {steps}, {plan['tokens']:,} tokens, plan {plan['fingerprint'][:12]}")
+    tell(f"model: {described['parameters']:,} parameters, {described['compute_dtype']} compute, float32 parameters")
+    tell(f"devices: {described['devices']}, {described['processes']}, mesh {described['mesh']}")
+    tell(f"attention: {described['attention']} ({described['attention_reason']}); remat: {described['remat']}")
+    rows, accumulation = described["rows_per_step"], described["accumulation"]
+    tell(f"batch: {rows} rows of {plan['seq_len']}, {accumulation} accumulation steps")
+    tell(f"loss: logits of {described['loss_chunk']} tokens a device at a time ({described['loss_chunk_reason']})")
+    tell(f"state: {described['state_bytes_per_device'] / 2**20:,.1f} MiB a device")
+    for note in described["fallbacks"]:
+        tell(f"fallback: {note}")
+
+
+def tell(line: str) -> None:
+    print(f"ipt train: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,228 @@
+"""`ipt train`: one straight line from a recipe to a trained model.
+
+Guarantees: a run resumes by itself from its newest checkpoint that verifies, and steps k+1 … N after a kill give the
+bits that an undisturbed run gives (same hardware); SIGTERM saves and ends the run when the save is on disk, which
+`ipt train` reports as unfinished by exit code 143; a loss or gradient that is not finite stops it, naming the step,
+before anything is saved; two processes never write into one run directory.
+The host never waits for the step it has just started: metrics are fetched a logging interval later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ipt_jax.config import Recipe, check_schedule, rows_per_step
+from ipt_jax.core.checkpoint_path import resolve_checkpoint
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import lock_directory, writing
+from ipt_jax.corpus.tokenizer import load_tokenizer
+from ipt_jax.data.loader import batches
+from ipt_jax.data.plan import Plan, build_plan
+from ipt_jax.hf.config import read_model_config, resolve_model
+from ipt_jax.hf.params import load_params
+from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.decoder import abstract_params
+from ipt_jax.parallel.devices import training_devices
+from ipt_jax.parallel.distributed import enable_compile_cache, initialize_distributed
+from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
+from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
+from ipt_jax.train.metrics import Ledger, last_line
+from ipt_jax.train.resume import find_newest, refuse_changed, set_aside
+from ipt_jax.train.run_info import copy_tokenizer, describe, tell, tell_start, write_record
+from ipt_jax.train.state import TrainState, check_layout, fresh_state, state_from_params
+from ipt_jax.train.step import Program, build_program, lower
+
+
+def run_train(recipe: Recipe) -> dict[str, Any]:
+    """Trains to the end of the plan, or until SIGTERM: {run_dir, step, steps, tokens, loss}; `steps` are the plan's."""
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # so do its tasks, once for each array of a failed save
+    processes = initialize_distributed()
+    enable_compile_cache()
+    devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
+    run_dir = Path(recipe.run_dir)
+
+    plan = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
+    check_schedule(recipe, plan.steps)
+    model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, devices)
+    program = build_program(recipe, model, mesh, plan.steps)
+
+    with claim(run_dir), contextlib.ExitStack() as stack:
+        identity = made_with(recipe, model, plan)
+        found, skipped = find_newest(run_dir)
+        if found is not None:
+            refuse_changed(run_dir, found, identity)
+        set_aside(run_dir, found, skipped)
+        if found is not None and found.step == plan.steps:
+            return result(recipe, plan, found, last_line(run_dir))
+
+        checkpoints = stack.enter_context(Checkpoints(run_dir, model, recipe.train.keep_checkpoints))
+        start = found or CheckpointRecord(0, 0, plan.fingerprint, identity)
+        if jax.process_index() == 0:
+            described = describe(recipe, plan, program, processes)
+            tell_start(described, run_dir, start.step, plan.steps)
+            write_record(run_dir, described)
+            copy_tokenizer(plan, run_dir)
+        step = compile_step(program)
+        if found is not None:
+            state = checkpoints.restore(found.step, program.state, program.shardings)
+        else:
+            state = initial_state(recipe, program)
+        layout = check_layout(state, program.shardings)
+        if jax.process_index() == 0:
+            for line in layout:
+                tell(line)
+        with Ledger.open(run_dir, start, program, plan, recipe.train.log_every) as ledger:
+            train(recipe, plan, program, step, state, ledger, checkpoints)
+        return result(recipe, plan, ledger.record, ledger.last)
+
+
+def train(
+    recipe: Recipe, plan: Plan, program: Program, step: Any, state: TrainState, ledger: Ledger, checkpoints: Checkpoints
+) -> None:
+    """The loop, from the ledger's step to the plan's end."""
+    done, settings = ledger.record.step, recipe.train
+    host, hosts = host_slot(program.mesh)
+    source = batches(plan, start_step=done, rows_per_step=program.rows, host=host, hosts=hosts)
+    sharding = batch_sharding(program.mesh)
+    with stop_signal() as stop_asked:
+        while done < plan.steps:
+            with ledger.waiting_for_data():
+                rows = next(source)
+            state, metrics = step(state, place_batch(rows, program.shape.accumulation, sharding))
+            done += 1
+            ledger.add(done, metrics)
+            stop = stop_asked(done)
+            last = stop or done == plan.steps
+            if last or done % settings.checkpoint_every == 0:
+                ledger.settle(done)  # all of them are known to be finite before anything is saved
+                checkpoints.save(state, ledger.record, last=last)
+            elif done % settings.log_every == 0:
+                ledger.settle(done - 1)  # the devices are busy with step `done` meanwhile
+            if last:
+                checkpoints.finish()  # a further SIGTERM waits for it
+            if stop:
+                tell(f"SIGTERM: saved at step {done} of {plan.steps}; the same command goes on from there")
+                return
+
+
+def made_with(recipe: Recipe, model: ModelConfig, plan: Plan) -> dict[str, Any]:
+    """What must be equal for a run to go on, in the recipe's names."""
+    return {
+        "data": plan.identity | {"cross_document": recipe.data.cross_document},
+        "model": model.model_dump(),
+        "optimizer": recipe.optimizer.model_dump(),
+        "train": {"seed": recipe.train.seed, "z_loss": recipe.train.z_loss},
+    }
+
+
+def result(recipe: Recipe, plan: Plan, record: CheckpointRecord, last: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "run_dir": recipe.run_dir,
+        "step": record.step,
+        "steps": plan.steps,
+        "tokens": record.tokens,
+        "loss": last["loss"] if last else None,
+    }
+
+
+def control_ids(plan: Plan) -> tuple[int | None, int | None]:
+    """BOS and EOS of the sources' tokenizer."""
+    if not plan.tokenizer_dir.is_dir():
+        return None, None
+    tokenizer = load_tokenizer(plan.tokenizer_dir)
+    return tokenizer.bos_id, tokenizer.eos_id
+
+
+def initial_state(recipe: Recipe, program: Program) -> TrainState:
+    """Step 0: fresh parameters, or those of `model.from`, each put into its shards as it is read."""
+    if recipe.model.from_ is None:
+        return fresh_state(program.model, program.optimizer, program.shardings, recipe.train.seed)
+    source = resolve_checkpoint(recipe.model.from_)
+    refuse_other_shapes(recipe.model.from_, read_model_config(source), program.model)
+
+    def place(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
+        sharding: Any = functools.reduce(operator.getitem, path, program.shardings.params)
+        return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+
+    _, params = load_params(source, "float32", place)
+    return state_from_params(params, program.optimizer, program.shardings)
+
+
+def refuse_other_shapes(path: str, stored: ModelConfig, wanted: ModelConfig) -> None:
+    """Raises UserError when the recipe overrides a field that the stored weights cannot follow."""
+    for field, value in wanted.model_dump().items():
+        if abstract_params(stored.model_copy(update={field: value})) != abstract_params(stored):
+            raise UserError(
+                f"model.{field} is {value}, but the weights of {path} have {getattr(stored, field)}; "
+                f"leave model.{field} out, or train from scratch with a preset"
+            )
+
+
+def compile_step(program: Program) -> Callable[..., Any]:
+    """The compiled step; says how long it took and what it needs."""
+    started = time.monotonic()
+    compiled = lower(program).compile()
+    memory = compiled.memory_analysis()
+    needs = f", {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device" if memory else ""
+    tell(f"step compiled in {time.monotonic() - started:.1f} s{needs}")
+    return compiled
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory's lock (the first process for all of them) and tells a full disk as a user's mistake."""
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_directory(run_dir) if jax.process_index() == 0 else None
+    try:
+        yield
+    except (OSError, ValueError) as error:  # Orbax reports a failed write as ValueError
+        if isinstance(error, UserError) or "No space left on device" not in str(error):
+            raise
+        raise UserError(
+            f"run_dir {run_dir}: cannot be written (No space left on device); free space and run the same command "
+            "again: it goes on from the last checkpoint"
+        ) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that says, at a step, whether to save and stop: after SIGTERM, at one step on all hosts."""
+    if jax.process_count() > 1:  # jax.distributed has taken SIGTERM and agrees with the other hosts on a step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can listen for signals
+        yield lambda step: False
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():  # os.write: a print that this signal interrupts cannot be entered again
+            os.write(2, b"ipt train: SIGTERM again: the run ends when its save is on disk\n")
+        asked.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,1 @@
+"""`synth collect`: question-answering data sets become tuning documents."""

@@ -1,0 +1,165 @@
+"""Reads pairs back out of what a synthesizer wrote: strict, total, every refusal with a reason.
+
+Guaranteed: no string raises; record i ends at the i-th `</END>` of the text, and a last record holds what stands behind
+the last `</END>` if that is more than blank; an accepted pair written by `pair_text` is read back unchanged. Rejected
+pairs keep their strings: question and answer where the two could be told apart, else everything in `question`.
+Not guaranteed: that an answer is true or grounded (`synth verify` scores that).
+"""
+
+import re
+
+import msgspec
+
+from ipt_jax.corpus.records import Pair
+from synth.format.wire import (
+    ANSWER_CUE,
+    ANSWER_TAG,
+    COT_CUE,
+    END_TAG,
+    OPTION_MARK,
+    OPTIONS_CUE,
+    QUESTION_TAG,
+    final_answer,
+    pair_format,
+    question_stem,
+)
+
+REASONS = {
+    "truncated": "the token limit ended the text before </END>",
+    "unclosed": "the model stopped by itself inside a pair, without </END>",
+    "leftover_text": "text outside of a pair: before <QUE>, or behind the last </END> with no tag in it",
+    "no_question": "no <QUE> before </END>",
+    "no_answer": "no <ANS> before </END>",
+    "two_answers": "more than one <ANS>",
+    "nested_tag": "a second <QUE>, or a <CON> tag, inside of a pair",
+    "empty_question": "nothing between <QUE> and <ANS>, or nothing but options or the reasoning cue",
+    "empty_answer": "nothing between <ANS> and </END>",
+    "duplicate_question": "same question and options as an accepted pair of this text, but for case, space and order",
+    "cot_malformed": "the reasoning cue and the line 'Therefore, the answer is': one without the other, twice or empty",
+    "options_malformed": "'Options:' not followed by two or more different lines '- option'",
+    "too_many_options": "more than 26 options",
+    "answer_not_in_options": "the answer is none of the options (one closing period aside)",
+}
+MAX_OPTIONS = 26
+CONTEXT_TAG = re.compile(r"</?CON>")
+
+
+def parse_completion(text: str, finished: bool) -> list[Pair]:
+    """The pairs of one completion, accepted and rejected, in order; `finished`: the model ended it by itself."""
+    *pieces, tail = text.split(END_TAG)
+    pairs: list[Pair] = []
+    seen: set[tuple[str, ...]] = set()
+    for piece in pieces:
+        pair = read_pair(piece)
+        key = question_key(pair)
+        if pair.verdict == "accepted" and key in seen:
+            pair = reject(pair, "duplicate_question")
+        elif pair.verdict == "accepted":
+            seen.add(key)
+        pairs.append(pair)
+    if tail.strip():
+        pairs.append(rejected(tail_reason(tail, finished), tail.strip()))
+    return pairs
+
+
+def tail_reason(tail: str, finished: bool) -> str:
+    if not finished:
+        return "truncated"
+    return "unclosed" if QUESTION_TAG in tail or ANSWER_TAG in tail else "leftover_text"
+
+
+def read_pair(piece: str) -> Pair:
+    """The pair in the text between two closing tags."""
+    if reason := tag_fault(piece):
+        return rejected(reason, piece.strip())
+    question, _, answer = piece.partition(QUESTION_TAG)[2].partition(ANSWER_TAG)
+    question, answer = question.strip(), answer.strip()
+    if not answer:
+        return rejected("empty_answer", question)
+    return read_format(question, answer)
+
+
+def tag_fault(piece: str) -> str | None:
+    if QUESTION_TAG not in piece:
+        return "no_question"
+    before, _, inside = piece.partition(QUESTION_TAG)
+    if before.strip():
+        return "leftover_text"
+    if QUESTION_TAG in inside or CONTEXT_TAG.search(inside):
+        return "nested_tag"
+    answers = inside.count(ANSWER_TAG)
+    if answers != 1:
+        return "two_answers" if answers else "no_answer"
+    return None
+
+
+def read_format(question: str, answer: str) -> Pair:
+    """The pair with its format, options and rationale; rejected where the two sides do not fit."""
+    pair = Pair(question=question, answer=answer)
+    if reason := read_rationale(pair) or read_options(pair):
+        return reject(pair, reason)
+    pair.format = pair_format(bool(pair.options), pair.rationale is not None)
+    if not question_stem(pair).strip():
+        return reject(pair, "empty_question")
+    if pair.options and gold_option(pair) is None:
+        return reject(pair, "answer_not_in_options")
+    return pair
+
+
+def read_rationale(pair: Pair) -> str | None:
+    """Fills `rationale` when both cues stand where they belong."""
+    # An empty stem has lost the line break before its cue to stripping.
+    asked = f"\n{pair.question}".count(COT_CUE)
+    told = pair.answer.count(ANSWER_CUE)
+    if not asked and not told:
+        return None
+    rationale, _, final = pair.answer.partition(ANSWER_CUE)
+    whole = asked == 1 and told == 1 and f"\n{pair.question}".endswith(COT_CUE)
+    if not (whole and rationale.strip() and final.strip()):
+        return "cot_malformed"
+    pair.rationale = rationale
+    return None
+
+
+def read_options(pair: Pair) -> str | None:
+    """Fills `options` from the lines behind 'Options:'."""
+    question = f"\n{pair.question}".removesuffix(COT_CUE)
+    if OPTIONS_CUE not in question:
+        return None
+    _, _, listing = question.partition(OPTIONS_CUE)
+    before, *options = listing.split(OPTION_MARK)
+    if before.strip() or len(options) < 2 or len({option.strip() for option in options}) < len(options):
+        return "options_malformed"
+    if any(not line.strip() or rest.strip() for line, _, rest in (option.partition("\n") for option in options)):
+        return "options_malformed"
+    if len(options) > MAX_OPTIONS:
+        return "too_many_options"
+    pair.options = [option.strip() for option in options]
+    return None
+
+
+def gold_option(pair: Pair) -> int | None:
+    """The index of the option that the answer names; one closing period may be too many or missing."""
+    answer = final_answer(pair)
+    if answer in pair.options:
+        return pair.options.index(answer)
+    bare = [option.removesuffix(".") for option in pair.options]
+    return bare.index(answer.removesuffix(".")) if answer.removesuffix(".") in bare else None
+
+
+def question_key(pair: Pair) -> tuple[str, ...]:
+    """What makes two questions the same: stem and options, without case, spaces and the options' order."""
+    return plain(question_stem(pair)), *sorted(plain(option) for option in pair.options)
+
+
+def plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def rejected(reason: str, question: str, answer: str = "") -> Pair:
+    return Pair(question=question, answer=answer, verdict="rejected", reason=reason)
+
+
+def reject(pair: Pair, reason: str) -> Pair:
+    """The same pair, marked; what was parsed stays."""
+    return msgspec.structs.replace(pair, verdict="rejected", reason=reason)

@@ -1,0 +1,1 @@
+"""`synth run`: raw texts become groups of texts with pairs."""

@@ -1,0 +1,1 @@
+"""`synth inspect`: groups as a person reads them."""

@@ -1,0 +1,109 @@
+"""`synth inspect`: groups as a person reads them, in the terminal or as one self-contained HTML page.
+
+Guaranteed: texts and pairs are shown as they stand in the records, never read as markup; what grounds an answer is
+marked in its text; rejected pairs carry their reason. Reads only the groups that it shows and, for the page, a sample
+whose distributions it draws.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import write_whole, writing
+from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
+from ipt_jax.corpus.shards import Shards
+from synth.groups import decode_group
+from synth.inspect.grounding import highlighted_spans
+from synth.inspect.html_page import html_page
+from synth.inspect.statistics import count_groups
+
+EXCERPT = 1200  # characters of a text in the terminal
+
+
+def run_inspect(path: Path, output: Path | None, limit: int, sample: int, rejected: bool) -> dict[str, Any]:
+    """Shows the first `limit` groups and returns their figures. The page counts over `sample` groups."""
+    shards = Shards(path, verify=False)
+    groups = [decode_group(record, shards) for record in islice(shards, limit)]
+    if not groups:
+        raise UserError(f"{path}: holds no groups; run synth run on a corpus that is not empty")
+    if output is None:
+        show_groups(Console(), groups, rejected)
+    else:
+        page = html_page(groups, count_groups(shards, sample), rejected)
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(output, page.encode())
+    return figures(groups, len(shards), output)
+
+
+def figures(groups: Sequence[SynthGroup], total: int, output: Path | None) -> dict[str, Any]:
+    texts = [text for group in groups for text in group.texts]
+    pairs = [pair for text in texts for pair in text.pairs]
+    accepted = [pair for pair in pairs if pair.verdict == "accepted"]
+    reasons = Counter(pair.reason or "rejected" for pair in pairs if pair.verdict == "rejected")
+    return {
+        "groups": total,
+        "shown": len(groups),
+        "texts": len(texts),
+        "pairs": len(accepted),
+        "formats": dict(sorted(Counter(pair.format for pair in accepted).items())),
+        "rejected": dict(sorted(reasons.items())),
+        "output": None if output is None else str(output),
+    }
+
+
+def show_groups(console: Console, groups: Sequence[SynthGroup], rejected: bool) -> None:
+    for group in groups:
+        console.print(Rule(Text(f"group {group.id}", style="bold"), align="left"))
+        console.print(Text(provenance(group), style="dim"))
+        for text in group.texts:
+            console.print(Group(text_panel(text), pair_table(text.pairs, rejected), Text("")))
+
+
+def provenance(group: SynthGroup) -> str:
+    sampling = " ".join(f"{key}={value}" for key, value in group.sampling.items())
+    return f"{group.synthesizer} · weights {group.weights[:12]} · config {group.fingerprint[:12]} · {sampling}"
+
+
+def token_line(text: GroupText) -> str:
+    return (
+        f"round {text.round} · prompt {text.prompt_tokens:,} tokens, {text.cached_prompt_tokens:,} cached · "
+        f"completion {text.completion_tokens:,} · {text.finish_reason}"
+    )
+
+
+def text_panel(text: GroupText) -> Panel:
+    shown = Text(text.text[:EXCERPT])
+    for part in highlighted_spans(text.text[:EXCERPT], text.pairs):
+        shown.stylize("underline" if part.exact else "dim underline", part.start, part.end)
+    if len(text.text) > EXCERPT:
+        shown.append(f" … {len(text.text) - EXCERPT:,} more characters", style="dim")
+    title = Text(f"{text.raw_id} [{text.start:,}–{text.end:,}] · {text.source}")
+    return Panel(shown, title=title, title_align="left", subtitle=Text(token_line(text)), subtitle_align="left")
+
+
+def pair_table(pairs: Sequence[Pair], rejected: bool) -> Table | Text:
+    table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
+    for name, ratio in (("#", None), ("format", None), ("question", 4), ("answer", 3), ("verdict", None)):
+        table.add_column(name, ratio=ratio, overflow="fold", no_wrap=ratio is None)
+    for number, pair in enumerate(pairs, 1):
+        if pair.verdict == "accepted":
+            table.add_row(str(number), pair.format, Text(pair.question), Text(pair.answer), Text(score_line(pair)))
+        elif rejected:
+            cells = (Text(pair.question), Text(pair.answer), Text(pair.reason or "rejected", style="not dim red"))
+            table.add_row(str(number), "–", *cells, style="dim")
+    return table if table.row_count else Text("no pairs", style="dim")
+
+
+def score_line(pair: Pair) -> str:
+    return "\n".join(f"{name} {score:.2f}" for name, score in pair.scores.items()) or "accepted"

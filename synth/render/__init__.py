@@ -1,0 +1,1 @@
+"""`synth render`: groups become augmented documents and data sets for the hub."""

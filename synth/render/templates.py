@@ -1,0 +1,148 @@
+"""How documents look: templates from data files, and the draws among them.
+
+Guaranteed: every choice is its own draw from (seed, id, epoch, purpose), so that any two choices combine freely and
+none hangs on what was drawn for another document. The wording of the templates was written for this project.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import msgspec
+
+from ipt_jax.core.hashing import directory_digest
+from ipt_jax.core.seeding import draw, uniform
+from ipt_jax.core.settings import parse_yaml
+from ipt_jax.corpus.records import Format
+
+Layout = Literal["text_first", "questions_first", "dialogue", "numbered", "few_shot"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+FORMATS: tuple[Format, ...] = ("free", "free_cot", "choice", "choice_cot")
+FOLDER = Path(__file__).parent / "templates"
+FILES = tuple(FOLDER / f"{name}.yaml" for name in (*FORMATS, "turns", "options", "layouts"))
+Drawn = TypeVar("Drawn")
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """A pattern in two parts."""
+
+    ask: str
+    reply: str
+
+
+class OptionStyle(msgspec.Struct, frozen=True):
+    labels: Literal["none", "upper", "lower", "numbers"]
+    mark: str
+    between: str
+    answer: str
+
+
+class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one layout draws from; the lists that it has no use for are empty."""
+
+    between: list[str]
+    openings: list[str]
+    bridges: list[str] = []
+    speakers: list[tuple[str, str]] = []
+    turns: list[str] = []
+    marks: list[tuple[str, str]] = []
+    headings: list[tuple[str, str]] = []
+    shots: list[tuple[str, str]] = []
+
+
+class Layouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    bare: float
+    separators: list[str]
+    text_first: Frame
+    questions_first: Frame
+    dialogue: Frame
+    numbered: Frame
+    few_shot: Frame
+
+
+@dataclass(frozen=True)
+class Templates:
+    patterns: dict[Format, list[str]]
+    turns: dict[Format, list[Turn]]
+    options: list[OptionStyle]
+    layouts: Layouts
+    digest: str
+
+
+@dataclass(frozen=True)
+class DocumentStyle:
+    """What was drawn for one document; all its texts share it."""
+
+    layout: Layout
+    patterns: dict[Format, str]
+    turns: dict[Format, Turn]
+    options: OptionStyle
+    opening: str
+    bridge: str
+    between: str
+    separator: str
+    speakers: tuple[str, str]
+    turn: str
+    marks: tuple[str, str]
+    headings: tuple[str, str]
+    shots: tuple[str, str]
+
+
+@cache
+def load_templates() -> Templates:
+    content = {path.stem: parse_yaml(path.read_text(encoding="utf-8")) for path in FILES}
+    return Templates(
+        patterns={name: msgspec.convert(content[name], list[str]) for name in FORMATS},
+        turns=msgspec.convert(content["turns"], dict[Format, list[Turn]]),
+        options=msgspec.convert(content["options"], list[OptionStyle]),
+        layouts=msgspec.convert(content["layouts"], Layouts),
+        digest=directory_digest(list(FILES)),
+    )
+
+
+class Draws:
+    """The choices of one group or document in one epoch, each from a stream of its own."""
+
+    def __init__(self, seed: int, name: str, epoch: int) -> None:
+        self.keys = (seed, name, epoch)
+
+    def pick(self, purpose: str, choices: Sequence[Drawn]) -> Drawn:
+        return choices[int(uniform(*self.keys, purpose) * len(choices))]
+
+    def weighted(self, purpose: str, weights: Mapping[Layout, float]) -> Layout:
+        return draw(*self.keys, purpose).choices(list(weights), list(weights.values()))[0]
+
+    def chance(self, purpose: str, share: float) -> bool:
+        return uniform(*self.keys, purpose) < share
+
+    def order(self, purpose: str, count: int) -> list[int]:
+        """A shuffle of range(count)."""
+        return draw(*self.keys, purpose).sample(range(count), count) if count else []
+
+
+def draw_style(draws: Draws, weights: Mapping[Layout, float], *, has_example: bool = True) -> DocumentStyle:
+    """`has_example`: there is something to show before a test item; without it few_shot becomes text_first."""
+    templates = load_templates()
+    layouts = templates.layouts
+    layout = draws.weighted("layout", weights)
+    if layout == "few_shot" and not has_example:
+        layout = "text_first"
+    frame: Frame = getattr(layouts, layout)
+    no_opening, no_bridge = draws.chance("bare opening", layouts.bare), draws.chance("bare bridge", layouts.bare)
+    return DocumentStyle(
+        layout=layout,
+        patterns={name: draws.pick(f"pattern {name}", templates.patterns[name]) for name in FORMATS},
+        turns={name: draws.pick(f"turn {name}", templates.turns[name]) for name in FORMATS},
+        options=draws.pick("option style", templates.options),
+        opening="{text}" if no_opening else draws.pick("opening", frame.openings),
+        bridge="" if no_bridge else draws.pick("bridge", frame.bridges or [""]),
+        between=draws.pick("between pairs", frame.between),
+        separator=draws.pick("separator", layouts.separators),
+        speakers=draws.pick("speakers", frame.speakers or [("", "")]),
+        turn=draws.pick("turn line", frame.turns or [""]),
+        marks=draws.pick("marks", frame.marks or [("", "")]),
+        headings=draws.pick("headings", frame.headings or [("", "")]),
+        shots=draws.pick("shots", frame.shots or [("", "")]),
+    )

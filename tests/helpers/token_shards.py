@@ -1,0 +1,69 @@
+"""Token shards for tests, made from ids alone, as `ipt tokenize` would write them."""
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as JsonTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ipt_jax.corpus.records import Kind, Parent, TokenDocument
+from ipt_jax.corpus.shards import Output
+from ipt_jax.data.token_index import index_digests, index_names, name_index_files
+from ipt_jax.data.token_shards import RECORDS, Written, write_token_shard
+
+
+def write_tokens(
+    path: Path,
+    documents: list[list[int]],
+    *,
+    kind: Kind = "raw",
+    ids: list[str] | None = None,
+    parents: list[list[Parent]] | None = None,
+    loss_runs: list[list[tuple[int, int]]] | None = None,
+    tokenizer: str = "t",
+    shards: int = 1,
+) -> Path:
+    """A finished directory. In a raw document BOS and EOS (first, last) cover no character, other tokens two each."""
+    identity = {"records": RECORDS, "tokenizer": tokenizer, "vocab_size": 100, "of": str(documents)}
+    names = ids or [f"{kind}-{i}" for i in range(len(documents))]
+    with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
+        for shard, numbers in enumerate(np.array_split(np.arange(len(documents)), shards)):
+            temporary, name = output.temporary(shard), f"tokens-{shard:05d}-of-{shards:05d}.array_record"
+            written = []
+            for i in numbers.tolist():
+                tokens, mine = documents[i], (parents[i] if parents else [])
+                runs = loss_runs[i] if loss_runs else [(1, len(tokens))]
+                data = np.array(tokens, "<u2").tobytes()
+                characters = np.full(len(tokens), 2, np.uint32)
+                characters[:1] = characters[1:][-1:] = 0
+                document = TokenDocument(names[i], kind, "uint16", data, runs, mine, "test")
+                written.append(Written(document, characters if kind == "raw" else None))
+            records, digests = write_token_shard(temporary, written)
+            sides = index_names(name, digests)
+            name_index_files(temporary, name)
+            count = sum(len(documents[i]) for i in numbers)
+            output.seal_file(shard, shards, records, tokens=count, counts={kind: len(numbers)}, sides=sides)
+        output.finish({"side_files": index_digests(output.manifest), "duplicate_ids": 0})
+    return path
+
+
+def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Documents of the given lengths: BOS 1, ids from 3 to 99, EOS 2."""
+    generator = np.random.default_rng(seed)
+    return [[1, *generator.integers(3, 100, length - 2).tolist(), 2][:length] for length in lengths]
+
+
+def save_tokenizer(folder: Path, *, controls: bool = True) -> Path:
+    """A byte-level BPE of about 300 ids: <s> is 1, </s> is 2."""
+    tokenizer = JsonTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"] if controls else ["<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["a small world of words"] * 4, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,0 +1,342 @@
+"""Kills, stops, changed recipes: a run goes on from its newest whole checkpoint bit by bit, or says why it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from token_shards import save_tokenizer
+from trainkit import SMALL, recipe_of, run_python, write_corpus
+
+import ipt_jax
+from ipt_jax.config import Recipe
+from ipt_jax.core.checkpoint_path import LiteralPath
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import lock_directory
+from ipt_jax.train import trainer
+from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
+from ipt_jax.train.metrics import MetricsLog, last_line
+from ipt_jax.train.resume import refuse_changed
+from ipt_jax.train.state import TrainState
+from ipt_jax.train.step import Program
+from ipt_jax.train.trainer import run_train
+
+STEPS = 11
+CHILD = """
+import sys
+from ipt_jax.config import Recipe
+import ipt_jax.train.trainer as loop
+import time
+whole = loop.place_batch
+def slow(*arguments):
+    time.sleep(float(sys.argv[2]))
+    return whole(*arguments)
+loop.place_batch = slow  # time for the parent to strike
+print(loop.run_train(Recipe.model_validate_json(sys.argv[1])), flush=True)
+"""
+
+
+COMMAND = """
+import sys, time
+import ipt_jax.train.trainer as loop
+from ipt_jax.cli import main
+whole = loop.place_batch
+def slow(*arguments):
+    time.sleep(0.2)
+    return whole(*arguments)
+loop.place_batch = slow
+main()
+"""
+
+
+def run(folder: Path, **blocks: dict[str, Any]) -> dict[str, Any]:
+    return run_train(recipe_of(folder, mesh={"fsdp": 8}, **blocks))
+
+
+def child(recipe: Recipe, seconds_per_step: float) -> subprocess.Popen[str]:
+    text = recipe.model_dump_json(by_alias=True, exclude_unset=True)
+    return run_python(CHILD, text, str(seconds_per_step), JAX_NUM_CPU_DEVICES="8")
+
+
+def parameters(run_dir: Path, step: int = STEPS) -> dict[str, Any]:
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(LiteralPath(run_dir.absolute() / "checkpoints" / str(step) / "params"))
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, without what depends on the clock."""
+    clocks = ("tokens_per_second", "step_seconds", "data_seconds")
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in clocks} for line in found]
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(step.name) for step in (run_dir / "checkpoints").glob("*") if step.name.isdigit())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for this module and its children: a second run reads what the first compiled, as a reader's resume does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPT_COMPILE_CACHE", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run that nothing disturbed. Tests copy it."""
+    folder = tmp_path_factory.mktemp("straight")
+    write_corpus(folder)
+    save_tokenizer(folder / "raw" / "tokenizer")
+    result = run(folder)
+    assert (result["run_dir"], result["step"]) == (str(folder / "run"), STEPS)
+    yield folder
+
+
+@pytest.fixture
+def folder(straight: Path, tmp_path: Path) -> Path:
+    """The corpus of `straight`, and no run yet."""
+    shutil.copytree(straight / "raw", tmp_path / "raw")
+    return tmp_path
+
+
+@pytest.fixture
+def finished(straight: Path, tmp_path: Path) -> Path:
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def same_bits(one: Path, other: Path) -> None:
+    jax.tree.map(np.testing.assert_array_equal, parameters(one), parameters(other))
+    assert lines(one) == lines(other)
+
+
+def test_a_run_leaves_what_others_read(straight: Path) -> None:
+    run_dir = straight / "run"
+    described = json.loads((run_dir / "run.json").read_text())
+    assert described["plan"]["fingerprint"] == described["plan_fingerprint"]
+    for key in ("recipe", "versions", "git_commit", "attention", "attention_reason", "mesh", "remat", "parameters"):
+        assert key in described, key
+    assert [line["step"] for line in lines(run_dir)] == [1, 2, 4, 6, 8, 10, 11]
+    first, last = lines(run_dir)[0], lines(run_dir)[-1]
+    assert last["tokens"] == described["plan"]["tokens"] and last["loss"] < first["loss"]
+    assert first["loss_by_kind"] == {"raw": first["loss"]} and first["mfu"] is None
+    assert checkpoints(run_dir) == [9, 11], "the last two are kept"
+    model = json.loads((run_dir / "checkpoints" / "11" / "model.json").read_text())
+    assert model["hidden_size"] == SMALL["hidden_size"]
+    assert (run_dir / "tokenizer" / "tokenizer.json").is_file()
+    assert list((run_dir / "tensorboard").glob("events*"))
+
+
+def test_killed_and_resumed_is_bit_equal(straight: Path, folder: Path) -> None:
+    """SIGKILL in a step after the first checkpoint, perhaps within the save of the second."""
+    process = child(recipe_of(folder, mesh={"fsdp": 8}), 0.2)
+    wait_for(process, lambda: last_step(folder / "run") >= 6)
+    process.kill()
+    process.wait()
+    assert checkpoints(folder / "run")[-1] < STEPS
+    assert run(folder)["step"] == STEPS
+    same_bits(folder / "run", straight / "run")
+
+
+def test_sigterm_saves_and_ends_as_unfinished(straight: Path, folder: Path) -> None:
+    """143: Kubernetes starts a pod again that ends with any code but 0. Finished, the same command ends with 0."""
+    recipe = recipe_of(folder, mesh={"fsdp": 8}, train={"checkpoint_every": 100})
+    (folder / "run.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_unset=True))
+    arguments = ("train", str(folder / "run.yaml"), "--json")
+    process = run_python(COMMAND, *arguments, JAX_NUM_CPU_DEVICES="8")
+    wait_for(process, lambda: last_step(folder / "run") >= 2)
+    process.send_signal(signal.SIGTERM)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error
+    stopped = checkpoints(folder / "run")[-1]
+    result = json.loads(output)
+    assert 2 < stopped < STEPS and (result["step"], result["steps"]) == (stopped, STEPS)
+    assert f"SIGTERM: saved at step {stopped} of {STEPS}" in error
+    again = run_python(COMMAND, *arguments, JAX_NUM_CPU_DEVICES="8")
+    output, error = again.communicate(timeout=120)
+    assert (again.returncode, json.loads(output)["step"]) == (0, STEPS), error
+    same_bits(folder / "run", straight / "run")
+
+
+def last_step(run_dir: Path) -> int:
+    try:
+        line = last_line(run_dir)
+    except ValueError:  # read while it was being written
+        return 0
+    return line["step"] if line else 0
+
+
+def wait_for(process: subprocess.Popen[str], condition: Any) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_finished_run_says_so_and_touches_nothing(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*") if path.is_file()}
+    result = run(finished)
+    assert (result["step"], result["loss"]) == (STEPS, lines(finished / "run")[-1]["loss"])
+    assert result["tokens"] == lines(finished / "run")[-1]["tokens"]
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "field"),
+    [
+        ({"data": {"seed": 1}}, "data.seed=0, now it is 1"),
+        ({"data": {"packing": "best_fit"}}, "data.packing='concat', now it is 'best_fit'"),
+        ({"train": {"batch_tokens": 8 * 32}}, "data.rows_per_step=16, now it is 8"),
+        ({"train": {"seed": 3}}, "train.seed=0, now it is 3"),
+        ({"model": {"layers": 1}}, "model.layers=2, now it is 1"),
+        ({"optimizer": {"learning_rate": 0.02}}, "optimizer.learning_rate=0.01, now it is 0.02"),
+        ({"optimizer": {"name": "sgd"}}, "optimizer.name='adamw', now it is 'sgd'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_recipe_is_refused_naming_the_field(finished: Path, blocks: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError) as refused:
+        run(finished, **blocks)
+    assert f"its checkpoint at step 11 was made with {field}; give another run_dir" in str(refused.value)
+
+
+def test_any_character_in_the_path_of_a_run(straight: Path, folder: Path) -> None:
+    """Orbax takes a directory for a pattern; checkpoints have to be found, resumed from, moved and loaded."""
+    run_dir = folder / "lr[1e-4] *?" / "run"
+    recipe = recipe_of(folder, mesh={"fsdp": 8}).model_copy(update={"run_dir": str(run_dir)})
+    assert run_train(recipe)["step"] == STEPS
+    assert checkpoints(run_dir) == [9, 11]
+    shutil.rmtree(run_dir / "checkpoints" / "11")
+    moved = run_dir.rename(folder / "**moved {a,b}")
+    assert run_train(recipe.model_copy(update={"run_dir": str(moved)}))["step"] == STEPS
+    same_bits(moved, straight / "run")
+    ours, theirs = (ipt_jax.load(path).logits(list(range(5, 25))) for path in (moved, straight / "run"))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_another_corpus_is_refused(finished: Path) -> None:
+    shutil.rmtree(finished / "raw")
+    write_corpus(finished, documents=89)
+    with pytest.raises(UserError, match=r"made with data.sources.0.contents="):
+        run(finished)
+
+
+def test_a_change_is_named_before_what_follows_from_it(tmp_path: Path) -> None:
+    before, now = ({"data": {"tokenizer": name, "sources": [{"contents": name}]}} for name in "ab")
+    with pytest.raises(UserError, match=r"made with data.tokenizer='a', now it is 'b'"):
+        refuse_changed(tmp_path, CheckpointRecord(11, 0, "plan", before), now)
+
+
+def test_a_half_written_checkpoint_is_never_picked(straight: Path, finished: Path) -> None:
+    """As a killed save leaves it: the arrays there, the name not yet final; and one that lost its rename's race."""
+    saved = finished / "run" / "checkpoints"
+    (saved / "11").rename(saved / "11.orbax-checkpoint-tmp")
+    assert run(finished)["step"] == STEPS
+    assert checkpoints(finished / "run") == [9, 11]
+    assert not list(saved.glob("*tmp*"))
+    same_bits(finished / "run", straight / "run")
+
+
+def test_metrics_after_a_resume_hold_no_step_twice(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in (2, 4, 6):
+        log.write({"step": step, "loss": 0.5, "loss_by_kind": {"raw": 0.5}, "mfu": None})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    log = MetricsLog(tmp_path, 4)
+    assert log.last is not None and log.last["step"] == 4
+    log.write({"step": 6, "loss": 0.25, "loss_by_kind": {}, "mfu": None})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 0.5), (4, 0.5), (6, 0.25)]
+
+
+def test_a_run_directory_has_one_writer(finished: Path) -> None:
+    lock = lock_directory(finished / "run")
+    with pytest.raises(UserError, match="another run is writing here"):
+        run(finished)
+    os.close(lock)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(straight: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN enters before step 5, which is not logged: it is named, and the run goes on from the checkpoint of step 3."""
+    compile_step = trainer.compile_step
+
+    def poisoned(program: Program) -> Any:
+        step = compile_step(program)
+
+        def taken(state: TrainState, batch: Any) -> Any:
+            if int(state.step) == 4:
+                params = jax.tree.map(lambda value: value * float("nan"), state.params)
+                state = dataclasses.replace(state, params=params)
+            return step(state, batch)
+
+        return taken
+
+    monkeypatch.setattr(trainer, "compile_step", poisoned)
+    with pytest.raises(FloatingPointError, match="step 5: loss is nan; the last checkpoint is untouched"):
+        run(folder)
+    assert checkpoints(folder / "run") == [3]
+    monkeypatch.setattr(trainer, "compile_step", compile_step)
+    assert run(folder)["step"] == STEPS
+    same_bits(folder / "run", straight / "run")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device"),
+    ],
+    ids=["metrics", "orbax"],
+)
+def test_a_full_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*arguments: Any, last: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(UserError, match=r"run_dir .*/run: cannot be written \(No space left on device\); free space"):
+        run(folder)
+    os.close(lock_directory(folder / "run"))  # the lock was given back
+
+
+def test_a_run_directory_that_cannot_be_made(folder: Path) -> None:
+    (folder / "run").write_text("a file")
+    with pytest.raises(UserError, match="/run: cannot be written"):
+        run(folder)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="optimizer.warmup_steps is 11, but the plan has 11 steps"):
+        run(folder, optimizer={"warmup_steps": 11})
+
+
+def test_training_goes_on_from_another_model(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight / "raw", tmp_path / "raw")
+    recipe = recipe_of(tmp_path, optimizer={"learning_rate": 1e-9, "weight_decay": 0.0})
+    model = {"from": str(straight / "run"), "sliding_window": 16}
+    recipe = Recipe.model_validate(
+        recipe.model_dump(by_alias=True) | {"model": model, "mesh": {"fsdp": 2, "tensor": 4}}
+    )
+    assert run_train(recipe)["step"] == STEPS
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), parameters(tmp_path / "run"), parameters(straight / "run"))
+    assert 0 < max(jax.tree.leaves(moved)) < 1e-6
+    other = Recipe.model_validate(
+        recipe.model_dump(by_alias=True) | {"model": model | {"vocab_size": 200}, "run_dir": str(tmp_path / "other")}
+    )
+    with pytest.raises(UserError, match=r"model.vocab_size is 200, but the weights of .* have 104"):
+        run_train(other)
