@@ -373,6 +373,21 @@ def test_a_second_sigterm_waits_for_the_save(unfinished: Path) -> None:
     assert damage(unfinished / "run" / "checkpoints" / str(step)) is None
 
 
+def test_killed_before_the_digests_are_written(straight: Path, unfinished: Path) -> None:
+    """SIGKILL between Orbax's end and ours: the save has no number, and the one before it is resumed from."""
+    recipe = recipe_of(unfinished, mesh={"fsdp": 8})
+    (unfinished / "run.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_unset=True))
+    process = run_python(TRAIN, "train", str(unfinished / "run.yaml"), "--slow", JAX_NUM_CPU_DEVICES="8")
+    saved = unfinished / "run" / "checkpoints"
+    wait_for(process, lambda: (saved / "6.saving").is_dir())
+    process.kill()
+    process.wait()
+    assert checkpoints(unfinished / "run") == [3]
+    assert run(unfinished)["step"] == STEPS
+    assert sorted(entry.name for entry in saved.iterdir()) == ["11", "9"]
+    same_bits(unfinished / "run", straight / "run")
+
+
 # ---- metrics.jsonl
 
 
