@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ipt_jax.compile.hardware import PREDICTION_ERROR
 from ipt_jax.config import Recipe
 from ipt_jax.core.errors import UserError
 from ipt_jax.hf.config import resolve_model
@@ -118,7 +119,7 @@ def _predicted_parts(result: dict[str, Any]) -> Table:
         table.add_row(part, f"{total['seconds']:.4f}", f"{share:.1%}", *counted)
     peaks = result["predicted_from"]
     between = f", {peaks['network_bytes_per_second'] / 1e9:,.0f} GB/s between nodes" if result["devices"] > 8 else ""
-    source = "links from data sheets, the rest measured on one device" if peaks["measured"] else "data sheets"
+    source = f"links from data sheets, the rest measured; {PREDICTION_ERROR}" if peaks["measured"] else "data sheets"
     table.caption = (
         f"Predicted from {peaks['flops_per_second'] / 1e12:,.1f} TFLOP/s, "
         f"{peaks['memory_bytes_per_second'] / 1e9:,.0f} GB/s of memory and "
