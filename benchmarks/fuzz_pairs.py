@@ -229,8 +229,8 @@ KINDS = [valid_text, tag_soup, soup_between_tags, any_unicode, mutated, mutated,
 def check(text: str, rng: random.Random) -> tuple[int, int]:
     """Accepted pairs and all; AssertionError where the two sides differ or something else is wrong."""
     pairs = parse_completion(text, finished=rng.random() < 0.5)
-    assert [pair.verdict == "accepted" for pair in pairs] == accepts(text), "grammar and parser differ"
-    accepted = [pair for pair in pairs if pair.verdict == "accepted"]
+    assert [pair.accepted for pair in pairs] == accepts(text), "grammar and parser differ"
+    accepted = [pair for pair in pairs if pair.accepted]
     assert parse_completion(pairs_text(accepted), True) == accepted, "accepted pairs are not read back"
     rendered(text, pairs, rng)
     return len(accepted), len(pairs)

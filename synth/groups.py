@@ -4,11 +4,12 @@ Guaranteed: groups come in shard order, one at a time, whatever the directory's 
 directory of other records is refused in one line.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.corpus.records import SynthGroup, decode
+from ipt_jax.corpus.records import Pair, SynthGroup, decode
 from ipt_jax.corpus.shards import Shards
 
 CONTAMINATED = "contaminated_texts"  # in a group's metadata: places of texts that a benchmark shares words with
@@ -34,3 +35,18 @@ def decode_group(record: bytes, shards: Shards) -> SynthGroup:
 def contaminated_places(group: SynthGroup) -> set[int]:
     """The texts that `synth decontaminate` marked: they make no document."""
     return set(group.meta.get(CONTAMINATED, ()))
+
+
+def count_verdicts(pairs: Iterable[Pair]) -> Counter[str]:
+    """Counts of pairs in a shard's manifest: accepted ones as 'pairs', rejected ones as 'rejected.REASON'."""
+    return Counter("pairs" if pair.accepted else f"rejected.{pair.reason}" for pair in pairs)
+
+
+def rejection_counts(counts: Mapping[str, int]) -> Counter[str]:
+    """The rejected pairs by reason, of counts that `count_verdicts` made."""
+    return Counter(counts_under(counts, "rejected."))
+
+
+def counts_under(counts: Mapping[str, int], prefix: str) -> dict[str, int]:
+    """({'a.x': 1, 'b': 2}, 'a.') -> {'x': 1}"""
+    return {name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)}

@@ -15,6 +15,23 @@ KINDS: tuple[Kind, ...] = ("raw", "augmented", "task", "instruction")
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}  # 0 is padding
 TokenType = Literal["uint16", "uint32"]  # of token ids, little-endian
 Format = Literal["free", "free_cot", "choice", "choice_cot"]
+Reason = Literal[
+    "truncated",
+    "unclosed",
+    "leftover_text",
+    "no_question",
+    "no_answer",
+    "two_answers",
+    "nested_tag",
+    "empty_question",
+    "empty_answer",
+    "duplicate_question",
+    "cot_malformed",
+    "options_malformed",
+    "too_many_options",
+    "answer_not_in_options",
+    "contaminated",  # by `synth decontaminate`; all others by the parser
+]
 
 
 class Segment(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -57,7 +74,16 @@ class Pair(msgspec.Struct, omit_defaults=True):
     rationale: str | None = None
     scores: dict[str, float] = {}
     verdict: Literal["accepted", "rejected"] = "accepted"
-    reason: str | None = None
+    reason: Reason | None = None
+
+    @property
+    def accepted(self) -> bool:
+        return self.verdict == "accepted"
+
+    @property
+    def rejection(self) -> Reason | Literal["rejected"] | None:
+        """The reason of a rejected pair, "rejected" if none is stored. None for an accepted pair."""
+        return None if self.accepted else self.reason or "rejected"
 
 
 class GroupText(msgspec.Struct):
@@ -74,6 +100,10 @@ class GroupText(msgspec.Struct):
     cached_prompt_tokens: int
     completion_tokens: int
     finish_reason: str
+
+    @property
+    def accepted_pairs(self) -> list[Pair]:
+        return [pair for pair in self.pairs if pair.accepted]
 
 
 class SynthGroup(msgspec.Struct):

@@ -61,13 +61,12 @@ def _text(text: GroupText) -> Markup:
 
 
 def _pair(pair: Pair) -> Markup:
-    accepted = pair.verdict == "accepted"
-    note = pair.format.replace("_", " ") if accepted else f"rejected: {pair.reason}"
+    note = pair.format.replace("_", " ") if pair.accepted else f"rejected: {pair.reason}"
     return tag(
         "li",
         tag("div", pair.question, " ", tag("span", note, class_="tag"), class_="question"),
         tag("div", pair.answer, class_="answer"),
-        class_=None if accepted else "rejected",
+        class_=None if pair.accepted else "rejected",
     )
 
 

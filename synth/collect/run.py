@@ -25,7 +25,7 @@ from ipt_jax.corpus.records import Document, Pair, Segment, encode
 from ipt_jax.corpus.shards import Manifest, Output
 from ipt_jax.corpus.sources import JSONL, find_files, read_jsonl
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from synth.format.parser import parse_completion, question_key
+from synth.format.parser import parse_completion, question_key, rejected
 from synth.format.wire import context_block, example_segments, pair_text, pairs_text, shown, wire_pair
 
 FIELDS = {"question", "answer", "options", "rationale"}
@@ -185,7 +185,7 @@ def _example(row: dict[str, Any], where: str, default_id: str, dropped: Counter[
     for entry in questions:
         pair = read_back(_pair(entry, where))
         dropped.update(f"ignored_field_{name}" for name in entry.keys() - FIELDS)
-        if pair.verdict == "rejected":
+        if not pair.accepted:
             dropped[f"pair_{pair.reason}"] += 1
         elif pairs.setdefault(question_key(pair), pair) is not pair:
             dropped["pair_duplicate_question"] += 1
@@ -217,9 +217,9 @@ def read_back(pair: Pair) -> Pair:
     """
     parsed = parse_completion(pair_text(pair), finished=True)
     plain = shown(pair.question) == pair.question and shown(pair.answer) == pair.answer
-    if len(parsed) == 1 and (parsed[0].verdict == "rejected" or (parsed[0] == pair and plain)):
+    if len(parsed) == 1 and (not parsed[0].accepted or (parsed[0] == pair and plain)):
         return parsed[0]
-    return Pair(pair.question, pair.answer, verdict="rejected", reason="nested_tag")
+    return rejected("nested_tag", pair.question, pair.answer)
 
 
 def _has_lone_surrogate(text: str) -> bool:

@@ -56,7 +56,7 @@ def parts(record: CheckedRecord) -> Iterator[ComparedText]:
     for place, text in enumerate(record.texts):
         yield ComparedText("text", (place,), (text.text,))
         for number, pair in enumerate(text.pairs):
-            if pair.verdict == "accepted":
+            if pair.accepted:
                 yield ComparedText("pair", (place, number), wordings(pair))
 
 

@@ -10,7 +10,7 @@ import re
 
 import msgspec
 
-from ipt_jax.corpus.records import Pair
+from ipt_jax.corpus.records import Pair, Reason
 from synth.format.wire import (
     ANSWER_CUE,
     ANSWER_TAG,
@@ -24,7 +24,7 @@ from synth.format.wire import (
     question_stem,
 )
 
-REASONS = {
+REASONS: dict[str, str] = {
     "truncated": "the token limit ended the text before </END>",
     "unclosed": "the model stopped by itself inside a pair, without </END>",
     "leftover_text": "text outside of a pair: before <QUE>, or behind the last </END> with no tag in it",
@@ -52,9 +52,9 @@ def parse_completion(text: str, finished: bool) -> list[Pair]:
     for piece in pieces:
         pair = read_pair(piece)
         key = question_key(pair)
-        if pair.verdict == "accepted" and key in seen:
+        if pair.accepted and key in seen:
             pair = reject(pair, "duplicate_question")
-        elif pair.verdict == "accepted":
+        elif pair.accepted:
             seen.add(key)
         pairs.append(pair)
     if tail.strip():
@@ -62,7 +62,7 @@ def parse_completion(text: str, finished: bool) -> list[Pair]:
     return pairs
 
 
-def tail_reason(tail: str, finished: bool) -> str:
+def tail_reason(tail: str, finished: bool) -> Reason:
     if not finished:
         return "truncated"
     return "unclosed" if QUESTION_TAG in tail or ANSWER_TAG in tail else "leftover_text"
@@ -79,7 +79,7 @@ def read_pair(piece: str) -> Pair:
     return read_format(question, answer)
 
 
-def tag_fault(piece: str) -> str | None:
+def tag_fault(piece: str) -> Reason | None:
     if QUESTION_TAG not in piece:
         return "no_question"
     before, _, inside = piece.partition(QUESTION_TAG)
@@ -106,7 +106,7 @@ def read_format(question: str, answer: str) -> Pair:
     return pair
 
 
-def read_rationale(pair: Pair) -> str | None:
+def read_rationale(pair: Pair) -> Reason | None:
     """Fills `rationale` when both cues stand where they belong."""
     # An empty stem has lost the line break before its cue to stripping.
     asked = f"\n{pair.question}".count(COT_CUE)
@@ -121,7 +121,7 @@ def read_rationale(pair: Pair) -> str | None:
     return None
 
 
-def read_options(pair: Pair) -> str | None:
+def read_options(pair: Pair) -> Reason | None:
     """Fills `options` from the lines behind 'Options:'."""
     question = f"\n{pair.question}".removesuffix(COT_CUE)
     if OPTIONS_CUE not in question:
@@ -156,10 +156,10 @@ def plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def rejected(reason: str, question: str, answer: str = "") -> Pair:
+def rejected(reason: Reason, question: str, answer: str = "") -> Pair:
     return Pair(question=question, answer=answer, verdict="rejected", reason=reason)
 
 
-def reject(pair: Pair, reason: str) -> Pair:
+def reject(pair: Pair, reason: Reason) -> Pair:
     """The same pair, marked; what was parsed stays."""
     return msgspec.structs.replace(pair, verdict="rejected", reason=reason)

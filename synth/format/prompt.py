@@ -70,9 +70,8 @@ def keep_accepted(tokenizer: Tokenizer, completion_ids: Sequence[int], pairs: Se
     `pairs` is what `parse_completion` made of the decoded completion: record i ends at the i-th `</END>`. The tokens
     before the first rejected pair stay as they are; accepted pairs after it are encoded anew behind them.
     """
-    verdicts = [pair.verdict == "accepted" for pair in pairs]
-    leading = verdicts.index(False) if False in verdicts else len(verdicts)
-    later = [pair for pair, accepted in zip(pairs[leading:], verdicts[leading:], strict=True) if accepted]
+    leading = next((place for place, pair in enumerate(pairs) if not pair.accepted), len(pairs))
+    later = [pair for pair in pairs[leading:] if pair.accepted]
     kept, tail, exact = tokens_to_end(tokenizer, completion_ids, leading)
     if not later:
         return kept, not exact

@@ -30,6 +30,7 @@ from synth.generate.group_store import failed_texts, tally
 from synth.generate.grouping import Group, Place, Text, group_texts, make_group, neighbours, read_texts
 from synth.generate.run import make_chain
 from synth.generate.scheduler import run_groups
+from synth.groups import rejection_counts
 
 ROUNDS = (1, 2, 3)
 FULL = 4  # groups for each place of the engine, below which its filling and emptying weigh on the speed
@@ -164,13 +165,12 @@ def describe(
 def measure(answer: SynthGroup, tokenizer: Tokenizer) -> dict[str, int]:
     """The figures of one group."""
     counts = tally(answer)
-    rejected = sum(count for name, count in counts.items() if name.startswith("rejected."))
-    kept = [pairs_text([pair for pair in text.pairs if pair.verdict == "accepted"]) for text in answer.texts]
+    kept = [pairs_text(text.accepted_pairs) for text in answer.texts]
     ids = tokenizer.encode_batch([text.text for text in answer.texts] + kept)
     names = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens", "pairs")
     return {
         **{name: counts[name] for name in names},
-        "written": counts["pairs"] + rejected,
+        "written": counts["pairs"] + rejection_counts(counts).total(),
         "tokens": sum(map(len, ids)),
         "failed": sum(failed_texts(counts).values()),
     }

@@ -23,6 +23,7 @@ from ipt_jax.corpus.shards import Output, damage, read_shard
 from synth.engine import FAILURES
 from synth.generate.journal import Journal
 from synth.generate.work_list import WorkList
+from synth.groups import count_verdicts
 from synth.verify.verifier import tally_scores
 
 DROPPED = "dropped."
@@ -138,9 +139,8 @@ def tally(group: SynthGroup) -> Counter[str]:
         counts["cached_prompt_tokens"] += text.cached_prompt_tokens
         counts["completion_tokens"] += text.completion_tokens
         counts[f"finished.{text.finish_reason}"] += 1
-        counts["texts_without_pairs"] += not any(pair.verdict == "accepted" for pair in text.pairs)
-        for pair in text.pairs:
-            counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
+        counts["texts_without_pairs"] += not text.accepted_pairs
+        counts.update(count_verdicts(text.pairs))
     counts.update({name: group.meta[name] for name in DETAILS})
     counts.update(tally_scores(group))
     counts[f"{DROPPED}no_room"] = group.meta["no_room"]

@@ -35,6 +35,7 @@ from synth.generate.run_progress import RunProgress
 from synth.generate.scheduler import run_groups
 from synth.generate.seed_examples import load_seed_examples
 from synth.generate.work_list import corpus_states, form_groups, list_work, load_work, refuse_changes, save_work
+from synth.groups import counts_under, rejection_counts
 from synth.verify.verifier import VERSION, make_verifier, score_figures
 
 WORK = "worklist"  # folder in the output: the work list, and digests of the files of corpus and model
@@ -186,7 +187,7 @@ def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, 
 def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
     """The figures of a whole run; shares are over all pairs, those that were cut off by the token limit included."""
     counts = manifest.counts
-    rejected = part(counts, "rejected.")
+    rejected = dict(rejection_counts(counts))
     pairs = counts.get("pairs", 0)
     written = pairs + sum(rejected.values())
     names = ("texts_without_pairs", "prompt_tokens", "cached_prompt_tokens", "completion_tokens")
@@ -198,15 +199,11 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         "well_formed": round(pairs / written, 4) if written else None,
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
         **{name: counts.get(name, 0) for name in names + DETAILS},
-        "finished": part(counts, "finished."),
+        "finished": counts_under(counts, "finished."),
         "failed": failed_texts(counts),
         **score_figures(counts),
         "engine": engine,
     }
-
-
-def part(counts: dict[str, int], prefix: str) -> dict[str, int]:
-    return {name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)}
 
 
 def fill_here(settings: RunSettings, chain: Chain, store: GroupStore) -> None:

@@ -7,6 +7,7 @@ from typing import Self
 
 from ipt_jax.core.progress import Progress
 from synth.generate.group_store import GroupStore
+from synth.groups import rejection_counts
 
 REASONS = 3  # of refusals that are named, the most frequent first
 REFRESH_SECONDS = 0.5
@@ -46,7 +47,7 @@ class RunProgress:
 
 def figures(counts: Counter[str]) -> dict[str, object]:
     """Shares of refusals are over all pairs written, the cache's over all prompt tokens."""
-    refused = Counter({name.removeprefix("rejected."): n for name, n in counts.items() if name.startswith("rejected.")})
+    refused = rejection_counts(counts)
     written = counts["pairs"] + refused.total()
     reasons = ", ".join(f"{name} {count / written:.0%}" for name, count in refused.most_common(REASONS))
     return {

@@ -35,7 +35,7 @@ class HighlightedSpan(NamedTuple):
 def ground(text: str, pair: Pair) -> Ground | None:
     """Of several places that hold the answer, the one whose sentence shares most words with the question."""
     answer = final_answer(pair).strip().removesuffix(".")
-    if pair.verdict == "rejected" or len(answer) < SHORTEST:
+    if not pair.accepted or len(answer) < SHORTEST:
         return None
     spaced = r"\s+".join(map(re.escape, answer.split()))
     found = list(re.finditer(rf"(?<!\w){spaced}(?!\w)", text, re.IGNORECASE))

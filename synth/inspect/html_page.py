@@ -106,7 +106,6 @@ def score_chart(name: str, scores: Sequence[float]) -> Markup:
 
 
 TEMPLATES = Path(__file__).parent
-ACCEPTED, REJECTED = "accepted", "rejected"
 
 
 def html_page(groups: Sequence[SynthGroup], stats: GroupStatistics, rejected: bool) -> str:
@@ -149,7 +148,7 @@ def shown_words(groups: Sequence[SynthGroup], stats: GroupStatistics) -> str:
 
 def shown_pairs(text: GroupText, rejected: bool) -> dict[int, Pair]:
     """The pairs to show by their number, counted from 1 over all of the text."""
-    return {number: pair for number, pair in enumerate(text.pairs, 1) if rejected or pair.verdict == ACCEPTED}
+    return {number: pair for number, pair in enumerate(text.pairs, 1) if rejected or pair.accepted}
 
 
 # ---- filters
@@ -158,8 +157,8 @@ def shown_pairs(text: GroupText, rejected: bool) -> dict[int, Pair]:
 def filter_bar(pairs: Sequence[Pair]) -> Markup:
     """Hidden until the script has taken hold of it."""
     verdicts = Counter(str(pair.verdict) for pair in pairs)
-    formats = Counter(str(pair.format) for pair in pairs if pair.verdict == ACCEPTED)
-    reasons = Counter(reason_of(pair) for pair in pairs if pair.verdict == REJECTED)
+    formats = Counter(str(pair.format) for pair in pairs if pair.accepted)
+    reasons = Counter(str(pair.rejection) for pair in pairs if pair.rejection)
     return tag(
         "form",
         choice("verdict", verdicts),
@@ -182,10 +181,6 @@ def choice(name: str, counts: Counter[str]) -> Markup:
         tag("option", f"{value.replace('_', ' ')} ({count:,})", value=value) for value, count in counts.most_common()
     ]
     return tag("label", f"{name} ", tag("select", tag("option", "any", value=""), *options, name_=name))
-
-
-def reason_of(pair: Pair) -> str:
-    return pair.reason or REJECTED
 
 
 # ---- groups
@@ -244,7 +239,6 @@ def marked(text: str, parts: Sequence[HighlightedSpan]) -> Markup:
 
 
 def pair_item(number: int, pair: Pair, grounded: bool) -> Markup:
-    is_accepted = pair.verdict == ACCEPTED
     where = f"Show in the text where the answer to question {number} stands"
     button = tag("button", str(number), type="button", class_="number", aria_label=where, title=where)
     return tag(
@@ -252,11 +246,11 @@ def pair_item(number: int, pair: Pair, grounded: bool) -> Markup:
         button if grounded else tag("span", str(number), class_="number"),
         question(pair),
         tag("div", pair.answer, class_="answer", dir="auto"),
-        tag("p", *(accepted_tags(pair) if is_accepted else [reason_tag(pair)]), class_="tags"),
+        tag("p", *([reason_tag(pair.rejection)] if pair.rejection else accepted_tags(pair)), class_="tags"),
         class_=pair.verdict,
         data_verdict=pair.verdict,
-        data_format=pair.format if is_accepted else "",
-        data_reason="" if is_accepted else reason_of(pair),
+        data_format=pair.format if pair.accepted else "",
+        data_reason=pair.rejection or "",
         data_number=number,
     )
 
@@ -264,7 +258,7 @@ def pair_item(number: int, pair: Pair, grounded: bool) -> Markup:
 def question(pair: Pair) -> Markup:
     """The question as it stands, what follows its stem in lighter letters."""
     stem = question_stem(pair)
-    rest = pair.question.removeprefix(stem) if pair.verdict == ACCEPTED else ""
+    rest = pair.question.removeprefix(stem) if pair.accepted else ""
     words = pair.question.removesuffix(rest)
     return tag("div", words, tag("span", rest, class_="rest") if rest else None, class_="question", dir="auto")
 
@@ -274,6 +268,6 @@ def accepted_tags(pair: Pair) -> list[Markup]:
     return [tag("span", word, class_="tag") for word in words]
 
 
-def reason_tag(pair: Pair) -> Markup:
-    words = f"refused: {reason_of(pair).replace('_', ' ')}"
-    return tag("span", words, class_="tag", title=REASONS.get(pair.reason or ""))
+def reason_tag(rejection: str) -> Markup:
+    words = f"refused: {rejection.replace('_', ' ')}"
+    return tag("span", words, class_="tag", title=REASONS.get(rejection))

@@ -49,8 +49,8 @@ def run_inspect(path: Path, output: Path | None, limit: int, sample: int, reject
 def figures(groups: Sequence[SynthGroup], total: int, output: Path | None) -> dict[str, Any]:
     texts = [text for group in groups for text in group.texts]
     pairs = [pair for text in texts for pair in text.pairs]
-    accepted = [pair for pair in pairs if pair.verdict == "accepted"]
-    reasons = Counter(pair.reason or "rejected" for pair in pairs if pair.verdict == "rejected")
+    accepted = [pair for pair in pairs if pair.accepted]
+    reasons = Counter(pair.rejection for pair in pairs if pair.rejection)
     return {
         "groups": total,
         "shown": len(groups),
@@ -97,10 +97,10 @@ def pair_table(pairs: Sequence[Pair], rejected: bool) -> Table | Text:
     for name, ratio in (("#", None), ("format", None), ("question", 4), ("answer", 3), ("verdict", None)):
         table.add_column(name, ratio=ratio, overflow="fold", no_wrap=ratio is None)
     for number, pair in enumerate(pairs, 1):
-        if pair.verdict == "accepted":
+        if pair.accepted:
             table.add_row(str(number), pair.format, Text(pair.question), Text(pair.answer), Text(score_line(pair)))
         elif rejected:
-            cells = (Text(pair.question), Text(pair.answer), Text(pair.reason or "rejected", style="not dim red"))
+            cells = (Text(pair.question), Text(pair.answer), Text(str(pair.rejection), style="not dim red"))
             table.add_row(str(number), "–", *cells, style="dim")
     return table if table.row_count else Text("no pairs", style="dim")
 

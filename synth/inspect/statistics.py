@@ -58,11 +58,11 @@ class GroupStatistics:
     def add(self, group: SynthGroup) -> None:
         self.groups += 1
         for text in group.texts:
-            accepted = [pair for pair in text.pairs if pair.verdict == "accepted"]
+            accepted = text.accepted_pairs
             self.texts += 1
             self.accepted += len(accepted)
             self.pairs_a_text[len(accepted)] += 1
-            self.reasons.update(pair.reason or "rejected" for pair in text.pairs if pair.verdict == "rejected")
+            self.reasons.update(pair.rejection for pair in text.pairs if pair.rejection)
             for pair in accepted:
                 self.add_pair(pair)
 

@@ -32,6 +32,7 @@ from synth.collect.run import read_back
 from synth.config import CorpusSettings
 from synth.format.parser import question_key, reject
 from synth.generate.grouping import ID_LETTERS, group_key, neighbours
+from synth.groups import count_verdicts, counts_under, rejection_counts
 from synth.mine.patterns import FINDERS, Find, Pattern, ask, read, rules_digest
 
 PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn
@@ -110,13 +111,10 @@ def run_mine(settings: MineSettings) -> dict[str, Any]:
 
 
 def figures(manifest: Manifest) -> dict[str, Any]:
-    def part(prefix: str) -> dict[str, int]:
-        return {name.removeprefix(prefix): count for name, count in manifest.counts.items() if name.startswith(prefix)}
-
     return {
         **{name: manifest.counts.get(name, 0) for name in ("texts", "groups", "pairs", "texts_without_pairs")},
-        "rejected": part("rejected."),
-        "patterns": part("pattern."),
+        "rejected": dict(rejection_counts(manifest.counts)),
+        "patterns": counts_under(manifest.counts, "pattern."),
         "dropped": manifest.dropped,
     }
 
@@ -183,12 +181,12 @@ def mine_text(text: Document, settings: MineSettings, counts: Counter[str]) -> l
     for pattern, find, rng in chosen:
         pair = read_back(ask(pattern, find, rng))
         key = question_key(pair)
-        if pair.verdict == "accepted" and key in seen:
+        if pair.accepted and key in seen:
             pair = reject(pair, "duplicate_question")
         seen.add(key)
-        counts["pairs" if pair.verdict == "accepted" else f"rejected.{pair.reason}"] += 1
-        counts[f"pattern.{pattern}"] += pair.verdict == "accepted"
+        counts[f"pattern.{pattern}"] += pair.accepted
         pairs.append(pair)
+    counts.update(count_verdicts(pairs))
     counts["texts"] += 1
-    counts["texts_without_pairs"] += all(pair.verdict == "rejected" for pair in pairs)
+    counts["texts_without_pairs"] += not any(pair.accepted for pair in pairs)
     return pairs

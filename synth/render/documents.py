@@ -262,8 +262,8 @@ def kept_pairs(pairs: Sequence[Pair], keep: str | None, dropped: Counter[str]) -
     """Accepted pairs that pass the filter, with their index; each other one is counted by its reason."""
     kept = []
     for index, pair in enumerate(map(whole_pair, pairs)):
-        if pair.verdict == "rejected":
-            dropped[pair.reason or "rejected"] += 1
+        if pair.rejection:
+            dropped[pair.rejection] += 1
         elif not keeps(keep, pair):
             dropped["keep"] += 1
         else:
@@ -273,7 +273,7 @@ def kept_pairs(pairs: Sequence[Pair], keep: str | None, dropped: Counter[str]) -
 
 def whole_pair(pair: Pair) -> Pair:
     """The pair read again from its wire strings: other programs may leave its parts out, or write none that fit."""
-    if pair.verdict == "rejected":
+    if not pair.accepted:
         return pair
     if not pair.answer.strip():
         return reject(pair, "empty_answer")

@@ -50,7 +50,7 @@ def keeps(expression: str | None, pair: Pair) -> bool:
     """Whether an accepted pair stays."""
     if expression is None:
         return True
-    return is_true(value(read_keep(expression), {**pair.scores, WELL_FORMED: float(pair.verdict == "accepted")}))
+    return is_true(value(read_keep(expression), {**pair.scores, WELL_FORMED: float(pair.accepted)}))
 
 
 def is_true(number: float) -> bool:

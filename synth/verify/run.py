@@ -222,8 +222,7 @@ def tally(group: SynthGroup) -> Counter[str]:
     counts = tally_scores(group)
     counts["texts"] += len(group.texts)
     for text in group.texts:
-        for pair in text.pairs:
-            counts["pairs" if pair.verdict == "accepted" else "rejected"] += 1
+        counts.update("pairs" if pair.accepted else "rejected" for pair in text.pairs)
     return counts
 
 

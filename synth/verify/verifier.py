@@ -50,12 +50,14 @@ class Verifier:
 
     def read_text(self, text: GroupText) -> list[FoundScores]:
         reading = PreparedText(text.text)
-        return [read_pair(reading, pair, self.names) for pair in accepted(text)]
+        return [read_pair(reading, pair, self.names) for pair in text.accepted_pairs]
 
     async def ask_text(self, engine: Engine, text: GroupText, id: str) -> list[FoundScores]:
         assert self.judge is not None
         opened = Prompt(self.judge.tokenizer).start_example(text.text)
-        cases = [Case(self.judge, engine, opened, pair, f"{id}/{place}") for place, pair in enumerate(accepted(text))]
+        cases = [
+            Case(self.judge, engine, opened, pair, f"{id}/{place}") for place, pair in enumerate(text.accepted_pairs)
+        ]
         found = self.read_text(text)
         return list(await asyncio.gather(*(self.ask_pair(case, one) for case, one in zip(cases, found, strict=True))))
 
@@ -72,10 +74,6 @@ def make_verifier(scores: list[Any], synthesizer: SynthesizerSettings | None, se
     if synthesizer is None or BETTER_WITH_ENGINE.isdisjoint(names):
         return Verifier(names)
     return Verifier(names, Judge(synthesizer, synthesizer_tokenizer(synthesizer), seed))
-
-
-def accepted(text: GroupText) -> list[Pair]:
-    return [pair for pair in text.pairs if pair.verdict == "accepted"]
 
 
 def read_pair(text: PreparedText, pair: Pair, names: tuple[str, ...]) -> FoundScores:
@@ -108,7 +106,7 @@ def marked(group: SynthGroup, found: list[list[FoundScores]]) -> SynthGroup:
     texts = []
     for text, pairs in zip(group.texts, found, strict=True):
         news = iter(pairs)
-        scored = [with_scores(pair, next(news)) if pair.verdict == "accepted" else pair for pair in text.pairs]
+        scored = [with_scores(pair, next(news)) if pair.accepted else pair for pair in text.pairs]
         texts.append(msgspec.structs.replace(text, pairs=scored))
     meta = {name: value for name, value in group.meta.items() if name != UNSCORED}
     if reasons:
@@ -126,7 +124,7 @@ def tally_scores(group: SynthGroup) -> Counter[str]:
     """The figures of one group: 'score.NAME' is the sum in units of 1 / 10 ** DIGITS, 'scored.NAME' the number."""
     counts: Counter[str] = Counter()
     for text in group.texts:
-        for pair in accepted(text):
+        for pair in text.accepted_pairs:
             for name, score in pair.scores.items():
                 counts[f"score.{name}"] += round(score * 10**DIGITS)
                 counts[f"scored.{name}"] += 1

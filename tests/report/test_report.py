@@ -144,14 +144,24 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<b>run", name=EVIL)
     make_eval(run / "eval.json", run, 5, prediction=EVIL)
     text = GroupText(
-        "r1", 0, 9, EVIL, "s", [Pair(EVIL, EVIL), Pair("q", "", verdict="rejected", reason="empty")], 0, 9, 0, 9, "stop"
+        "r1",
+        0,
+        9,
+        EVIL,
+        "s",
+        [Pair(EVIL, EVIL), Pair("q", "", verdict="rejected", reason="no_answer")],
+        0,
+        9,
+        0,
+        9,
+        "stop",
     )
     with Output(tmp_path / "groups", stage="synth run", identity={}, shard_name="groups") as output:
         output.seal(0, 1, [encode(SynthGroup(EVIL, [text], "s", "w", {}, "f"))])
         output.finish()
     page = write_page(tmp_path, [run], groups=tmp_path / "groups", title=EVIL)
     assert page.text.count("<script>alert('1')</script>&\"\ufffd") >= 6
-    assert "rejected: empty" in page.text
+    assert "rejected: no_answer" in page.text
 
 
 def test_a_run_without_metrics_yet_is_said_to_have_none(tmp_path: Path) -> None:

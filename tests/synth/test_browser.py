@@ -42,7 +42,7 @@ def groups() -> list[SynthGroup]:
     odd = [
         wire_pair(HOSTILE, HOSTILE),
         wire_pair(HEBREW, "nul \0 bell \a"),
-        reject(Pair(HOSTILE, ""), "No <b>reason</b> "),
+        reject(Pair(HOSTILE, ""), "leftover_text"),
     ]
     return [
         group("tale", [pairs, [wire_pair("Why?", "Rain fell", rationale="Clouds came.")]], [TEXT, "Rain fell."]),
@@ -77,11 +77,11 @@ def test_everything_is_shown_and_nothing_is_asked_from_elsewhere(chromium: Brows
 @pytest.mark.parametrize(
     ("fragment", "shown", "in_groups"),
     [
-        ("verdict=rejected", ["4 duplicate_question", "5 truncated", "3 No <b>reason</b> "], 2),
+        ("verdict=rejected", ["4 duplicate_question", "5 truncated", "3 leftover_text"], 2),
         ("verdict=accepted&format=choice", ["2 choice"], 1),
         ("format=free_cot", ["1 free_cot"], 1),
         ("reason=truncated", ["5 truncated"], 1),
-        ("reason=No%20%3Cb%3Ereason%3C%2Fb%3E%20", ["3 No <b>reason</b> "], 1),
+        ("reason=leftover_text", ["3 leftover_text"], 1),
         ("q=CLOUDS", ["1 free_cot"], 1),
         ("q=nine%20long&verdict=accepted", ["1 free", "2 choice", "3 free"], 1),
         ("q=nowhere", [], 0),

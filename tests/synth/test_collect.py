@@ -229,4 +229,4 @@ def test_fairytaleqa(tmp_path: Path, tokenizer: Path) -> None:
         for segment in document.segments:
             if segment.loss and not segment.control:
                 pairs = parse_completion(segment.text, finished=True)
-                assert pairs and all(pair.verdict == "accepted" for pair in pairs)
+                assert pairs and all(pair.accepted for pair in pairs)

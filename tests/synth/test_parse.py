@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipt_jax.corpus.records import Pair
-from synth.format.parser import REASONS, gold_option, parse_completion, question_key
+from ipt_jax.core.errors import UserError
+from ipt_jax.corpus.records import Pair, Reason, decode
+from synth.format.parser import REASONS, gold_option, parse_completion, question_key, rejected
 from synth.format.wire import END_TAG, final_answer, pair_text, pairs_text, question_stem, wire_pair
+from synth.groups import count_verdicts, rejection_counts
 
 CUE = "\nLet's think step by step."
 THEREFORE = "\nTherefore, the answer is "
@@ -75,6 +80,22 @@ def test_rejected(text: str, reason: str) -> None:
 
 def test_every_reason_is_reached_and_listed() -> None:
     assert {reason for _, reason in REJECTED} | {"truncated", "duplicate_question"} == set(REASONS)
+    assert set(REASONS) | {"contaminated"} == set(get_args(Reason))
+
+
+def test_counts_of_pairs() -> None:
+    pairs = [Pair("a", "b"), rejected("no_answer", "c"), rejected("no_answer", "d")]
+    counts = count_verdicts(pairs)
+    assert counts == {"pairs": 1, "rejected.no_answer": 2}
+    assert rejection_counts(counts) == {"no_answer": 2}
+    assert [(pair.accepted, pair.rejection) for pair in pairs[:2]] == [(True, None), (False, "no_answer")]
+    assert Pair("e", "", verdict="rejected").rejection == "rejected"  # as another program may write it
+
+
+def test_unknown_reason_is_refused() -> None:
+    stored = msgspec.msgpack.encode({"question": "q", "answer": "", "verdict": "rejected", "reason": "<b>"})
+    with pytest.raises(UserError, match="record is not a Pair: Invalid enum value '<b>'"):
+        decode(stored, Pair)
 
 
 def test_rejected_keeps_its_strings() -> None:
@@ -129,9 +150,9 @@ def test_total_and_aligned_with_closing_tags(text: str, finished: bool) -> None:
     *pieces, tail = text.split(END_TAG)
     assert len(pairs) == len(pieces) + bool(tail.strip())
     for pair in pairs:
-        assert (pair.reason is None) == (pair.verdict == "accepted")
+        assert (pair.reason is None) == pair.accepted
         assert pair.reason is None or pair.reason in REASONS
-    accepted = [pair for pair in pairs if pair.verdict == "accepted"]
+    accepted = [pair for pair in pairs if pair.accepted]
     assert len({question_key(pair) for pair in accepted}) == len(accepted)
     assert all(question_stem(pair).strip() and final_answer(pair) for pair in accepted)
     assert parse_completion(pairs_text(accepted), True) == accepted

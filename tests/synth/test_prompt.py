@@ -236,7 +236,7 @@ def test_kept_tokens_are_the_accepted_pairs(tiny: Tokenizer, mistral: Tokenizer,
         text = tokenizer.decode(completion)
         pairs = parse_completion(text, True)
         kept, cut = keep_accepted(tokenizer, completion, pairs)
-        accepted = [pair for pair in pairs if pair.verdict == "accepted"]
+        accepted = [pair for pair in pairs if pair.accepted]
         assert parse_completion(tokenizer.decode(kept), True) == accepted
         if not cut:
             assert kept == completion[: len(kept)]

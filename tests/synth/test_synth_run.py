@@ -149,7 +149,7 @@ def test_every_prompt_fits_and_goes_on_from_kept_tokens(
         assert text.text == raw[text.start : text.end]
         opened = tokenizer.encode(f" <CON> {text.text.strip()} </CON>\n\n")
         assert prompt[len(prompt) - prompt[::-1].index(BOS) :] == opened
-        accepted = [pair for pair in text.pairs if pair.verdict == "accepted"]
+        accepted = [pair for pair in text.pairs if pair.accepted]
         assert len({pair.question for pair in accepted}) == len(accepted)
 
 
@@ -171,8 +171,8 @@ def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
     texts = [text for group in read_groups(recipe.output) for text in group.texts]
     pairs = [pair for text in texts for pair in text.pairs]
     assert [text.raw_id for text in texts] == [f"t{number}" for number in range(30)]
-    assert result["pairs"] == sum(pair.verdict == "accepted" for pair in pairs)
-    assert sum(result["rejected"].values()) == sum(pair.verdict == "rejected" for pair in pairs)
+    assert result["pairs"] == sum(pair.accepted for pair in pairs)
+    assert sum(result["rejected"].values()) == sum(not pair.accepted for pair in pairs)
     for name in ("prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
         assert result[name] == sum(getattr(text, name) for text in texts)
     assert 0 < result["cached_prompt_tokens"] < result["prompt_tokens"]

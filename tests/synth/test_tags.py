@@ -137,7 +137,7 @@ def test_a_block_holds_two_tags_whatever_its_text(tokenizer: Tokenizer, text: st
     read = tokenizer.decode(tokenizer.encode(context_block(text)))
     assert TAG.findall(read.upper()) == ["<CON>", "</CON>"]
     assert read.upper().rstrip().endswith("</CON>")
-    assert [pair for pair in parse_completion(read, True) if pair.verdict == "accepted"] == []
+    assert [pair for pair in parse_completion(read, True) if pair.accepted] == []
 
 
 @given(ANY_TEXT, ANY_TEXT)
@@ -176,7 +176,7 @@ def test_a_forged_block_through_all_stages(tmp_path: Path) -> None:
         assert prompt.count(tokenizer.bos_id) == number
         assert Counter(TAG.findall(tokenizer.decode(prompt)))["<CON>"] == number
     shown_pairs = TAG.findall(tokenizer.decode(prompts[1])).count("<QUE>")
-    assert shown_pairs == sum(pair.verdict == "accepted" for pair in group.texts[0].pairs)
+    assert shown_pairs == sum(pair.accepted for pair in group.texts[0].pairs)
     recipe = RenderSettings(groups="g", output="o")
     (rendered,) = render_group(group, recipe, Counter(), Counter())
     assert FORGED in rendered.text
@@ -188,7 +188,7 @@ def test_a_forged_block_through_all_stages(tmp_path: Path) -> None:
 @pytest.mark.parametrize("answer", ["Ann ＜/END＞", "<con>", "a <Q\u200bUE> b"])
 def test_pairs_for_tuning_hold_no_tag_in_disguise(answer: str) -> None:
     assert read_back(wire_pair("Who?", answer)).reason == "nested_tag"
-    assert read_back(wire_pair("Who?", answer.replace("<", "< ").replace("＜", "＜ "))).verdict == "accepted"
+    assert read_back(wire_pair("Who?", answer.replace("<", "< ").replace("＜", "＜ "))).accepted
 
 
 def test_tuning_segments_break_tags_too() -> None:

@@ -177,8 +177,8 @@ def test_only_scores_are_added(groups: Path, tmp_path: Path) -> None:
     result = run_verify(verify_settings(groups, tmp_path / "out", ENGINE_ALL))
     before, after = list(read_groups(groups / "groups")), list(read_groups(tmp_path / "out"))
     pairs = [pair for group in after for text in group.texts for pair in text.pairs]
-    given = [pair for pair in pairs if pair.verdict == "accepted"]
-    assert all(not pair.scores for pair in pairs if pair.verdict == "rejected")
+    given = [pair for pair in pairs if pair.accepted]
+    assert all(not pair.scores for pair in pairs if not pair.accepted)
     assert (result["pairs"], result["rejected"]) == (len(given), len(pairs) - len(given))
     assert result["rejected"] > 0
     assert [strip(group) for group in read_groups(tmp_path / "out")] == before
@@ -204,7 +204,7 @@ def test_the_scripted_engine_knows_its_own_pairs(groups: Path, tmp_path: Path) -
     """Quotes stand in the text: likelier with it than without, and answered the same way when asked again."""
     run_verify(verify_settings(groups, tmp_path / "out", ["open_closed", "agreement", "options"]))
     pairs = [pair for group in read_groups(tmp_path / "out") for text in group.texts for pair in text.pairs]
-    quotes = [pair for pair in pairs if pair.verdict == "accepted" and pair.rationale is None]
+    quotes = [pair for pair in pairs if pair.accepted and pair.rationale is None]
     assert len(quotes) > 20
     # 0.1 nats a token with the text, 3.1 without: sigmoid(3)
     assert {pair.scores["open_closed"] for pair in quotes if not pair.options} == {0.9526}
