@@ -30,7 +30,7 @@ from ipt_jax.core.hashing import FileHashCache
 from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import RunSettings
-from synth.engine import Completion, Engine, synthesizer_tokenizer
+from synth.engine import Completion, Engine, GenerationRequest, synthesizer_tokenizer
 from synth.engine.base import Places
 from synth.engine.scripted import ScriptedEngine, quote_pairs
 from synth.format.wire import pairs_text
@@ -52,11 +52,10 @@ class CannedEngine:
         texts = [pairs_text(quote_pairs(" ".join(rng.sample(words, len(words))), rng)) for rng in lucks]
         self._answers = [tokenizer.encode(text, continuing=True) for text in texts]
 
-    async def generate(self, prompt_ids: list[int], *, seed: int, priority: int = 0, **_: Any) -> Completion:
-        await self._places.take(priority)
-        await asyncio.sleep(self.latency)
-        self._places.give_back()
-        return Completion(list(self._answers[seed % CANNED]), "stop", len(prompt_ids), 0)
+    async def generate(self, request: GenerationRequest) -> Completion:
+        async with self._places.hold(request.priority):
+            await asyncio.sleep(self.latency)
+        return Completion(list(self._answers[request.seed % CANNED]), "stop", len(request.prompt_ids), 0)
 
     async def close(self) -> None: ...
 

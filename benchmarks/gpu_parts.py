@@ -355,6 +355,7 @@ def generate(model: Any, batch: int, requests: int, prompt: int, new: int) -> fl
     import numpy as np
 
     from synth.config import SynthesizerSettings
+    from synth.engine import GenerationRequest
     from synth.engine.jax_ import JaxEngine
 
     settings = SynthesizerSettings.model_validate(
@@ -367,8 +368,7 @@ def generate(model: Any, batch: int, requests: int, prompt: int, new: int) -> fl
         engine = JaxEngine(settings, SimpleNamespace(eos_id=None, vocab_size=0), model)  # type: ignore[arg-type]
         begun = time.perf_counter()
         asked = (
-            engine.generate(ids, max_new_tokens=new, temperature=0.0, seed=i, request_id=str(i))
-            for i, ids in enumerate(prompts)
+            engine.generate(GenerationRequest(str(i), ids, max_new_tokens=new, seed=i)) for i, ids in enumerate(prompts)
         )
         done = await asyncio.gather(*asked)
         seconds = time.perf_counter() - begun

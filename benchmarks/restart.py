@@ -38,6 +38,7 @@ from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.shards import SCHEMA, Manifest, ShardEntry, Shards
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
+from synth.engine import GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 from synth.generate.grouping import Place, Shard
 from synth.generate.journal import HEADER, Journal
@@ -186,7 +187,7 @@ def run_until_first_request(folder: Path, corpus: str, leave: bool) -> dict[str,
     """`synth run`; at its first request the time since the process began is printed, and with `leave` it ends there."""
     ask = ScriptedEngine.generate
 
-    async def generate(self: ScriptedEngine, prompt_ids: list[int], **sampling: Any) -> Any:
+    async def generate(self: ScriptedEngine, request: GenerationRequest) -> Any:
         if ScriptedEngine.generate is generate:
             ScriptedEngine.generate = ask  # type: ignore[method-assign]
             born = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
@@ -198,7 +199,7 @@ def run_until_first_request(folder: Path, corpus: str, leave: bool) -> dict[str,
             )
             if leave:
                 os._exit(0)
-        return await ask(self, prompt_ids, **sampling)
+        return await ask(self, request)
 
     ScriptedEngine.generate = generate  # type: ignore[method-assign]
     return run_synth(settings(folder, corpus, 0.02))

@@ -45,7 +45,7 @@ from ipt_jax.core.hashing import FileHashCache
 from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.records import Pair
 from synth.config import RunSettings
-from synth.engine import Completion, open_engine, synthesizer_tokenizer
+from synth.engine import Completion, GenerationRequest, open_engine, synthesizer_tokenizer
 from synth.engine.scripted import common_prefix
 from synth.format.wire import context_block, pairs_text
 from synth.generate.few_shot import Chain
@@ -111,12 +111,12 @@ class Recorder:
         self.engine, self.tokenizer, self.places = engine, engine.tokenizer, engine.places
         self.requests: list[Request] = []
 
-    async def generate(self, prompt_ids: list[int], *, request_id: str, seed: int, **asked: Any) -> Completion:
-        found = await self.engine.generate(prompt_ids, request_id=request_id, seed=seed, **asked)
-        group, number, _ = request_id.split("/")
+    async def generate(self, request: GenerationRequest) -> Completion:
+        found = await self.engine.generate(request)
+        group, number, _ = request.id.split("/")
         ended = found.finish_reason == "stop"
-        request = Request(prompt_ids, found.ids, ended, found.cached_prompt_tokens, group, int(number), seed)
-        self.requests.append(request)
+        answered = (request.prompt_ids, found.ids, ended, found.cached_prompt_tokens)
+        self.requests.append(Request(*answered, group, int(number), request.seed))
         return found
 
     async def close(self) -> None: ...

@@ -8,18 +8,29 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import DigestOf, digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import FAILURES, Completion, Engine, EngineDied, RequestFailed, weights_digest
+from synth.engine.base import (
+    FAILURES,
+    Completion,
+    Engine,
+    EngineDied,
+    GenerationRequest,
+    RequestFailed,
+    weights_digest,
+    with_retries,
+)
 
 __all__ = [
     "FAILURES",
     "Completion",
     "Engine",
     "EngineDied",
+    "GenerationRequest",
     "RequestFailed",
     "model_digest",
     "open_engine",
     "synthesizer_identity",
     "synthesizer_tokenizer",
+    "with_retries",
 ]
 
 

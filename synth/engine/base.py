@@ -1,28 +1,47 @@
-"""What every engine offers: token ids in, token ids out, one awaitable a request, many requests at once.
+"""The interface of engines: token ids in, token ids out, one awaitable per request, many concurrent requests.
 
-An engine streams: a request comes back when it is done, whatever the others do. A failure of one request is a
-`RequestFailed`; an `EngineDied`, or anything else that `generate` raises, means that the engine itself is gone.
+An engine streams: each request returns when it is done, independent of the others. `RequestFailed` is the failure of
+one request. `EngineDied`, or any other exception from `generate`, means that the engine has stopped.
 """
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar, get_args
 
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.hashing import DigestOf, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 
+ATTEMPTS = 3  # requests for one completion or score
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt and how to continue it. Requests with equal fields ask for the same completion.
+
+    `id` is '<group id>/<round>/<attempt>' or the like. Of the waiting requests, an engine serves those of the lowest
+    `priority` first, and among them the earliest.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    priority: int = 0
+
 
 @dataclass(frozen=True)
 class Completion:
-    """`ids` go without the EOS that closed them; `finish_reason` is `stop` (EOS) or `length`.
+    """`ids` exclude the closing EOS; `finish_reason` is `stop` (EOS) or `length`.
 
-    `recoded`: the server gave text alone, so the ids are this tokenizer's, perhaps not those that were sampled.
+    `recoded`: the server returned only text. The ids are then from this tokenizer and may differ from the sampled ones.
     """
 
     ids: list[int]
@@ -33,11 +52,11 @@ class Completion:
 
 
 Failure = Literal["error", "timeout", "refused"]
-FAILURES: tuple[Failure, ...] = ("error", "timeout", "refused")  # finish reasons of texts that failed
+FAILURES: tuple[Failure, ...] = get_args(Failure)  # finish reasons of failed texts
 
 
 class RequestFailed(RuntimeError):
-    """One request came to nothing; the engine serves the others. `lasting`: asking again would not help."""
+    """One request failed; the engine serves the others. `lasting`: a retry would fail too."""
 
     def __init__(self, message: str, reason: Failure = "error", *, lasting: bool = False) -> None:
         super().__init__(message)
@@ -45,12 +64,23 @@ class RequestFailed(RuntimeError):
 
 
 class EngineDied(Fault):
-    """The engine answers nobody any more; what is stored stays, and another engine can go on."""
+    """The engine answers no more requests. Stored groups are safe, and another engine can resume the run."""
+
+
+async def with_retries(ask: Callable[[int], Awaitable[Answer]]) -> Answer:
+    """The result of `ask(attempt)`, called up to ATTEMPTS times. Raises the last RequestFailed."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return await ask(attempt)
+        except RequestFailed as error:
+            if error.lasting:
+                raise
+    return await ask(ATTEMPTS)
 
 
 @asynccontextmanager
 async def time_limit(seconds: float | None) -> AsyncIterator[None]:
-    """Gives up what takes longer: RequestFailed with reason 'timeout'. None means no limit."""
+    """Raises RequestFailed with reason 'timeout' after this time. None: no limit."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -59,43 +89,37 @@ async def time_limit(seconds: float | None) -> AsyncIterator[None]:
 
 
 class Engine(Protocol):
-    """`places`: the requests that it works on at once. It takes more, and they wait."""
+    """`places`: the number of concurrent requests. Further requests wait."""
 
     tokenizer: Tokenizer
     places: int
 
-    async def generate(
-        self,
-        prompt_ids: list[int],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        request_id: str,
-        priority: int = 0,
-    ) -> Completion:
-        """One completion. Equal arguments mean the same request; `request_id` is '<group id>/<round>' or the like.
-
-        Of the requests that wait, those of the lowest `priority` go first, and among them the earliest.
-        """
-        ...
+    async def generate(self, request: GenerationRequest) -> Completion: ...
 
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
-        """The log-probability (nats) of these tokens after the prompt. Both together are below `max_model_len`."""
+        """The log-probability (nats) of the answer after the prompt. Both together are below `max_model_len`."""
         ...
 
     async def close(self) -> None: ...
 
 
 class Places:
-    """What an engine works on at once: of those who wait, the lowest priority goes first, then the earliest."""
+    """A semaphore with priorities: of the waiting, the lowest priority enters first, then the earliest."""
 
     def __init__(self, free: int) -> None:
         self._free = free
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._arrivals = count()
 
-    async def take(self, priority: int) -> None:
+    @asynccontextmanager
+    async def hold(self, priority: int) -> AsyncIterator[None]:
+        await self._take(priority)
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    async def _take(self, priority: int) -> None:
         if self._free:
             self._free -= 1
             return
@@ -104,14 +128,14 @@ class Places:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # its turn had come at the same moment
-                self.give_back()
+            if turn.done() and not turn.cancelled():  # the turn came at the same moment
+                self._give_back()
             raise
 
-    def give_back(self) -> None:
+    def _give_back(self) -> None:
         while self._waiting:
             *_, turn = heapq.heappop(self._waiting)
-            if not turn.done():  # else it was given up meanwhile
+            if not turn.done():  # else cancelled
                 return turn.set_result(None)
         self._free += 1
 
@@ -121,21 +145,21 @@ def without_eos(ids: list[int], eos_id: int | None) -> list[int]:
 
 
 def refuse_vocabulary(model: str, tokenizer: Tokenizer, known: int) -> None:
-    """Raises UserError where the tokenizer has ids that the weights do not."""
+    """Raises UserError if the tokenizer has ids that the weights do not have."""
     if tokenizer.vocab_size > known:
         raise UserError(
             f"synthesizer.model {model}: its tokenizer has {tokenizer.vocab_size} ids, its weights {known}; "
-            "put the model's own tokenizer there"
+            "copy the model's own tokenizer there"
         )
 
 
 def weights_digest(model: str, digest_of: DigestOf = file_digest) -> str:
-    """SHA-256 over config and weights of an HF directory or a checkpoint, wherever it lies. UserError without them."""
+    """SHA-256 over config and weights of an HF directory or a checkpoint, independent of paths."""
     directory = Path(model)
     if (directory / "config.json").is_file():
         weights = sorted(directory.glob("*.safetensors"))
         if not weights:
-            raise UserError(f"synthesizer.model {model}: config.json but no *.safetensors; put the weights there")
+            raise UserError(f"synthesizer.model {model}: config.json but no *.safetensors; copy the weights there")
         return directory_digest([directory / "config.json", *weights], digest_of)
     checkpoint = latest_checkpoint(directory)
     folders = [checkpoint / name for name in ("params", "checkpoint")]  # of a training run, of `ipt import`
@@ -145,9 +169,9 @@ def weights_digest(model: str, digest_of: DigestOf = file_digest) -> str:
 
 
 def latest_checkpoint(directory: Path) -> Path:
-    """The newest step of a run directory, one step's directory, or what `ipt import` wrote."""
+    """The newest step of a run directory, one step's directory, or the output of `ipt import`."""
     steps = [path for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
     for found in (directory, *sorted(steps, key=lambda path: -int(path.name))):
         if (found / "model.json").is_file():
             return found
-    raise UserError(f"synthesizer.model {directory}: no config.json and no checkpoint; give a model's directory")
+    raise UserError(f"synthesizer.model {directory}: no config.json and no checkpoint; set it to a model's directory")

@@ -1,35 +1,29 @@
-"""This project's own model as an engine: continuous batching over fixed shapes, on whatever device JAX has.
+"""This project's own model as an engine: continuous batching over fixed shapes, on any device that JAX has.
 
-One thread steps the generator; requests that come meanwhile join at the next step. Prefixes are computed anew for each
-request: there is no cache between them, so `cached_prompt_tokens` is 0.
+One thread steps the generator; new requests join at the next step. There is no prefix cache, so `cached_prompt_tokens`
+is 0.
 """
 
 import asyncio
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, refuse_vocabulary, time_limit, without_eos
+from synth.engine.base import Completion, GenerationRequest, refuse_vocabulary, time_limit, without_eos
 
 if TYPE_CHECKING:
     from ipt_jax.inference.language_model import LanguageModel
 
-LOOP_TURNS = 6  # of the event loop, from an answer to the first request of the group that takes the place
+LOOP_TURNS = 6  # turns of the event loop from an answer to the next request of its place
 
 
 class PendingRequest(NamedTuple):
-    prompt_ids: list[int]
-    seed: int
-    max_new_tokens: int
-    temperature: float
-    priority: int
+    request: GenerationRequest
     answer: "asyncio.Future[Completion]"
 
 
 class PendingScore(NamedTuple):
-    """Tokens to score."""
-
     prompt_ids: list[int]
     answer_ids: list[int]
     logprob: "asyncio.Future[float]"
@@ -64,24 +58,15 @@ class JaxEngine:
         self._asked: list[PendingScore] = []
         self._stepper: asyncio.Task[None] | None = None
 
-    async def generate(
-        self,
-        prompt_ids: list[int],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        request_id: str,
-        priority: int = 0,
-    ) -> Completion:
+    async def generate(self, request: GenerationRequest) -> Completion:
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(PendingRequest(prompt_ids, seed, max_new_tokens, temperature, priority, answer))
+        self._waiting.append(PendingRequest(request, answer))
         self._wake()
         async with time_limit(self._timeout):
             return await answer
 
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
-        """All that are waiting when the stepper comes by are scored in a few batches of similar length."""
+        """Waiting scores are computed together before the next step, in a few batches of similar length."""
         logprob: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._asked.append(PendingScore(prompt_ids, answer_ids, logprob))
         self._wake()
@@ -93,7 +78,7 @@ class JaxEngine:
             self._stepper = asyncio.create_task(self._step_on())
 
     async def _step_on(self) -> None:
-        """Steps until nothing is left to do. What goes wrong goes to all who wait: the generator is of no use then."""
+        """Steps until no request is left. An exception ends all requests: the generator is unusable then."""
         try:
             while await self._gather():
                 await self._score_waiting()
@@ -101,18 +86,16 @@ class JaxEngine:
                 for done in await asyncio.to_thread(self._generator.step):
                     self._settle(self._running.pop(done.number), done.ids, done.finish_reason)
         except Exception as error:
-            for request in [*self._waiting, *self._running.values()]:
-                if not request.answer.done():
-                    request.answer.set_exception(error)
-            for asked in self._asked:
-                if not asked.logprob.done():
-                    asked.logprob.set_exception(error)
+            pending: list[asyncio.Future[Any]] = [one.answer for one in (*self._waiting, *self._running.values())]
+            for future in pending + [asked.logprob for asked in self._asked]:
+                if not future.done():
+                    future.set_exception(error)
             self._waiting, self._running, self._asked = [], {}, []
         finally:
             self._stepper = None
 
     async def _gather(self) -> bool:
-        """Lets those who were just answered ask again, and those who wait for a place come, before the next step."""
+        """Lets answered groups send their next request, and waiting groups start, before the next step."""
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
         return bool(self._waiting or self._running or self._asked)
@@ -122,31 +105,29 @@ class JaxEngine:
             return
         prompts, answers = [one.prompt_ids for one in self._asked], [one.answer_ids for one in self._asked]
         scores = await asyncio.to_thread(self._model.loglikelihood, prompts, answers)
-        for asked, score in zip(self._asked[: len(scores)], scores, strict=True):  # more may have come meanwhile
+        for asked, score in zip(self._asked[: len(scores)], scores, strict=True):  # new ones may follow them by now
             if not asked.logprob.done():
                 asked.logprob.set_result(score.logprob)
         del self._asked[: len(scores)]
 
     def _admit(self) -> None:
-        """Fills the free places; the generator itself knows no priorities."""
-        self._waiting = [request for request in self._waiting if not request.answer.done()]  # else given up meanwhile
-        self._waiting.sort(key=lambda request: request.priority)
+        """Fills the free places by priority, which the generator does not know."""
+        self._waiting = [pending for pending in self._waiting if not pending.answer.done()]  # else cancelled
+        self._waiting.sort(key=lambda pending: pending.request.priority)
         free = self.places - len(self._running)
-        for request in self._waiting[:free]:
+        for pending in self._waiting[:free]:
+            asked = pending.request
             number = self._generator.add(
-                request.prompt_ids,
-                request.seed,
-                max_new_tokens=request.max_new_tokens,
-                temperature=request.temperature,
+                asked.prompt_ids, asked.seed, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature
             )
-            self._running[number] = request
+            self._running[number] = pending
         del self._waiting[:free]
 
-    def _settle(self, request: PendingRequest, ids: list[int], finish_reason: str) -> None:
+    def _settle(self, pending: PendingRequest, ids: list[int], finish_reason: str) -> None:
         kept = without_eos(ids, self.tokenizer.eos_id)
         reason = "stop" if len(kept) < len(ids) else finish_reason
-        if not request.answer.done():  # given up meanwhile
-            request.answer.set_result(Completion(kept, reason, len(request.prompt_ids), 0))
+        if not pending.answer.done():  # else cancelled
+            pending.answer.set_result(Completion(kept, reason, len(pending.request.prompt_ids), 0))
 
     async def close(self) -> None:
         if self._stepper is not None:

@@ -23,7 +23,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.seeding import uniform
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, EngineDied, Places, RequestFailed, time_limit, without_eos
+from synth.engine.base import Completion, EngineDied, GenerationRequest, Places, RequestFailed, time_limit, without_eos
 
 KEY = "IPT_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
@@ -72,21 +72,13 @@ class OpenAIEngine:
         self._answered = 0.0  # when the server last answered anybody
         self._seen = self._away = False
 
-    async def generate(
-        self,
-        prompt_ids: list[int],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        request_id: str,
-        priority: int = 0,
-    ) -> Completion:
+    async def generate(self, request: GenerationRequest) -> Completion:
         extras = await self._known_extras()
-        asked = {"prompt": prompt_ids, "max_tokens": max_new_tokens, "temperature": temperature, "extra_body": extras}
-        if temperature > 0:
-            asked["seed"] = seed
-        return self._completion(await self._complete(asked, request_id, priority), prompt_ids)
+        sampling = {"max_tokens": request.max_new_tokens, "temperature": request.temperature}
+        asked = {"prompt": request.prompt_ids, **sampling, "extra_body": extras}
+        if request.temperature > 0:
+            asked["seed"] = request.seed
+        return self._completion(await self._complete(asked, request.id, request.priority), request.prompt_ids)
 
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
         """Only vLLM's servers say how likely a prompt's tokens are. UserError with others."""
@@ -108,12 +100,9 @@ class OpenAIEngine:
 
     async def _complete(self, asked: dict[str, Any], request_id: str, priority: int) -> Any:
         """The server's reply, asked for when a place is free."""
-        await self._places.take(priority)
-        try:
-            create = self._client.completions.create
+        create = self._client.completions.create
+        async with self._places.hold(priority):
             return await self._answer(lambda: create(model=self._settings.served_name, **asked), request_id)
-        finally:
-            self._places.give_back()
 
     async def _look_at_server(self) -> dict[str, Any]:
         """What to ask of it beyond the common interface. Raises UserError where it serves another model."""

@@ -15,7 +15,7 @@ from ipt_jax.core.seeding import draw
 from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine.base import Completion, EngineDied, Places, RequestFailed, time_limit
+from synth.engine.base import Completion, EngineDied, GenerationRequest, Places, RequestFailed, time_limit
 from synth.format.wire import ANSWER_TAG, END_TAG, PAIR_SEPARATOR, QUESTION_TAG, pair_text, wire_pair
 
 # Groups whose last request is remembered, a concurrent one each: latency spreads by a factor of three, so no group is
@@ -34,18 +34,10 @@ class ScriptedEngine:
         self._remembered = REMEMBERED * settings.max_num_seqs
         self._last: OrderedDict[str, list[int]] = OrderedDict()
 
-    async def generate(
-        self,
-        prompt_ids: list[int],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        request_id: str,
-        priority: int = 0,
-    ) -> Completion:
-        rng = draw(seed if temperature > 0 else 0, digest(prompt_ids))
-        await self._take_time(rng, priority)
+    async def generate(self, request: GenerationRequest) -> Completion:
+        prompt_ids = request.prompt_ids
+        rng = draw(request.seed if request.temperature > 0 else 0, digest(prompt_ids))
+        await self._take_time(rng, request.priority)
         context = last_context(self.tokenizer, prompt_ids)
         if context.endswith(ANSWER_TAG):
             return self._answer(context, prompt_ids)
@@ -54,23 +46,19 @@ class ScriptedEngine:
             broken = rng.randrange(len(pairs))
             pairs[broken] = malform(pairs[broken], rng)
         ids = self.tokenizer.encode(PAIR_SEPARATOR.join(pairs), continuing=True)
-        room = max_new_tokens
+        room = request.max_new_tokens
         if rng.random() < self.faults.truncated:
             room = min(room, rng.randrange(len(ids)))
         # The closing EOS takes a token of the room too.
         finish_reason, ids = ("stop" if len(ids) < room else "length"), ids[:room]
-        chain = request_id.split("/")[0]
+        chain = request.id.split("/")[0]
         cached = common_prefix(self._last.get(chain, []), prompt_ids)
         self._remember(chain, prompt_ids + ids)
         return Completion(ids, finish_reason, len(prompt_ids), cached)
 
     async def _take_time(self, rng: Random, priority: int) -> None:
-        await self._places.take(priority)
-        try:
-            async with time_limit(self._timeout):
-                await self._work(rng)
-        finally:
-            self._places.give_back()
+        async with self._places.hold(priority), time_limit(self._timeout):
+            await self._work(rng)
 
     async def _work(self, rng: Random) -> None:
         self._asked += 1

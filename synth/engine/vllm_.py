@@ -1,19 +1,29 @@
 """vLLM's streaming engine (V1 `AsyncLLM`): token prompts in, token ids out, prefix caching on, no text in between.
 
-Guarantees: nothing is fetched from a hub, no code from the model's directory is run, logs stay off standard output, and
-the engine's own processes end with this one. Not guaranteed: equal bytes from run to run (batching changes float sums).
-On CPUs the cache takes VLLM_CPU_KVCACHE_SPACE GiB (1 unless it is set); blocks are of 128 tokens there.
+Guarantees: nothing is fetched from a hub, no code from the model's directory is run, logs go to standard error, and
+the engine's processes end with this one. Not guaranteed: equal bytes from run to run (batching changes float sums).
+On CPUs the cache takes VLLM_CPU_KVCACHE_SPACE GiB (default 1) in blocks of 128 tokens.
 """
 
+import inspect
 import os
+import subprocess
 import sys
+import time
 from typing import Any
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, EngineDied, RequestFailed, refuse_vocabulary, time_limit, without_eos
-from synth.engine.watchdog import Watchdog
+from synth.engine.base import (
+    Completion,
+    EngineDied,
+    GenerationRequest,
+    RequestFailed,
+    refuse_vocabulary,
+    time_limit,
+    without_eos,
+)
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -21,14 +31,57 @@ ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would hold the output's lock, and escape the watchdog
-    "SPT_NOENV": "1",  # processes that rename themselves keep their environment, by which the watchdog knows them
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would hold the output's lock and escape the watchdog
+    "SPT_NOENV": "1",  # processes that rename themselves keep their environment
 }
-SHUTDOWN_SECONDS = 1.0  # nothing is in flight any more; what stays longer, the watchdog ends
+SHUTDOWN_SECONDS = 1.0  # no request is in flight then; the watchdog kills the processes that stay longer
+MARK = "IPT_ENGINE_MARK"  # environment variable by which the watchdog knows an engine's processes
+
+
+class Watchdog:
+    """Kills the processes that this one has started since, when this one dies or on `close`.
+
+    vLLM's processes can outlive a killed parent, with their memory and their GPU. The watchdog is a process that waits
+    until the pipe from its parent closes. Linux only: it finds the processes by their environment in /proc.
+    """
+
+    def __init__(self) -> None:
+        mark = f"{os.getpid()}-{time.monotonic_ns()}"
+        program = f"{inspect.getsource(kill_at_end_of_input)}\nkill_at_end_of_input({MARK!r}, {mark!r})"
+        command = [sys.executable, "-S", "-c", program]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        os.environ[MARK] = mark
+
+    def close(self) -> None:
+        del os.environ[MARK]
+        self._process.communicate()
+
+
+def kill_at_end_of_input(name: str, value: str) -> None:
+    """The watchdog's program: kills every process with this environment variable. Runs alone, so it imports here."""
+    import os
+    import signal
+    import sys
+    import time
+    from pathlib import Path
+
+    sys.stdin.buffer.read()
+    mark = f"{name}={value}".encode()
+    found = True
+    while found:  # a process may be starting another
+        found = False
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+                    found = True
+            except OSError:  # ended meanwhile, or another user's
+                continue
+        time.sleep(0.1 * found)
 
 
 class VllmEngine:
-    """One engine on this process's devices (all of them when tensor_parallel_size says so)."""
+    """One engine on this process's devices; `tensor_parallel_size` sets how many."""
 
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -42,32 +95,23 @@ class VllmEngine:
         cache = self.engine.vllm_config.cache_config
         self.cache_tokens: int = cache.num_gpu_blocks * cache.block_size
         self.places = min(settings.max_num_seqs, cache.num_gpu_blocks)
-        whole = self.cache_tokens // settings.max_model_len
-        room = f"a cache of {self.cache_tokens:,} tokens ({whole:,} requests of the greatest length)"
-        print(f"vllm: {self.places} requests at once, {room}", file=sys.stderr)
+        longest = self.cache_tokens // settings.max_model_len
+        room = f"a cache of {self.cache_tokens:,} tokens ({longest:,} requests of max_model_len)"
+        print(f"vllm: {self.places} concurrent requests, {room}", file=sys.stderr)
 
-    async def generate(
-        self,
-        prompt_ids: list[int],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        request_id: str,
-        priority: int = 0,
-    ) -> Completion:
+    async def generate(self, request: GenerationRequest) -> Completion:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(
-            temperature=temperature,
-            max_tokens=max_new_tokens,
-            seed=seed if temperature > 0 else None,
+            temperature=request.temperature,
+            max_tokens=request.max_new_tokens,
+            seed=request.seed if request.temperature > 0 else None,
             stop_token_ids=[self.tokenizer.eos_id],
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return self._completion(await self._ask(prompt_ids, sampling, request_id, priority))
+        return self._completion(await self._ask(request.prompt_ids, sampling, request.id, request.priority))
 
     async def _ask(self, prompt_ids: list[int], sampling: Any, request_id: str, priority: int = 0) -> Any:
         from vllm.exceptions import VLLMClientError
@@ -79,21 +123,21 @@ class VllmEngine:
             async with time_limit(self._timeout):
                 answers = self.engine.generate(tokens_input(prompt_ids), sampling, request_id, priority=priority)
                 async for output in answers:
-                    final = output  # the only one; leaving the loop early would abort the request
+                    final = output  # the only output; leaving the loop early would abort the request
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine died: {' '.join(str(error).split())}") from error
         except VLLMClientError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}", "refused") from error
         except RequestFailed:
             raise
-        except Exception as error:  # whatever vLLM raises for one request: told to the caller, who counts it
+        except Exception as error:  # of this request; the caller counts it
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         return final
 
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
-        """Prefixes are read from the cache, which vLLM by itself leaves out where prompt tokens are scored.
+        """Reads the prompt from the prefix cache, which vLLM skips by default when it scores prompt tokens.
 
-        It scores what it computes. Where the cache held a part of the answer too, it is asked again without.
+        vLLM scores only what it computes. If the cache held a part of the answer, the request is repeated without it.
         """
         output = await self._score(prompt_ids + answer_ids, request_id, cached=True)
         if output is not None and (output.num_cached_tokens or 0) >= len(prompt_ids):
@@ -109,8 +153,8 @@ class VllmEngine:
 
         sampling = SamplingParams(
             temperature=0.0,
-            max_tokens=1,  # the least that vLLM takes; it costs no step of its own
-            prompt_logprobs=0,  # none beside the token itself
+            max_tokens=1,  # the minimum; it costs no extra step
+            prompt_logprobs=0,  # of the token itself only
             skip_reading_prefix_cache=not cached,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -128,12 +172,12 @@ class VllmEngine:
 
     async def close(self) -> None:
         self.engine.shutdown(timeout=SHUTDOWN_SECONDS)
-        self.engine = None  # else its finalizer runs, and complains, when the interpreter is half gone
+        self.engine = None  # else its finalizer fails at interpreter exit
         self._watchdog.close()
 
 
 def start_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Any:
-    """An AsyncLLM; 30 s and more. Raises UserError where vLLM refuses the settings."""
+    """An AsyncLLM; takes 30 s or more. Raises UserError if vLLM refuses the settings."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -163,6 +207,6 @@ def start_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Any:
         ).create_engine_config()
     except ValueError as error:
         raise UserError(f"synthesizer {settings.model}: vLLM refuses it: {' '.join(str(error).split())}") from error
-    # vLLM would die of the first id that it does not know.
+    # vLLM crashes on an id that it does not know.
     refuse_vocabulary(settings.model, tokenizer, config.model_config.get_vocab_size())
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)

@@ -8,7 +8,7 @@ or fails to write, becomes a record. Groups know nothing of each other, so nothi
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ipt_jax.core.errors import Fault
@@ -16,14 +16,13 @@ from ipt_jax.core.hashing import digest
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine import Completion, Engine, RequestFailed
+from synth.engine import Completion, Engine, GenerationRequest, RequestFailed, with_retries
 from synth.format.parser import parse_completion
 from synth.format.prompt import Prompt, context_tokens
 from synth.format.truncate import Span, fit_text, surely_fits
 from synth.generate.grouping import Group, whole
 from synth.verify.verifier import Verifier
 
-ATTEMPTS = 3  # a request that fails so often yields a text without pairs, and so does one that fails for good
 MEND = "mend the cause, and run again with --retry-failed"
 HOPELESS = 50  # texts that failed before any was answered: what fails them would fail all
 TOLD = 5  # failures that are told one by one
@@ -131,25 +130,23 @@ class Chain:
 
     async def generate(self, engine: Engine, prompt_ids: list[int], group_id: str, number: int) -> Completion:
         """The engine's completion; when it failed every time, an empty one that was finished by the failure."""
-        seed = int(digest([self.seed, "generate", group_id, number])[:8], 16)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                completion = await engine.generate(
-                    prompt_ids,
-                    max_new_tokens=self.synthesizer.max_new_tokens,
-                    temperature=self.synthesizer.temperature,
-                    seed=seed,
-                    request_id=f"{group_id}/{number}/{attempt}",
-                    priority=-number,
-                )
-                self.failures.answered = True
-                return completion
-            except RequestFailed as error:
-                failure = error
-            if failure.lasting:
-                break
-        self.failures.add(f"group {group_id}, text {number}", failure)
-        return Completion([], failure.reason, len(prompt_ids), 0)
+        request = GenerationRequest(
+            f"{group_id}/{number}",
+            prompt_ids,
+            max_new_tokens=self.synthesizer.max_new_tokens,
+            temperature=self.synthesizer.temperature,
+            seed=int(digest([self.seed, "generate", group_id, number])[:8], 16),
+            priority=-number,
+        )
+        try:
+            completion = await with_retries(
+                lambda attempt: engine.generate(replace(request, id=f"{request.id}/{attempt}"))
+            )
+        except RequestFailed as failure:
+            self.failures.add(f"group {group_id}, text {number}", failure)
+            return Completion([], failure.reason, len(prompt_ids), 0)
+        self.failures.answered = True
+        return completion
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ipt_jax.core.seeding import draw
 from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine import Engine, RequestFailed
+from synth.engine import Engine, GenerationRequest, RequestFailed, with_retries
 from synth.format.parser import gold_option
 from synth.format.wire import (
     ANSWER_CUE,
@@ -32,7 +32,6 @@ from synth.verify.text_scores import Unscored, sigmoid
 ORDERS = 2  # in which the options are shown
 ARTICLES = frozenset(("a", "an", "the"))
 MORE_TOKENS = 16  # that a second answer may have beyond twice the first's
-ATTEMPTS = 3  # a score whose requests fail so often is not given
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Case:
     opened: list[int]
     pair: Pair
     id: str
-    attempt: int = 0
+    attempt: int = 1
 
     def ask(self, before: list[int], question: str, reasoning: str | None = None) -> list[int]:
         """The prompt that an answer's first token follows."""
@@ -89,9 +88,8 @@ async def agreement(case: Case) -> float:
     limit = 2 * len(case.judge.tokenizer.encode(case.pair.answer)) + MORE_TOKENS
     limit = min(limit, case.judge.synthesizer.max_new_tokens)
     case.refuse_long(len(prompt) + limit)
-    completion = await case.engine.generate(
-        prompt, max_new_tokens=limit, temperature=0.0, seed=0, request_id=f"{case.id}/agreement/{case.attempt}"
-    )
+    request = GenerationRequest(f"{case.id}/agreement/{case.attempt}", prompt, max_new_tokens=limit)
+    completion = await case.engine.generate(request)
     told = case.judge.tokenizer.decode(completion.ids).partition(END_TAG)[0].strip().partition(PAIR_SEPARATOR)[0]
     return word_f1(told.rpartition(ANSWER_CUE)[2], final_answer(case.pair))
 
@@ -140,13 +138,9 @@ ASKED_SCORES: dict[str, Callable[[Case], Awaitable[float]]] = {
 
 async def ask_score(name: str, case: Case) -> float | str:
     """The score, or the reason why there is none."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return await ASKED_SCORES[name](replace(case, attempt=attempt))
-        except Unscored as error:
-            return str(error)
-        except RequestFailed as error:
-            failure = error
-        if failure.lasting:
-            break
-    return failure.reason
+    try:
+        return await with_retries(lambda attempt: ASKED_SCORES[name](replace(case, attempt=attempt)))
+    except Unscored as error:
+        return str(error)
+    except RequestFailed as error:
+        return error.reason

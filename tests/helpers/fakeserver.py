@@ -12,6 +12,7 @@ from typing import Any
 
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
+from synth.engine import GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 
 # One request's fate: a status, a status with headers, 'drop' (closed without a reply), 'leave' (the same, and `left` is
@@ -106,9 +107,7 @@ class Handler(BaseHTTPRequestHandler):
     def completion(self, asked: dict[str, Any], *, cut: bool) -> dict[str, Any]:
         engine = self.server.engine
         answer = asyncio.run(
-            engine.generate(
-                asked["prompt"], max_new_tokens=asked["max_tokens"], temperature=0.0, seed=0, request_id="g/1/1"
-            )
+            engine.generate(GenerationRequest("g/1/1", asked["prompt"], max_new_tokens=asked["max_tokens"]))
         )
         ids = answer.ids + [engine.tokenizer.eos_id] * (answer.finish_reason == "stop")
         choice: dict[str, Any] = {"index": 0, "text": engine.tokenizer.decode(answer.ids), "logprobs": None}

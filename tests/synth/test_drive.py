@@ -17,7 +17,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine import Completion
+from synth.engine import Completion, GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 from synth.generate.few_shot import Chain
 from synth.generate.grouping import Group
@@ -38,14 +38,14 @@ class Watched(ScriptedEngine):
         self.answered: list[str] = []
         self.asked = self.most = 0
 
-    async def generate(self, prompt_ids: list[int], *, request_id: str, **sampling: Any) -> Completion:
+    async def generate(self, request: GenerationRequest) -> Completion:
         self.asked += 1
         self.most = max(self.most, self.asked)
         try:
-            completion = await super().generate(prompt_ids, request_id=request_id, **sampling)
+            completion = await super().generate(request)
         finally:
             self.asked -= 1
-        self.answered.append(request_id.rpartition("/")[0])
+        self.answered.append(request.id.rpartition("/")[0])
         return completion
 
 

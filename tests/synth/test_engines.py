@@ -23,10 +23,10 @@ from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.decoder import init_params
 from synth import read_groups
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine import Completion, RequestFailed, model_digest, synthesizer_tokenizer
+from synth.engine import Completion, GenerationRequest, RequestFailed, model_digest, synthesizer_tokenizer
 from synth.engine.jax_ import JaxEngine
 from synth.engine.scripted import ScriptedEngine
-from synth.engine.watchdog import Watchdog
+from synth.engine.vllm_ import Watchdog
 from synth.format.parser import parse_completion
 from synth.generate.run import run_synth
 
@@ -43,7 +43,7 @@ def scripted(tokenizer: Tokenizer, context: str, request_id: str = "g/1/0", **fa
     synthesizer = SynthesizerSettings(model="m", engine="scripted", faults=FaultSettings(**faults))
     engine = ScriptedEngine(synthesizer, tokenizer)
     prompt = [BOS, *tokenizer.encode(f" <CON> {context} </CON>\n\n")]
-    return asyncio.run(engine.generate(prompt, max_new_tokens=900, temperature=0.0, seed=0, request_id=request_id))
+    return asyncio.run(engine.generate(GenerationRequest(request_id, prompt, max_new_tokens=900)))
 
 
 def test_scripted_answers_follow_from_the_prompt(tokenizer: Tokenizer) -> None:
@@ -63,7 +63,7 @@ def test_scripted_cache_is_the_common_prefix_of_a_groups_requests(tokenizer: Tok
     prompt = [BOS, *tokenizer.encode(f" <CON> {CONTEXT} </CON>\n\n")]
 
     async def ask(ids: list[int], name: str) -> Completion:
-        return await engine.generate(ids, max_new_tokens=900, temperature=0.0, seed=0, request_id=name)
+        return await engine.generate(GenerationRequest(name, ids, max_new_tokens=900))
 
     async def both() -> tuple[Completion, Completion, Completion]:
         first = await ask(prompt, "g/1/0")
@@ -98,7 +98,7 @@ def test_weights_are_known_by_contents(tmp_path: Path, tokenizer: Tokenizer) -> 
 
 def test_watchdog_ends_what_a_killed_process_left(tmp_path: Path) -> None:
     script = (
-        "import os, subprocess; from synth.engine.watchdog import Watchdog; dog = Watchdog();"
+        "import os, subprocess; from synth.engine.vllm_ import Watchdog; dog = Watchdog();"
         "child = subprocess.Popen(['sleep', '100']); print(child.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout)
@@ -179,7 +179,7 @@ def test_jax_answers_as_plain_generate_does(tokenizer: Tokenizer, loaded: Langua
     async def ask() -> list[Completion]:
         engine = JaxEngine(synthesizer, tokenizer)
         asked = [
-            engine.generate(prompt, max_new_tokens=24, temperature=0.0, seed=0, request_id=f"g{number}/1/0")
+            engine.generate(GenerationRequest(f"g{number}/1/0", prompt, max_new_tokens=24))
             for number, prompt in enumerate(prompts)
         ]
         answers = await asyncio.gather(*asked)
@@ -197,8 +197,7 @@ def test_jax_serves_the_lowest_priority_first(tokenizer: Tokenizer, loaded: Lang
     served: list[int] = []
 
     async def ask(engine: JaxEngine, priority: int) -> None:
-        asked = {"max_new_tokens": 4, "temperature": 0.0, "seed": 0, "priority": priority}
-        await engine.generate([BOS, 50], request_id="g/1/0", **asked)
+        await engine.generate(GenerationRequest("g/1/0", [BOS, 50], max_new_tokens=4, priority=priority))
         served.append(priority)
 
     async def ask_all() -> None:
@@ -218,11 +217,11 @@ def test_jax_gives_a_late_request_up_and_serves_the_next(tokenizer: Tokenizer, l
 
     async def ask() -> tuple[list[object], Completion]:
         engine = JaxEngine(synthesizer, tokenizer)
-        named = {"max_new_tokens": 8, "temperature": 0.0, "seed": 0}
-        late = [engine.generate(prompt, **named, request_id=f"g{number}/1/1") for number in range(5)]
+        request = GenerationRequest("g/1/1", prompt, max_new_tokens=8)
+        late = [engine.generate(request) for _ in range(5)]
         found = await asyncio.gather(*late, return_exceptions=True)
         engine._timeout = None
-        answer = await engine.generate(prompt, **named, request_id="h/1/1")
+        answer = await engine.generate(request)
         await engine.close()
         return found, answer
 
@@ -274,7 +273,7 @@ def test_vllm_killed_then_finished(tmp_path: Path) -> None:
     assert all(text.prompt_tokens + text.completion_tokens <= 1000 for text in texts)
     assert (result["texts"], result["groups"], result["engine"]) == (160, 80, "vllm")
     assert result["cached_prompt_tokens"] >= 128 * 100
-    assert "vllm: 8 requests at once, a cache of " in again.stderr
+    assert "vllm: 8 concurrent requests, a cache of " in again.stderr
 
 
 def test_what_the_engine_refuses_leaves_no_output(tmp_path: Path, tokenizer: Tokenizer, loaded: LanguageModel) -> None:

@@ -21,7 +21,7 @@ from ipt_jax.corpus.records import GroupText, SynthGroup, decode
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth import read_groups
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine import RequestFailed
+from synth.engine import Completion, GenerationRequest, RequestFailed
 from synth.engine.scripted import ScriptedEngine
 from synth.generate import run as run_module
 from synth.generate.journal import Journal
@@ -43,9 +43,7 @@ def test_a_request_that_hangs_is_given_up(tmp_path: Path) -> None:
     synthesizer = SynthesizerSettings(
         model="m", engine="scripted", request_timeout_seconds=LIMIT, faults=FaultSettings(timeout=1.0)
     )
-    asked = ScriptedEngine(synthesizer, tokenizer).generate(
-        [BOS, 70], max_new_tokens=9, temperature=0.0, seed=0, request_id="g/1/1"
-    )
+    asked = ScriptedEngine(synthesizer, tokenizer).generate(GenerationRequest("g/1/1", [BOS, 70], max_new_tokens=9))
     with pytest.raises(RequestFailed, match="no answer within 0.01 s") as failure:
         asyncio.run(asked)
     assert (failure.value.reason, failure.value.lasting) == ("timeout", False)
@@ -102,9 +100,9 @@ class AskedGroups:
         self.patch = pytest.MonkeyPatch()
         generate = ScriptedEngine.generate
 
-        async def watched(engine: ScriptedEngine, *arguments: Any, request_id: str, **named: Any) -> Any:
-            self.groups.add(request_id.split("/")[0])
-            return await generate(engine, *arguments, request_id=request_id, **named)
+        async def watched(engine: ScriptedEngine, request: GenerationRequest) -> Completion:
+            self.groups.add(request.id.split("/")[0])
+            return await generate(engine, request)
 
         self.patch.setattr(ScriptedEngine, "generate", watched)
 
@@ -250,11 +248,11 @@ def test_corpus_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.
             gone.rename(tmp_path / "kept")
         start(engine, *arguments)
 
-    async def watched(engine: ScriptedEngine, *arguments: Any, **named: Any) -> Any:
+    async def watched(engine: ScriptedEngine, request: GenerationRequest) -> Completion:
         asked[0] += 1
         if asked[0] == 20 and "first" not in moment:
             gone.rename(tmp_path / "kept")
-        return await generate(engine, *arguments, **named)
+        return await generate(engine, request)
 
     with monkeypatch.context() as patch:
         patch.setattr(ScriptedEngine, "__init__", starting)
@@ -301,11 +299,11 @@ def test_corpus_file_that_changes_is_named_and_nothing_of_it_is_stored(
     kept, asked = file.read_bytes(), [0]
     generate, listing = ScriptedEngine.generate, run_module.list_work
 
-    async def watched(engine: ScriptedEngine, *arguments: Any, **named: Any) -> Any:
+    async def watched(engine: ScriptedEngine, request: GenerationRequest) -> Completion:
         asked[0] += 1
         if asked[0] == moment:
             change(file)
-        return await generate(engine, *arguments, **named)
+        return await generate(engine, request)
 
     def watched_listing(*arguments: Any) -> Any:
         if moment == "while listed":

@@ -29,7 +29,7 @@ from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth import read_groups
 from synth.config import RunSettings, SynthesizerSettings
-from synth.engine import Completion, RequestFailed, model_digest, openai_
+from synth.engine import Completion, GenerationRequest, RequestFailed, model_digest, openai_
 from synth.engine.openai_ import OpenAIEngine
 from synth.generate.run import run_synth
 
@@ -49,7 +49,7 @@ def ask(tokenizer: Tokenizer, server: FakeServer, prompt: list[int], **fields: A
     async def once() -> Completion:
         engine = OpenAIEngine(synthesizer, tokenizer)
         try:
-            return await engine.generate(prompt, max_new_tokens=90, temperature=0.0, seed=5, request_id="g/1/1")
+            return await engine.generate(GenerationRequest("g/1/1", prompt, max_new_tokens=90, seed=5))
         finally:
             await engine.close()
 
@@ -353,10 +353,7 @@ def test_real_server_refuses_one_request_and_is_killed_in_the_middle(
 
     async def ask_both() -> list[Any]:
         prompt = [1, *range(10, 200)]
-        asked = [
-            engine.generate(prompt, max_new_tokens=room, temperature=0.0, seed=0, request_id=f"g/{room}/1")
-            for room in (5000, 9)
-        ]
+        asked = [engine.generate(GenerationRequest(f"g/{room}/1", prompt, max_new_tokens=room)) for room in (5000, 9)]
         try:
             return await asyncio.gather(*asked, return_exceptions=True)
         finally:

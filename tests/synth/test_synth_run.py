@@ -21,7 +21,7 @@ from ipt_jax.corpus.shards import Manifest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth import read_groups
 from synth.config import RunSettings, SynthesizerSettings
-from synth.engine import Completion, RequestFailed
+from synth.engine import Completion, GenerationRequest, RequestFailed
 from synth.generate.few_shot import Chain
 from synth.generate.grouping import make_group
 from synth.generate.run import run_synth, summarize
@@ -33,12 +33,12 @@ class Recorder:
     def __init__(self, tokenizer: Tokenizer, answers: list[str | None]) -> None:
         self.tokenizer, self.answers, self.prompts = tokenizer, answers, list[list[int]]()
 
-    async def generate(self, prompt_ids: list[int], **sampling: Any) -> Completion:
-        self.prompts.append(prompt_ids)
+    async def generate(self, request: GenerationRequest) -> Completion:
+        self.prompts.append(request.prompt_ids)
         answer = self.answers.pop(0)
         if answer is None:
             raise RequestFailed("on purpose")
-        return Completion(self.tokenizer.encode(answer, continuing=True), "stop", len(prompt_ids), 0)
+        return Completion(self.tokenizer.encode(answer, continuing=True), "stop", len(request.prompt_ids), 0)
 
     async def close(self) -> None: ...
 

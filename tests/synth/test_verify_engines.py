@@ -13,7 +13,7 @@ from test_engines import CONTEXT, random_language_model, write_random_model
 import ipt_jax
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine import Engine, open_engine
+from synth.engine import Engine, GenerationRequest, open_engine
 from synth.engine.jax_ import JaxEngine
 from synth.engine.scripted import ScriptedEngine
 
@@ -54,7 +54,7 @@ def test_jax_scores_and_answers_side_by_side(tmp_path: Path, monkeypatch: pytest
     async def both() -> tuple[list[float], list[int]]:
         engine = JaxEngine(settings, tokenizer)
         prompt = asked[0][0]
-        answer = engine.generate(prompt, max_new_tokens=8, temperature=0.0, seed=0, request_id="g/1/0")
+        answer = engine.generate(GenerationRequest("g/1/0", prompt, max_new_tokens=8))
         scores, completion = await asyncio.gather(ask(engine, asked, "s"), answer)
         await engine.close()
         return scores, completion.ids
