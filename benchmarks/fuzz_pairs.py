@@ -22,7 +22,7 @@ from collections import Counter
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from synth.format.parser import parse_completion
 from synth.format.wire import pairs_text
-from synth.render.documents import RenderSettings, render_group
+from synth.render.documents import Renderer, RenderSettings
 
 # ---- the grammar: one completion as a text between closing tags
 #
@@ -241,7 +241,7 @@ def rendered(text: str, pairs: list[Pair], rng: random.Random) -> None:
     context = rng.choice(["An old mill.", text, "{answer} {text}"])
     record = GroupText("t", 0, len(context), context, "s", pairs, 1, 0, 0, 0, "stop")
     group = SynthGroup(f"{rng.randrange(1 << 40):x}", [record], "m", "w", {}, "f")
-    for document in render_group(group, RECIPE, Counter(), Counter()):
+    for document in Renderer(RECIPE, Counter(), Counter()).documents(group):
         assert document.text.strip(), "an empty document"
 
 

@@ -86,14 +86,14 @@ def render_odd(wanted: int) -> None:
     from renderkit import EVEN, odd_group, recipe
     from test_spans import check_document
 
-    from synth.render.documents import render_group
+    from synth.render.documents import Renderer
 
     stream, found, seen = random.Random(0), Counter[str](), 0
     recipes = [recipe(layouts=EVEN, one_shot=0.3, seed=seed, epoch=seed) for seed in range(5)]
     while seen < wanted:
         one = odd_group(stream, f"g{found['groups']}")
         dropped: Counter[str] = Counter()
-        documents = render_group(one, recipes[found["groups"] % 5], Counter(), dropped)
+        documents = Renderer(recipes[found["groups"] % 5], Counter(), dropped).documents(one)
         shown = sum(check_document(document, one) for document in documents)
         pairs = sum(len(text.pairs) for text in one.texts)
         assert shown + dropped.total() - dropped["blank_text"] == pairs, one

@@ -17,7 +17,7 @@ from ipt_jax.core.hashing import digest
 from ipt_jax.core.settings import parse_yaml
 from ipt_jax.corpus.records import Pair
 from synth.format.wire import wire_pair
-from synth.render.spans import fill_words
+from synth.render.layout import fill_words
 from synth.text.sentences import SENTENCE_END
 
 RULES = 1  # goes up whenever a rule finds other places: outputs of other rules are other data

@@ -1,64 +1,100 @@
-"""The data card of a data set for the hub: YAML that the hub reads, then what the data are, counted.
+"""Columns and dataset card of a data set for the Hugging Face Hub: YAML metadata, then counts and provenance.
 
-Guaranteed: the same documents give the same card; strings from records cannot end the block or the table they stand in.
+Guarantees: equal documents produce equal cards; strings from records cannot close the block or the table that they
+are in.
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from ipt_jax.corpus.records import Document
+from synth.groups import counts_under
 from synth.render.documents import HubSettings, RenderSettings
-from synth.render.hub_rows import SCHEMA, features
 
-SIZES = (
-    (10**3, "n<1K"),
-    (10**4, "1K<n<10K"),
-    (10**5, "10K<n<100K"),
-    (10**6, "100K<n<1M"),
-    (10**7, "1M<n<10M"),
-    (10**8, "10M<n<100M"),
-    (10**9, "100M<n<1B"),
-    (10**10, "1B<n<10B"),
-    (10**11, "10B<n<100B"),
-    (10**12, "100B<n<1T"),
-)
+STRING, INDEX, OFFSET = pa.string(), pa.int32(), pa.int64()
+PAIR = {
+    "text": INDEX,
+    "question": STRING,
+    "options": pa.list_(STRING),
+    "rationale": STRING,
+    "answer": STRING,
+    "format": STRING,
+    "scores": pa.list_(pa.struct({"name": STRING, "value": pa.float64()})),
+}
+PARENT = {"id": STRING, "start": OFFSET, "end": OFFSET}
+SPAN = {"part": STRING, "text": INDEX, "pair": INDEX, "start": OFFSET, "end": OFFSET}
+COLUMNS: dict[str, tuple[pa.DataType, str]] = {  # type, and meaning in the card
+    "id": (STRING, "the document's name"),
+    "text": (STRING, "what a model is trained on: raw texts with their questions and answers, laid out by templates"),
+    "source": (STRING, "where the raw texts come from; several are joined by +"),
+    "kind": (STRING, "`augmented`, or `raw` where no pair was left"),
+    "layout": (STRING, "how texts and pairs were joined; null for raw texts"),
+    "pairs": (
+        pa.list_(pa.struct(PAIR)),
+        "the pairs in `text`: question, options, rationale, answer, format, scores, and the index of their text",
+    ),
+    "parents": (
+        pa.list_(pa.struct(PARENT)),
+        "the raw texts, as spans of characters of the corpus they were taken from",
+    ),
+    "spans": (
+        pa.list_(pa.struct(SPAN)),
+        "where texts (`pair` is null), questions, options, rationales and answers stand in `text`, in characters",
+    ),
+}
+SCHEMA = pa.schema({name: kind for name, (kind, _) in COLUMNS.items()})
+SIZES = "1K 10K 100K 1M 10M 100M 1B 10B 100B 1T".split()  # bounds of the hub's size categories
 WHAT = (
     "Raw texts with questions and answers that a synthesizer wrote about them, for pre-training language models "
     "([Instruction Pre-Training](https://arxiv.org/abs/2406.14491))."
 )
-EXCERPT = 2000  # characters of an example
-COLUMNS = {
-    "id": "the document's name",
-    "text": "what a model is trained on: raw texts with their questions and answers, laid out by templates",
-    "source": "where the raw texts come from; several are joined by +",
-    "kind": "`augmented`, or `raw` where no pair was left",
-    "layout": "how texts and pairs were joined; null for raw texts",
-    "pairs": "the pairs in `text`: question, options, rationale, answer, format, scores, and the index of their text",
-    "parents": "the raw texts, as spans of characters of the corpus they were taken from",
-    "spans": "where texts (`pair` is null), questions, options, rationales and answers stand in `text`, in characters",
-}
+LICENCE = (
+    ", as stated by whoever made this data set. The raw texts keep the rights of their sources, and the pairs were "
+    "written by a model: check that the licences of both allow your use."
+)
+EXAMPLE_CHARACTERS = 2000
 
 
 def dataset_card(
     settings: RenderSettings, hub: HubSettings, counts: Counter[str], examples: Sequence[Document], fingerprint: str
 ) -> str:
+    totals = {
+        "documents": counts["documents"],
+        "with pairs": counts["kind augmented"],
+        "raw texts that kept no pair": counts["kind raw"],
+        "pairs": counts["pairs"],
+        "characters": counts["characters"],
+    }
+    synthesizers = [name.split("\t") for name in counts_under(counts, "synthesizer ")]
+    provenance = [
+        *(["synthesizer", f"{name}, weights {weights}"] for name, weights in sorted(synthesizers)),
+        ["filter of pairs", settings.keep or "none: every pair that the parser accepted"],
+        ["seed", str(settings.seed)],
+        ["epoch of templates", str(settings.epoch)],
+        ["share of groups with a document for each text", f"{settings.one_shot:.1%}"],
+        ["fingerprint of the documents", fingerprint],
+    ]
+    license_name = f"{hub.license_name} ({hub.license_link})" if hub.license == "other" else hub.license
     sections = [
         f"---\n{front_matter(hub, counts)}---",
         f"# {cell(hub.name)}",
         WHAT,
         '```python\nfrom datasets import load_dataset\n\ndocuments = load_dataset("path/to/this", split="train")\n```',
         "## What is in it",
-        totals(counts),
-        *(named_table(counts, name) for name in ("format", "layout", "source")),
+        table(["", "count"], [[name, f"{count:,}"] for name, count in totals.items()]),
+        *(share_table(counts, name) for name in ("format", "layout", "source")),
         "## Columns",
-        table(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in COLUMNS.items()]),
+        table(["column", "meaning"], [[f"`{name}`", meaning] for name, (_, meaning) in COLUMNS.items()]),
         "## How it was made",
-        making(settings, counts, fingerprint),
+        table(["", ""], provenance),
         "## Licence",
-        licence_words(hub),
+        f"{cell(license_name)}{LICENCE}",
         "## Examples",
         *(fenced(document.text) for document in examples),
     ]
@@ -66,13 +102,14 @@ def dataset_card(
 
 
 def front_matter(hub: HubSettings, counts: Counter[str]) -> str:
-    named = {"license_name": hub.license_name, "license_link": hub.license_link}
+    """The YAML metadata that the hub reads."""
     tasks = ["question-answering", "text-generation"]
     if counts["format choice"] + counts["format choice_cot"]:
         tasks.append("multiple-choice")
     fields = {
         "license": hub.license,
-        **{name: value for name, value in named.items() if value},
+        "license_name": hub.license_name or None,
+        "license_link": hub.license_link or None,
         "language": hub.language,
         "pretty_name": hub.name,
         "size_categories": [size_category(counts["documents"])],
@@ -83,52 +120,35 @@ def front_matter(hub: HubSettings, counts: Counter[str]) -> str:
             {"config_name": "default", "data_files": [{"split": "train", "path": f"data/train-*.{hub.format}"}]},
         ],
     }
-    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    known = {name: value for name, value in fields.items() if value is not None}
+    return yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
+
+
+def features(fields: Iterable[pa.Field]) -> list[dict[str, Any]]:
+    """The columns in the notation of the hub's `dataset_info`."""
+    return [{"name": field.name, **feature(field.type)} for field in fields]
+
+
+def feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_list(kind):
+        inner = kind.value_type
+        return {"list": features(inner) if pa.types.is_struct(inner) else str(inner)}
+    return {"dtype": {"double": "float64"}.get(str(kind), str(kind))}
 
 
 def size_category(documents: int) -> str:
-    return next((name for limit, name in SIZES if documents < limit), "n>1T")
+    """999 -> 'n<1K', 1000 -> '1K<n<10K'"""
+    names = [f"n<{SIZES[0]}", *(f"{low}<n<{high}" for low, high in pairwise(SIZES)), f"n>{SIZES[-1]}"]
+    return names[min(max(len(str(documents)) - 3, 0), len(SIZES))]
 
 
-def totals(counts: Counter[str]) -> str:
-    rows = {
-        "documents": counts["documents"],
-        "with pairs": counts["kind augmented"],
-        "raw texts that kept no pair": counts["kind raw"],
-        "pairs": counts["pairs"],
-        "characters": counts["characters"],
-    }
-    return table(["", "count"], [[name, f"{count:,}"] for name, count in rows.items()])
-
-
-def named_table(counts: Counter[str], kind: str) -> str:
-    found = Counter({name.removeprefix(f"{kind} "): n for name, n in counts.items() if name.startswith(f"{kind} ")})
+def share_table(counts: Counter[str], kind: str) -> str:
+    """The counts 'KIND NAME' with their shares, or nothing."""
+    found = Counter(counts_under(counts, f"{kind} "))
     if not found:
         return ""
-    of = "pairs" if kind == "format" else "documents"
     rows = [[name, f"{n:,}", f"{n / found.total():.1%}"] for name, n in found.most_common()]
-    return table([kind, of, "share"], rows)
-
-
-def making(settings: RenderSettings, counts: Counter[str], fingerprint: str) -> str:
-    synthesizers = [name.removeprefix("synthesizer ").split("\t") for name in counts if name.startswith("synthesizer ")]
-    rows = [
-        *(["synthesizer", f"{name}, weights {weights}"] for name, weights in sorted(synthesizers)),
-        ["filter of pairs", settings.keep or "none: every pair that the parser accepted"],
-        ["seed", str(settings.seed)],
-        ["epoch of templates", str(settings.epoch)],
-        ["share of groups with a document for each text", f"{settings.one_shot:.1%}"],
-        ["fingerprint of the documents", fingerprint],
-    ]
-    return table(["", ""], rows)
-
-
-def licence_words(hub: HubSettings) -> str:
-    named = f"{hub.license_name} ({hub.license_link})" if hub.license == "other" else hub.license
-    return (
-        f"{cell(named)}, as stated by whoever made this data set. The raw texts keep the rights of their sources, and "
-        "the pairs were written by a model: check that the licences of both allow your use."
-    )
+    return table([kind, "pairs" if kind == "format" else "documents", "share"], rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -137,13 +157,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cell(text: str) -> str:
-    """One line that no table or heading is ended by."""
+    """`text` on one line, escaped so that it cannot end a table or a heading. `code` stays."""
     return re.sub(r"([|<>\[\]*_\\])", r"\\\1", " ".join(text.split())) if not text.startswith("`") else text
 
 
 def fenced(text: str) -> str:
-    """A block of code whose fence is longer than any in the text."""
-    shown = text if len(text) <= EXCERPT else f"{text[:EXCERPT]} …"
+    """A code block with a fence longer than any in `text`."""
+    shown = text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:EXAMPLE_CHARACTERS]} …"
     longest = max(map(len, re.findall(r"`+", shown)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{shown}\n{fence}"

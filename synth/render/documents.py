@@ -1,12 +1,14 @@
-"""What one group becomes: its Documents, through the filter and the look that was drawn.
+"""Render a group as Documents: filter its pairs, draw a style, fit the documents into rows.
 
-Guaranteed: a pure function of (group, settings), whatever stands beside it; inputs are not changed; no Document is
-empty; every pair is shown once or counted under a reason. `meta` names the layout, where texts, questions, options,
-reasoning and answers stand (`spans`, see synth/render/spans.py) and which texts of the group they are (`places`).
+Guarantees: the documents depend on (group, settings) only; inputs are not changed; no Document is empty; every text
+is rendered, in order; every pair is shown once or counted under a reason. `meta` holds the layout, the spans of texts,
+questions, options, rationales and answers (`finish` in synth/render/layout.py), and the places of the texts in the
+group. Tokens are counted on the document's text plus BOS and EOS, as `ipt tokenize` counts them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import isinf
 from typing import Literal
 
@@ -14,15 +16,15 @@ import msgspec
 from pydantic import Field, ValidationInfo, field_validator
 
 from ipt_jax.core.settings import Settings
-from ipt_jax.corpus.records import Document, Pair, Parent, Segment, SynthGroup
+from ipt_jax.corpus.records import Document, GroupText, Pair, Parent, Segment, SynthGroup
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.format.parser import read_format, reject
+from synth.format.truncate import split_text
 from synth.groups import contaminated_places, decode_group
 from synth.render.layout import Shot, has_example, lay_out
 from synth.render.pair_filter import keeps, read_keep
-from synth.render.row_budget import count_tokens, fit_rows, pairs_of, raw_parts
-from synth.render.templates import Draws, Layout, draw_style
+from synth.render.templates import LAYOUTS, Draws, Layout, draw_style
 
 LAYOUT_COUNT = "layout."
 
@@ -43,17 +45,11 @@ class LayoutShares(Settings):
 
     @property
     def weights(self) -> dict[Layout, float]:
-        return {
-            "text_first": self.text_first,
-            "questions_first": self.questions_first,
-            "dialogue": self.dialogue,
-            "numbered": self.numbered,
-            "few_shot": self.few_shot,
-        }
+        return {name: getattr(self, name) for name in LAYOUTS}
 
 
 class HubSettings(Settings):
-    """A data set for the hub: a directory to push, with a card. The licence is for the user to state."""
+    """A data set with a card, ready to push to the hub. The license must be stated."""
 
     output: str
     """Directory of the data set to write."""
@@ -72,9 +68,9 @@ class HubSettings(Settings):
 
     @field_validator("license_link")
     @classmethod
-    def _names_the_other(cls, link: str | None, info: ValidationInfo) -> str | None:
+    def _require_name_of_other(cls, link: str | None, info: ValidationInfo) -> str | None:
         if info.data.get("license") == "other" and not (link and info.data.get("license_name")):
-            raise ValueError("license: other needs license_name and license_link; state both")
+            raise ValueError("license: other requires license_name and license_link; set both")
         return link
 
 
@@ -104,23 +100,23 @@ class RenderSettings(Settings):
 
     @field_validator("layouts")
     @classmethod
-    def _draws_something(cls, shares: LayoutShares) -> LayoutShares:
+    def _require_positive_sum(cls, shares: LayoutShares) -> LayoutShares:
         if isinf(sum(shares.weights.values())):
-            raise ValueError("the shares add up to more than a number can hold; give smaller ones")
+            raise ValueError("the sum of the shares is too large for a number; use smaller shares")
         if not sum(shares.weights.values()):
-            raise ValueError("every share is 0; give at least one layout a share")
+            raise ValueError("every share is 0; set at least one above 0")
         return shares
 
     @field_validator("max_document_tokens")
     @classmethod
-    def _can_be_counted(cls, limit: int | None, info: ValidationInfo) -> int | None:
+    def _require_tokenizer(cls, limit: int | None, info: ValidationInfo) -> int | None:
         if limit is not None and info.data.get("tokenizer") is None:
-            raise ValueError("tokens need a tokenizer; set tokenizer to the pre-training model's")
+            raise ValueError("requires a tokenizer; set tokenizer to that of the model to be trained")
         return limit
 
     @field_validator("keep")
     @classmethod
-    def _can_be_read(cls, expression: str | None) -> str | None:
+    def _check_expression(cls, expression: str | None) -> str | None:
         if expression is not None:
             read_keep(expression)
         return expression
@@ -130,151 +126,166 @@ def shard_documents(
     settings: RenderSettings, shard: int, counts: Counter[str], dropped: Counter[str]
 ) -> Iterator[tuple[SynthGroup, Document, int]]:
     """The documents of one shard of groups in order, each with its group and its tokens (0 without a tokenizer)."""
-    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    renderer = Renderer(settings, counts, dropped, load_tokenizer(settings.tokenizer) if settings.tokenizer else None)
     shards = Shards(settings.groups, verify=False)
     for record in shards.stream(shard):
         group = decode_group(record, shards)
-        for document in render_group(group, settings, counts, dropped, tokenizer):
-            yield group, document, count_tokens(document, tokenizer)
+        for document in renderer.documents(group):
+            yield group, document, renderer.tokens(document.text)
 
 
-def render_group(
-    group: SynthGroup,
-    settings: RenderSettings,
-    counts: Counter[str],
-    dropped: Counter[str],
-    tokenizer: Tokenizer | None = None,
-) -> list[Document]:
-    """The group's documents, none longer than `max_document_tokens`; what happened is counted."""
-    contaminated = contaminated_places(group)
-    if contaminated:
-        dropped["contaminated_text"] += len(contaminated)
-    shots = [
-        Shot(place, text, kept_pairs(text.pairs, settings.keep, dropped))
-        for place, text in enumerate(group.texts)
-        if place not in contaminated
-    ]
-    counts["pairs"] += sum(len(shot.pairs) for shot in shots)
-    if not any(shot.pairs for shot in shots):
-        counts["no_pair_left"] += 1
-        return raw_documents(group, shots, settings, dropped, tokenizer)
-    counts["with_pairs"] += 1
-    draws = Draws(settings.seed, group.id, settings.epoch)
-    if not draws.chance("one shot", settings.one_shot):
-        return row_documents(group, group.id, shots, settings, counts, dropped, tokenizer)
-    counts["one_shot"] += 1
-    documents = []
-    for shot in (shot for shot in shots if shot.pairs):
-        name = f"{group.id}.shot{shot.place}"
-        documents += row_documents(group, name, [shot], settings, counts, dropped, tokenizer)
-    return documents + raw_documents(group, [shot for shot in shots if not shot.pairs], settings, dropped, tokenizer)
+@dataclass(frozen=True)
+class Renderer:
+    """Renders groups. `counts` and `dropped` (by reason) count what happened."""
+
+    settings: RenderSettings
+    counts: Counter[str]
+    dropped: Counter[str]
+    tokenizer: Tokenizer | None = None
+
+    def documents(self, group: SynthGroup) -> list[Document]:
+        """The documents of a group, none longer than `max_document_tokens`."""
+        contaminated = contaminated_places(group)
+        if contaminated:
+            self.dropped["contaminated_text"] += len(contaminated)
+        places = [place for place in range(len(group.texts)) if place not in contaminated]
+        shots = [Shot(place, group.texts[place], self._kept_pairs(group.texts[place])) for place in places]
+        self.counts["pairs"] += count_pairs(shots)
+        if not count_pairs(shots):
+            self.counts["no_pair_left"] += 1
+            return self._raw(group, shots)
+        self.counts["with_pairs"] += 1
+        draws = Draws(self.settings.seed, group.id, self.settings.epoch)
+        if not draws.chance("one shot", self.settings.one_shot):
+            return self._augmented(group, group.id, shots)
+        self.counts["one_shot"] += 1
+        documents = []
+        for shot in (shot for shot in shots if shot.pairs):
+            documents += self._augmented(group, f"{group.id}.shot{shot.place}", [shot])
+        return documents + self._raw(group, [shot for shot in shots if not shot.pairs])
+
+    def tokens(self, text: str) -> int:
+        """Tokens of a document with the BOS and EOS that `ipt tokenize` adds; 0 without a tokenizer."""
+        if self.tokenizer is None:
+            return 0
+        controls = (self.tokenizer.bos_id is not None) + (self.tokenizer.eos_id is not None)
+        return len(self.tokenizer.encode(text)) + controls
+
+    def _fits(self, text: str) -> bool:
+        limit = self.settings.max_document_tokens
+        return limit is None or self.tokens(text) <= limit
+
+    def _kept_pairs(self, text: GroupText) -> list[tuple[int, Pair]]:
+        """Accepted pairs that pass the filter, with their index. The others are counted by reason."""
+        kept = []
+        for index, pair in enumerate(map(parsed_pair, text.pairs)):
+            if pair.rejection:
+                self.dropped[pair.rejection] += 1
+            elif not keeps(self.settings.keep, pair):
+                self.dropped["keep"] += 1
+            else:
+                kept.append((index, pair))
+        return kept
+
+    def _augmented(self, group: SynthGroup, name: str, shots: Sequence[Shot]) -> list[Document]:
+        """`shots` as one augmented document, or as several if one would be too long."""
+
+        def render(number: int, row: Sequence[Shot]) -> Document:
+            return augmented_document(group, f"{name}.part{number}" if number else name, row, self.settings)
+
+        rows = split_rows(shots, lambda number, row: not count_pairs(row) or self._fits(render(number, row).text))
+        if lost := count_pairs(shots) - sum(map(count_pairs, rows)):
+            self.counts["pairs"] -= lost
+            self.dropped["row_full"] += lost
+        if len(rows) > 1:
+            self.counts["split_for_row"] += 1
+        documents = []
+        for number, row in enumerate(rows):
+            if count_pairs(row):
+                documents.append(render(number, row))
+                self.counts[LAYOUT_COUNT + documents[-1].meta["layout"]] += 1
+            else:
+                documents += self._raw(group, row)
+        return documents
+
+    def _raw(self, group: SynthGroup, shots: Sequence[Shot]) -> list[Document]:
+        """The unchanged texts, split at sentence ends if too long. A blank text makes no document."""
+        documents = []
+        for shot in shots:
+            text = shot.text
+            if not text.text.strip():
+                self.dropped["blank_text"] += 1
+                continue
+            for number, (start, end, words) in enumerate(self._raw_parts(text.text)):
+                documents.append(
+                    Document(
+                        id=f"{group.id}.raw{shot.place}" + f".part{number}" * bool(number),
+                        source=text.source,
+                        kind="raw",
+                        segments=[Segment(text=words)],
+                        parents=[Parent(text.raw_id, text.start + start, text.start + end)],
+                        meta=provenance(group),
+                    )
+                )
+        return documents
+
+    def _raw_parts(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """(start, end, words) of the parts of a text that fit a document each."""
+        limit = self.settings.max_document_tokens
+        if self.tokenizer is None or limit is None or self._fits(text):
+            yield 0, len(text), text
+            return
+        for start, end in split_text(text, self.tokenizer, limit, lambda part, _: self.tokens(part.strip())):
+            yield start, end, text[start:end].strip()
 
 
-def row_documents(
-    group: SynthGroup,
-    name: str,
-    shots: Sequence[Shot],
-    settings: RenderSettings,
-    counts: Counter[str],
-    dropped: Counter[str],
-    tokenizer: Tokenizer | None,
-) -> list[Document]:
-    """`shots` as one augmented document, or as several where the row is too short for it."""
-
-    def render(number: int, row: Sequence[Shot], counted: Counter[str]) -> Document:
-        return augmented_document(group, f"{name}.part{number}" if number else name, row, settings, counted)
-
-    def fits(number: int, row: Sequence[Shot]) -> bool:
-        limit = settings.max_document_tokens
-        return limit is None or not pairs_of(row) or count_tokens(render(number, row, Counter()), tokenizer) <= limit
-
-    rows = fit_rows(shots, fits)
-    if lost := pairs_of(shots) - sum(map(pairs_of, rows)):
-        counts["pairs"] -= lost
-        dropped["row_full"] += lost
-    if len(rows) > 1:
-        counts["split_for_row"] += 1
-    documents = []
-    for number, row in enumerate(rows):
-        if pairs_of(row):
-            documents.append(render(number, row, counts))
-        else:
-            documents += raw_documents(group, row, settings, dropped, tokenizer)
-    return documents
-
-
-def augmented_document(
-    group: SynthGroup, name: str, shots: Sequence[Shot], settings: RenderSettings, counts: Counter[str]
-) -> Document:
-    """`shots` as one document, in a look drawn for `name`."""
+def augmented_document(group: SynthGroup, name: str, shots: Sequence[Shot], settings: RenderSettings) -> Document:
+    """`shots` as one document, in a style drawn for `name`."""
     draws = Draws(settings.seed, name, settings.epoch)
-    document_style = draw_style(draws, settings.layouts.weights, has_example=has_example(shots))
-    counts[LAYOUT_COUNT + document_style.layout] += 1
-    words, spans = lay_out(shots, document_style, draws)
+    style = draw_style(draws, settings.layouts.weights, has_example=has_example(shots))
+    words, spans = lay_out(shots, style, draws)
     texts = [shot.text for shot in shots]
+    places = [shot.place for shot in shots]
     return Document(
         id=name if settings.epoch == 0 else f"{name}.{settings.epoch}",
         source="+".join(dict.fromkeys(text.source for text in texts)),
         kind="augmented",
         segments=[Segment(text=words)],
         parents=[Parent(text.raw_id, text.start, text.end) for text in texts],
-        meta={
-            "layout": document_style.layout,
-            "spans": spans,
-            "places": [shot.place for shot in shots],
-            **provenance(group),
-        },
+        meta={"layout": style.layout, "spans": spans, "places": places, **provenance(group)},
     )
-
-
-def raw_documents(
-    group: SynthGroup,
-    shots: Sequence[Shot],
-    settings: RenderSettings,
-    dropped: Counter[str],
-    tokenizer: Tokenizer | None,
-) -> list[Document]:
-    """The texts as they were, cut at sentence ends where the row is too short; a blank one makes no document."""
-    documents = []
-    for place, text in ((shot.place, shot.text) for shot in shots):
-        if not text.text.strip():
-            dropped["blank_text"] += 1
-            continue
-        for number, ((start, end), words) in enumerate(raw_parts(text.text, tokenizer, settings.max_document_tokens)):
-            documents.append(
-                Document(
-                    id=f"{group.id}.raw{place}" + f".part{number}" * bool(number),
-                    source=text.source,
-                    kind="raw",
-                    segments=[Segment(text=words)],
-                    parents=[Parent(text.raw_id, text.start + start, text.start + end)],
-                    meta=provenance(group),
-                )
-            )
-    return documents
 
 
 def provenance(group: SynthGroup) -> dict[str, str]:
     return {"synthesizer": group.synthesizer, "fingerprint": group.fingerprint}
 
 
-def kept_pairs(pairs: Sequence[Pair], keep: str | None, dropped: Counter[str]) -> list[tuple[int, Pair]]:
-    """Accepted pairs that pass the filter, with their index; each other one is counted by its reason."""
-    kept = []
-    for index, pair in enumerate(map(whole_pair, pairs)):
-        if pair.rejection:
-            dropped[pair.rejection] += 1
-        elif not keeps(keep, pair):
-            dropped["keep"] += 1
-        else:
-            kept.append((index, pair))
-    return kept
-
-
-def whole_pair(pair: Pair) -> Pair:
-    """The pair read again from its wire strings: other programs may leave its parts out, or write none that fit."""
+def parsed_pair(pair: Pair) -> Pair:
+    """The pair parsed from its wire strings, because other programs may store no parts, or wrong ones."""
     if not pair.accepted:
         return pair
     if not pair.answer.strip():
         return reject(pair, "empty_answer")
     return msgspec.structs.replace(read_format(pair.question, pair.answer), scores=pair.scores)
+
+
+def split_rows(shots: Sequence[Shot], fits: Callable[[int, Sequence[Shot]], bool]) -> list[list[Shot]]:
+    """The texts as runs of neighbours, with as many texts in a run as fit; `fits(n, run)` checks the n-th run.
+
+    A text that is too long alone loses its last pairs, if necessary all. A run without pairs fits.
+    """
+    rows: list[list[Shot]] = []
+    rest = list(shots)
+    while rest:
+        number, count = len(rows), 1
+        fewer = (replace(rest[0], pairs=rest[0].pairs[:size]) for size in range(len(rest[0].pairs), -1, -1))
+        rest[0] = next(shot for shot in fewer if fits(number, [shot]))
+        while count < len(rest) and fits(number, rest[: count + 1]):
+            count += 1
+        rows.append(rest[:count])
+        rest = rest[count:]
+    return rows
+
+
+def count_pairs(shots: Sequence[Shot]) -> int:
+    return sum(len(shot.pairs) for shot in shots)

@@ -1,34 +1,37 @@
-"""Documents as a data set for the hub: `data/train-00000-of-00002.parquet` (or .jsonl) and a card, ready to push.
+"""Rendered documents as a data set for the Hugging Face Hub: `data/train-00000-of-00002.parquet` or .jsonl, and a card.
 
-Guaranteed: the rows are the documents of `synth render`, one file for each of its shards, written row by row; a file is
-whole, synced and renamed, or absent; a second run makes what is missing. The card is written last. `export.json` holds
-what was made of what; a directory of other documents is refused.
+Guarantees: one file per shard of `synth render`, with its documents as rows of one schema; spans name a pair by its
+index in the row's `pairs`. A file is complete, synced and renamed, or absent. A rerun writes missing files. The card is
+written last. `export.json` lists what was written; a directory of other documents is refused. Memory holds 1,000 rows.
 """
 
-import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.executor import run_units
 from ipt_jax.core.files import TEMPORARY, sync_directory, write_whole, writing
-from ipt_jax.core.hashing import digest
-from ipt_jax.corpus.records import Document
+from ipt_jax.core.hashing import digest, file_digest
+from ipt_jax.corpus.records import Document, Pair, SynthGroup
 from ipt_jax.corpus.shards import Shards
-from synth.render.dataset_card import dataset_card
-from synth.render.documents import HubSettings, RenderSettings, shard_documents
-from synth.render.hub_rows import row, write_jsonl, write_parquet
+from synth.format.wire import final_answer, question_stem
+from synth.render.dataset_card import SCHEMA, dataset_card
+from synth.render.documents import HubSettings, RenderSettings, parsed_pair, shard_documents
 
-SEARCHED = 1000  # documents for examples
-SOURCES = 50  # named of one file; more are counted together
-FEW_GROUPS = 10_000  # fewer are written sooner than worker processes start
+SEARCHED = 1000  # documents searched for examples
+SOURCES = 50  # counted by name per file; the others are counted together
+ROWS = 1000  # rows per row group
+FEW_GROUPS = 10_000  # fewer are written before worker processes would start
 
 
 class ExportFile(msgspec.Struct):
@@ -40,10 +43,13 @@ class ExportFile(msgspec.Struct):
 
 
 class Export(msgspec.Struct):
-    """What stands in `export.json`."""
+    """The contents of `export.json`."""
 
     fingerprint: str
     files: list[ExportFile] = []
+
+    def save(self, folder: Path) -> None:
+        write_whole(folder / "export.json", msgspec.json.format(msgspec.json.encode(self), indent=1))
 
 
 @dataclass(frozen=True)
@@ -54,60 +60,47 @@ class FileJob:
 
 
 def open_export(hub: HubSettings, documents: str) -> Export:
-    """What is whole already of the data set of `documents`, a fingerprint; files that are not are removed."""
+    """The complete files in the output, for documents with fingerprint `documents`. Incomplete files are removed."""
     folder, fingerprint = Path(hub.output), digest([documents, hub.format])
-    note, data = folder / "export.json", folder / "data"
+    listing, data = folder / "export.json", folder / "data"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if note.is_file():
-            export = msgspec.json.decode(note.read_bytes(), type=Export)
+        if listing.is_file():
+            export = msgspec.json.decode(listing.read_bytes(), type=Export)
         elif foreign := sorted(path.name for path in folder.iterdir() if path.suffix != TEMPORARY):
-            raise UserError(f"hub output {folder}: holds {foreign[0]!r} but no export.json; give an empty directory")
+            raise UserError(f"hub output {folder}: contains {foreign[0]!r} but no export.json; use an empty directory")
         else:
             export = Export(fingerprint)
         if export.fingerprint != fingerprint:
-            raise UserError(f"hub output {folder}: made of other documents; give another output, or delete this one")
-        export.files = [file for file in export.files if is_whole(data / file.name, file)]
-        save(folder, export)
+            raise UserError(f"hub output {folder}: contains other documents; use another output, or delete this one")
+        sizes = {path.name: path.stat().st_size for path in data.glob("train-*")}
+        export.files = [file for file in export.files if sizes.get(file.name) == file.bytes]
+        export.save(folder)
         data.mkdir(exist_ok=True)
-        known = {file.name for file in export.files}
-        for path in data.glob("train-*"):
-            if path.name not in known:
-                path.unlink()
+        for name in sizes.keys() - {file.name for file in export.files}:
+            (data / name).unlink()
     return export
 
 
 def export_hub(settings: RenderSettings, hub: HubSettings, export: Export, shards: Shards, documents: str) -> None:
-    """Writes the files that are missing, then the card."""
+    """Writes the missing files, then the card."""
     folder, total = Path(hub.output), len(shards.paths)
     paths = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.{hub.format}" for shard in range(total)]
-    whole = {file.name for file in export.files}
-    jobs = [FileJob(settings, shard, path) for shard, path in enumerate(paths) if path.name not in whole]
+    complete = {file.name for file in export.files}
+    jobs = [FileJob(settings, shard, path) for shard, path in enumerate(paths) if path.name not in complete]
+    counts: Counter[str] = Counter()
     with writing(folder):
-        for _, made in run_units(write_file, jobs, workers=1 if len(shards) < FEW_GROUPS else None):
-            export.files = sorted([*export.files, made], key=lambda file: file.name)
-            save(folder, export)
-        card = dataset_card(settings, hub, total_counts(export.files), examples(settings), documents)
+        for _, written in run_units(write_file, jobs, workers=1 if len(shards) < FEW_GROUPS else None):
+            export.files = sorted([*export.files, written], key=lambda file: file.name)
+            export.save(folder)
+        for file in export.files:
+            counts.update(file.counts)
+        card = dataset_card(settings, hub, counts, examples(settings), documents)
         write_whole(folder / "README.md", card.encode())
 
 
-def save(folder: Path, export: Export) -> None:
-    write_whole(folder / "export.json", msgspec.json.format(msgspec.json.encode(export), indent=1))
-
-
-def is_whole(path: Path, file: ExportFile) -> bool:
-    return path.is_file() and path.stat().st_size == file.bytes
-
-
-def total_counts(files: Iterable[ExportFile]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for file in files:
-        total.update(file.counts)
-    return total
-
-
 def examples(settings: RenderSettings) -> list[Document]:
-    """The first two augmented documents, if they are near the front."""
+    """The first two augmented documents among the first `SEARCHED` documents."""
     near = (document for _, document, _ in islice(shard_documents(settings, 0, Counter(), Counter()), SEARCHED))
     return list(islice((document for document in near if document.kind == "augmented"), 2))
 
@@ -123,14 +116,25 @@ def write_file(job: FileJob) -> ExportFile:
         write(temporary, rows(job, counts))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        checksum = file_digest(temporary)
         os.replace(temporary, job.path)
         sync_directory(job.path.parent)
-    return ExportFile(job.path.name, counts["documents"], job.path.stat().st_size, checksum, few_sources(counts))
+    return ExportFile(job.path.name, counts["documents"], job.path.stat().st_size, checksum, merge_sources(counts))
 
 
-def few_sources(counts: Counter[str]) -> dict[str, int]:
-    """The counts, with rare sources taken together."""
+def write_parquet(path: Path, found: Iterator[dict[str, Any]]) -> None:
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_index=True) as writer:
+        while some := list(islice(found, ROWS)):
+            writer.write_table(pa.Table.from_pylist(some, schema=SCHEMA))
+
+
+def write_jsonl(path: Path, found: Iterator[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+
+
+def merge_sources(counts: Counter[str]) -> dict[str, int]:
+    """The counts, with those of rare sources merged."""
     sources = Counter({name: count for name, count in counts.items() if name.startswith("source ")})
     rare = [name for name, _ in sources.most_common()[SOURCES:]]
     kept = {name: count for name, count in counts.items() if name not in rare}
@@ -139,16 +143,46 @@ def few_sources(counts: Counter[str]) -> dict[str, int]:
 
 def rows(job: FileJob, counts: Counter[str]) -> Iterator[dict[str, Any]]:
     for group, document, _ in shard_documents(job.settings, job.shard, Counter(), Counter()):
-        found = row(group, document)
+        row = document_row(group, document)
         counts[f"synthesizer {group.synthesizer}\t{group.weights}"] += 1
-        count_row(found, counts)
-        yield found
+        counts.update(["documents", f"kind {row['kind']}", f"source {row['source']}"])
+        counts["characters"] += len(row["text"])
+        counts["pairs"] += len(row["pairs"])
+        counts.update(f"format {pair['format']}" for pair in row["pairs"])
+        if row["layout"]:
+            counts[f"layout {row['layout']}"] += 1
+        yield row
 
 
-def count_row(found: dict[str, Any], counts: Counter[str]) -> None:
-    counts.update(["documents", f"kind {found['kind']}", f"source {found['source']}"])
-    counts["characters"] += len(found["text"])
-    counts["pairs"] += len(found["pairs"])
-    counts.update(f"format {pair['format']}" for pair in found["pairs"])
-    if found["layout"]:
-        counts[f"layout {found['layout']}"] += 1
+def document_row(group: SynthGroup, document: Document) -> dict[str, Any]:
+    """A document with its pairs, parents and spans."""
+    spans = document.meta.get("spans", {})
+    texts = [group.texts[place] for place in document.meta.get("places", [])]
+    numbers = {(text, pair): number for number, (text, pair, *_) in enumerate(spans.get("question", []))}
+    return {
+        "id": document.id,
+        "text": document.text,
+        "source": document.source,
+        "kind": document.kind,
+        "layout": document.meta.get("layout"),
+        "pairs": [pair_row(texts[text].pairs[pair], text) for text, pair in numbers],
+        "parents": [{"id": parent.id, "start": parent.start, "end": parent.end} for parent in document.parents],
+        "spans": [
+            {"part": part, "text": text, "pair": numbers[text, owner[0]] if owner else None, "start": start, "end": end}
+            for part, found in spans.items()
+            for text, *owner, start, end in found
+        ],
+    }
+
+
+def pair_row(stored: Pair, text: int) -> dict[str, Any]:
+    pair = parsed_pair(stored)
+    return {
+        "text": text,
+        "question": question_stem(pair).strip(),
+        "options": pair.options,
+        "rationale": pair.rationale.strip() if pair.rationale is not None else None,
+        "answer": final_answer(pair),
+        "format": pair.format,
+        "scores": [{"name": name, "value": score} for name, score in sorted(pair.scores.items())],
+    }

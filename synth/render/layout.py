@@ -1,20 +1,32 @@
-"""Lays texts and pairs out as one running text in the look that was drawn, and says where each of them stands.
+"""Lay out texts and pairs as one document in the drawn style, with the character spans of each of them.
 
-Guaranteed: every text and pair is shown once, in order; options are shuffled for each pair and the answer follows. In
-few_shot the last text with pairs is the test item, or, where only one text has pairs, its last pair is.
+Guarantees: values are inserted into a template in one pass, so a value that contains '{answer}' stays unchanged. Every
+text and pair is shown once, in order. Options are shuffled per pair, and the answer follows. In few_shot the last text
+with pairs is the test item; if only one text has pairs, its last pair is. Spans cut exactly the labelled strings out
+of the document, in the order of the text.
 """
 
+import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
 
-from ipt_jax.corpus.records import GroupText, Pair
-from synth.format.parser import gold_option
+from ipt_jax.corpus.records import Format, GroupText, Pair
+from synth.format.parser import MAX_OPTIONS, gold_option
 from synth.format.wire import final_answer, question_stem
-from synth.render.spans import Fragment, Fragments, SpanKind, SpanLabel, Spans, fill, fill_words, finish, join
 from synth.render.templates import DocumentStyle, Draws, OptionStyle
 
-BLOCKS = "\n\n"  # between a text, what leads on, and its pairs
+SpanKind = Literal["text", "question", "options", "rationale", "answer"]
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+BLOCKS = "\n\n"  # between a text, its bridge, and its pairs
+LABELS: dict[str, Sequence[str]] = {
+    "none": [""] * MAX_OPTIONS,
+    "upper": string.ascii_uppercase,
+    "lower": string.ascii_lowercase,
+    "numbers": [str(number) for number in range(1, MAX_OPTIONS + 1)],
+}
 
 
 @dataclass(frozen=True)
@@ -26,140 +38,183 @@ class Shot:
     pairs: list[tuple[int, Pair]]
 
 
-@dataclass(frozen=True)
-class Laid:
-    """One text as pieces, with what its pairs' placeholders stand for."""
+class SpanLabel(NamedTuple):
+    """Kind of a span, index of its text in the document and, except for texts, of its pair in the record."""
+
+    part: SpanKind
+    text: int
+    pair: int | None = None
+
+
+class Fragment(NamedTuple):
+    words: str
+    label: SpanLabel | None = None
+
+
+Fragments = list[Fragment]
+Spans = dict[str, list[list[int]]]
+
+
+class ShotParts(NamedTuple):
+    """A text and, for each of its pairs, the format and the values of its placeholders."""
 
     text: Fragments
-    pairs: list[Pair]
-    shown: list[dict[str, Fragments]]
+    pairs: list[tuple[Format, dict[str, Fragments]]]
 
 
 def has_example(shots: Sequence[Shot]) -> bool:
-    """Whether something can stand before a test item: another text with pairs, or another pair of the only one."""
+    """Whether something can precede a test item: another text with pairs, or another pair of the only one."""
     asked = [len(shot.pairs) for shot in shots if shot.pairs]
     return len(asked) > 1 or asked[0] > 1
 
 
-def lay_out(shots: Sequence[Shot], document_style: DocumentStyle, draws: Draws) -> tuple[str, Spans]:
-    """The document's text and its spans. A text without pairs stands alone in its place; a blank one is left out."""
-    texts = [prepare(number, shot, document_style, draws) for number, shot in enumerate(shots)]
-    if document_style.layout == "few_shot":
-        blocks = few_shot_blocks(texts, document_style)
+def lay_out(shots: Sequence[Shot], style: DocumentStyle, draws: Draws) -> tuple[str, Spans]:
+    """The document's text and its spans. A text without pairs stays in its place, without a frame."""
+    texts = [shot_parts(number, shot, style, draws) for number, shot in enumerate(shots)]
+    if style.layout == "few_shot":
+        blocks = few_shot_blocks(texts, style)
     else:
-        blocks = [text_block(laid, document_style) if laid.pairs else laid.text for laid in texts]
-    return finish(join(document_style.separator, blocks))
+        blocks = [text_block(one, style) if one.pairs else one.text for one in texts]
+    return finish(join(style.separator, blocks))
 
 
-def prepare(number: int, shot: Shot, document_style: DocumentStyle, draws: Draws) -> Laid:
+def shot_parts(number: int, shot: Shot, style: DocumentStyle, draws: Draws) -> ShotParts:
     words = shot.text.text.strip()
-    shown: list[dict[str, Fragments]] = []
+    pairs: list[tuple[Format, dict[str, Fragments]]] = []
     for index, pair in shot.pairs:
         order = draws.order(f"options {shot.place} {pair.question}", len(pair.options))
-        parts = shown_parts(pair, document_style.options, order)
-        shown.append({part: [Fragment(value, SpanLabel(part, number, index))] for part, value in parts.items()})
-    text = [Fragment(words, SpanLabel("text", number))] if words else []
-    return Laid(text, [pair for _, pair in shot.pairs], shown)
+        values = pair_values(pair, style.options, order)
+        pairs.append(
+            (pair.format, {kind: [Fragment(value, SpanLabel(kind, number, index))] for kind, value in values.items()})
+        )
+    return ShotParts([Fragment(words, SpanLabel("text", number))] if words else [], pairs)
 
 
-def text_block(laid: Laid, document_style: DocumentStyle) -> Fragments:
-    opening, bridge = frame(laid, document_style)
-    match document_style.layout:
+def text_block(one: ShotParts, style: DocumentStyle) -> Fragments:
+    opening, bridge = frame(one, style)
+    match style.layout:
         case "numbered":
-            return join(BLOCKS, [opening, *numbered_blocks(laid, document_style)])
+            return join(BLOCKS, [opening, *numbered_blocks(one, style)])
         case "dialogue":
-            return join(BLOCKS, [opening, bridge, join(document_style.between, dialogue_turns(laid, document_style))])
+            return join(BLOCKS, [opening, bridge, join(style.between, dialogue_turns(one, style))])
         case "questions_first":
-            return join(BLOCKS, [bridge, join(document_style.between, inline(laid, document_style)), opening])
-    return join(BLOCKS, [opening, bridge, join(document_style.between, inline(laid, document_style))])
+            return join(BLOCKS, [bridge, join(style.between, inline(one, style)), opening])
+    return join(BLOCKS, [opening, bridge, join(style.between, inline(one, style))])
 
 
-def frame(laid: Laid, document_style: DocumentStyle) -> tuple[Fragments, Fragments]:
-    """The text as it is introduced, and the words that lead on to its pairs."""
-    asker, replier = ([Fragment(name)] for name in document_style.speakers)
-    values = {"text": laid.text, "asker": asker, "replier": replier}
-    return fill(document_style.opening, values) if laid.text else [], fill(document_style.bridge, values)
+def frame(one: ShotParts, style: DocumentStyle) -> tuple[Fragments, Fragments]:
+    """The text with its opening, and the bridge to its pairs."""
+    values = {"text": one.text, **speakers(style)}
+    return fill(style.opening, values) if one.text else [], fill(style.bridge, values)
 
 
-def inline(laid: Laid, document_style: DocumentStyle) -> list[Fragments]:
-    return [
-        fill(document_style.patterns[pair.format], parts) for pair, parts in zip(laid.pairs, laid.shown, strict=True)
-    ]
+def speakers(style: DocumentStyle) -> dict[str, Fragments]:
+    asker, replier = style.speakers
+    return {"asker": [Fragment(asker)], "replier": [Fragment(replier)]}
 
 
-def dialogue_turns(laid: Laid, document_style: DocumentStyle) -> Iterator[Fragments]:
-    asker, replier = ([Fragment(name)] for name in document_style.speakers)
-    for pair, parts in zip(laid.pairs, laid.shown, strict=True):
-        turn = document_style.turns[pair.format]
-        said = {"ask": fill(turn.ask, parts), "reply": fill(turn.reply, parts)}
-        yield fill(document_style.turn, {"asker": asker, "replier": replier, **said})
+def inline(one: ShotParts, style: DocumentStyle) -> list[Fragments]:
+    return [fill(style.patterns[kind], parts) for kind, parts in one.pairs]
 
 
-def numbered_blocks(laid: Laid, document_style: DocumentStyle) -> list[Fragments]:
+def dialogue_turns(one: ShotParts, style: DocumentStyle) -> Iterator[Fragments]:
+    for kind, parts in one.pairs:
+        turn = style.turns[kind]
+        yield fill(style.turn, {"ask": fill(turn.ask, parts), "reply": fill(turn.reply, parts), **speakers(style)})
+
+
+def numbered_blocks(one: ShotParts, style: DocumentStyle) -> list[Fragments]:
     """All questions under one heading, then all answers under another."""
     asks, replies = [], []
-    for number, (pair, parts) in enumerate(zip(laid.pairs, laid.shown, strict=True), 1):
-        ask_mark, reply_mark = (Fragment(fill_words(mark, {"number": str(number)})) for mark in document_style.marks)
-        asks.append([ask_mark, *fill(document_style.turns[pair.format].ask, parts)])
-        replies.append([reply_mark, *fill(document_style.turns[pair.format].reply, parts)])
-    sides = zip(document_style.headings, (asks, replies), strict=True)
-    return [[Fragment(f"{heading}\n"), *join(document_style.between, lines)] for heading, lines in sides]
+    for number, (kind, parts) in enumerate(one.pairs, 1):
+        ask_mark, reply_mark = (Fragment(fill_words(mark, {"number": str(number)})) for mark in style.marks)
+        asks.append([ask_mark, *fill(style.turns[kind].ask, parts)])
+        replies.append([reply_mark, *fill(style.turns[kind].reply, parts)])
+    halves = zip(style.headings, (asks, replies), strict=True)
+    return [[Fragment(f"{heading}\n"), *join(style.between, lines)] for heading, lines in halves]
 
 
-def few_shot_blocks(texts: Sequence[Laid], document_style: DocumentStyle) -> list[Fragments]:
-    """Worked examples, counted, then the test item under a heading of its own."""
-    asked = [laid for laid in texts if laid.pairs]
-    if len(asked) == 1:
-        return [few_pairs(laid, document_style) if laid.pairs else laid.text for laid in texts]
-    headings = iter(shot_headings(len(asked), document_style))
-    return [
-        join(
-            "\n",
-            [
-                next(headings),
-                join(
-                    BLOCKS, [frame(laid, document_style)[0], join(document_style.between, inline(laid, document_style))]
-                ),
-            ],
-        )
-        if laid.pairs
-        else laid.text
-        for laid in texts
-    ]
+def few_shot_blocks(texts: Sequence[ShotParts], style: DocumentStyle) -> list[Fragments]:
+    """Numbered worked examples, then the test item under its own heading: texts, or the pairs of the only text."""
+    asked = [one for one in texts if one.pairs]
+    headings = shot_headings(len(asked) if len(asked) > 1 else len(asked[0].pairs), style)
+    blocks = []
+    for one in texts:
+        opening, items = frame(one, style)[0], inline(one, style)
+        if not one.pairs:
+            blocks.append(one.text)
+        elif len(asked) > 1:
+            block = join(BLOCKS, [opening, join(style.between, items)])
+            blocks.append(join("\n", [next(headings), block]))
+        else:
+            block = join(style.between, [join("\n", [next(headings), item]) for item in items])
+            blocks.append(join(BLOCKS, [opening, block]))
+    return blocks
 
 
-def few_pairs(laid: Laid, document_style: DocumentStyle) -> Fragments:
-    lines = zip(shot_headings(len(laid.pairs), document_style), inline(laid, document_style), strict=True)
-    items = [join("\n", [heading, line]) for heading, line in lines]
-    return join(BLOCKS, [frame(laid, document_style)[0], join(document_style.between, items)])
+def shot_headings(count: int, style: DocumentStyle) -> Iterator[Fragments]:
+    example, test = style.shots
+    yield from ([Fragment(fill_words(example, {"number": str(number)}))] for number in range(1, count))
+    yield [Fragment(test)]
 
 
-def shot_headings(count: int, document_style: DocumentStyle) -> list[Fragments]:
-    example, test = document_style.shots
-    numbered = [[Fragment(fill_words(example, {"number": str(number)}))] for number in range(1, count)]
-    return [*numbered, [Fragment(test)]]
-
-
-def shown_parts(pair: Pair, style: OptionStyle, order: Sequence[int]) -> dict[SpanKind, str]:
-    """What the placeholders of a pair's pattern stand for, with its options in `order`."""
-    parts: dict[SpanKind, str] = {"question": question_stem(pair).strip(), "answer": final_answer(pair)}
+def pair_values(pair: Pair, style: OptionStyle, order: Sequence[int]) -> dict[SpanKind, str]:
+    """The values of the placeholders of a pair's pattern, with its options in `order`."""
+    values: dict[SpanKind, str] = {"question": question_stem(pair).strip(), "answer": final_answer(pair)}
     if pair.rationale is not None:
-        parts["rationale"] = pair.rationale.strip()
+        values["rationale"] = pair.rationale.strip()
     if pair.options:
         gold = gold_option(pair)
         assert gold is not None, pair
-        lines = [{"label": label(style, place), "option": pair.options[i]} for place, i in enumerate(order)]
-        parts["options"] = style.between.join(fill_words(style.mark, line) for line in lines)
-        parts["answer"] = fill_words(style.answer, lines[list(order).index(gold)])
-    return parts
+        labels = LABELS[style.labels]
+        lines = [{"label": labels[place], "option": pair.options[index]} for place, index in enumerate(order)]
+        values["options"] = style.between.join(fill_words(style.mark, line) for line in lines)
+        values["answer"] = fill_words(style.answer, lines[list(order).index(gold)])
+    return values
 
 
-def label(style: OptionStyle, place: int) -> str:
-    match style.labels:
-        case "upper":
-            return string.ascii_uppercase[place]
-        case "lower":
-            return string.ascii_lowercase[place]
-        case "numbers":
-            return str(place + 1)
-    return ""
+# ---- templates and fragments
+
+
+@cache
+def split(template: str) -> tuple[str, ...]:
+    """Words and placeholder names in turn: 'Q: {question}' -> ('Q: ', 'question', '')"""
+    return tuple(PLACEHOLDER.split(template))
+
+
+def fill(template: str, values: Mapping[str, Fragments]) -> Fragments:
+    """The template with its {placeholders} replaced; a value is never read as a template."""
+    filled: Fragments = []
+    for place, part in enumerate(split(template)):
+        if place % 2:
+            filled += values[part]
+        elif part:
+            filled.append(Fragment(part))
+    return filled
+
+
+def fill_words(template: str, values: Mapping[str, str]) -> str:
+    """`fill` for plain strings."""
+    return "".join(values[part] if place % 2 else part for place, part in enumerate(split(template)))
+
+
+def join(separator: str, blocks: Iterable[Fragments]) -> Fragments:
+    """The non-empty blocks, with `separator` between them."""
+    joined: Fragments = []
+    for block in blocks:
+        if joined and block:
+            joined.append(Fragment(separator))
+        joined += block
+    return joined
+
+
+def finish(fragments: Fragments) -> tuple[str, Spans]:
+    """The text, and its spans by kind: [text, start, end] for texts, [text, pair, start, end] for the others."""
+    spans: Spans = {}
+    end = 0
+    for words, label in fragments:
+        start, end = end, end + len(words)
+        if label is not None:
+            owner = [label.text] if label.pair is None else [label.text, label.pair]
+            spans.setdefault(label.part, []).append([*owner, start, end])
+    return "".join(fragment.words for fragment in fragments), spans

@@ -1,7 +1,7 @@
-"""The filter expression of `synth render`: comparisons over a pair's scores, joined by and, or, not.
+"""The `keep` expression of `synth render`: comparisons of a pair's scores, joined by and, or, not.
 
-Guaranteed: nothing is executed; the expression is read as a tree and only names, numbers, comparisons, and/or/not pass.
-A pair that lacks a score fails every comparison with it. `well_formed` is 1 for a pair that the parser accepted.
+Guarantees: the expression is parsed, never executed; only names, numbers, comparisons, and/or/not are allowed. A
+comparison with a score that the pair lacks is false. `well_formed` is 1 for a pair that the parser accepted.
 """
 
 import ast
@@ -22,32 +22,26 @@ COMPARE: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
-JOINTS = (ast.And, ast.Or, ast.Not, ast.USub, ast.Load)
+ALLOWED = (ast.Name, ast.BoolOp, ast.UnaryOp, ast.Compare, ast.And, ast.Or, ast.Not, ast.USub, ast.Load, *COMPARE)
 EXAMPLE = 'expected scores, numbers, comparisons, and/or/not, for example "grounded >= 0.3 and well_formed"'
 
 
 @lru_cache(maxsize=16)
 def read_keep(expression: str) -> ast.expr:
-    """The expression's tree. Raises ValueError when it holds anything but what the module promises."""
+    """The expression's tree. Raises ValueError for anything that the module docstring does not allow."""
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError) as error:
-        raise ValueError(f"no expression that can be read; {EXAMPLE}") from error
+        raise ValueError(f"not an expression; {EXAMPLE}") from error
     for node in ast.walk(tree):
-        if not is_allowed(node):
+        is_number = isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+        if not is_number and not isinstance(node, ALLOWED):
             raise ValueError(f"{ast.unparse(node) or type(node).__name__!r} is not allowed; {EXAMPLE}")
     return tree
 
 
-def is_allowed(node: ast.AST) -> bool:
-    if isinstance(node, ast.Constant):
-        return isinstance(node.value, int | float)
-    shapes = (ast.Name, ast.BoolOp, ast.UnaryOp, ast.Compare, *COMPARE, *JOINTS)
-    return isinstance(node, shapes)
-
-
 def keeps(expression: str | None, pair: Pair) -> bool:
-    """Whether an accepted pair stays."""
+    """Whether an accepted pair passes the filter."""
     if expression is None:
         return True
     return is_true(value(read_keep(expression), {**pair.scores, WELL_FORMED: float(pair.accepted)}))
@@ -67,10 +61,9 @@ def value(node: ast.expr, scores: dict[str, float]) -> float:
             return not is_true(value(inner, scores))
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return -value(inner, scores)
-        case ast.BoolOp(op=ast.And(), values=parts):
-            return all(is_true(value(part, scores)) for part in parts)
-        case ast.BoolOp(op=ast.Or(), values=parts):
-            return any(is_true(value(part, scores)) for part in parts)
+        case ast.BoolOp(op=joint, values=parts):
+            decide = all if isinstance(joint, ast.And) else any
+            return decide(is_true(value(part, scores)) for part in parts)
         case ast.Compare(left=left, ops=ops, comparators=others):
             numbers = [value(part, scores) for part in (left, *others)]
             if any(isnan(number) for number in numbers):
@@ -81,14 +74,13 @@ def value(node: ast.expr, scores: dict[str, float]) -> float:
 
 
 def check_scores(expression: str, groups: Iterable[SynthGroup]) -> None:
-    """Raises UserError when a name in the expression is the score of no pair. Reads on until each was seen once."""
-    wanted = {node.id for node in ast.walk(read_keep(expression)) if isinstance(node, ast.Name)} - {WELL_FORMED}
+    """Raises UserError if no pair has a score that the expression names. Reads groups until each name was found."""
+    missing = {node.id for node in ast.walk(read_keep(expression)) if isinstance(node, ast.Name)} - {WELL_FORMED}
     known: set[str] = set()
-    for group in groups if wanted else ():
+    for group in groups if missing else ():
         known.update(*(pair.scores for text in group.texts for pair in text.pairs))
-        if wanted <= known:
+        if missing <= known:
             return
-    if wanted:
-        missing = ", ".join(sorted(wanted - known))
-        found = ", ".join([*sorted(known), WELL_FORMED])
-        raise UserError(f"keep: no pair has the score {missing}; known here: {found}; synth verify adds scores")
+    if missing:
+        names, found = ", ".join(sorted(missing - known)), ", ".join([*sorted(known), WELL_FORMED])
+        raise UserError(f"keep: no pair has the score {names}; scores here: {found}; synth verify adds scores")

@@ -1,7 +1,7 @@
-"""How documents look: templates from data files, and the draws among them.
+"""Templates of documents, read from data files, and the random choices among them.
 
-Guaranteed: every choice is its own draw from (seed, id, epoch, purpose), so that any two choices combine freely and
-none hangs on what was drawn for another document. The wording of the templates was written for this project.
+Guarantees: every choice is drawn from (seed, id, epoch, purpose), so choices are independent of each other and of
+other documents. The wording of the templates was written for this project.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from ipt_jax.corpus.records import Format
 
 Layout = Literal["text_first", "questions_first", "dialogue", "numbered", "few_shot"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-FORMATS: tuple[Format, ...] = ("free", "free_cot", "choice", "choice_cot")
+FORMATS: tuple[Format, ...] = get_args(Format)
 FOLDER = Path(__file__).parent / "templates"
 FILES = tuple(FOLDER / f"{name}.yaml" for name in (*FORMATS, "turns", "options", "layouts"))
 Drawn = TypeVar("Drawn")
@@ -40,19 +40,21 @@ class OptionStyle(msgspec.Struct, frozen=True):
 
 
 class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one layout draws from; the lists that it has no use for are empty."""
+    """The choices of one layout. Lists that the layout does not use have one empty choice."""
 
     between: list[str]
     openings: list[str]
-    bridges: list[str] = []
-    speakers: list[tuple[str, str]] = []
-    turns: list[str] = []
-    marks: list[tuple[str, str]] = []
-    headings: list[tuple[str, str]] = []
-    shots: list[tuple[str, str]] = []
+    bridges: tuple[str, ...] = ("",)
+    speakers: tuple[tuple[str, str], ...] = (("", ""),)
+    turns: tuple[str, ...] = ("",)
+    marks: tuple[tuple[str, str], ...] = (("", ""),)
+    headings: tuple[tuple[str, str], ...] = (("", ""),)
+    shots: tuple[tuple[str, str], ...] = (("", ""),)
 
 
 class Layouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`bare`: probability of no opening, and, drawn separately, of no bridge."""
+
     bare: float
     separators: list[str]
     text_first: Frame
@@ -73,7 +75,7 @@ class Templates:
 
 @dataclass(frozen=True)
 class DocumentStyle:
-    """What was drawn for one document; all its texts share it."""
+    """The choices drawn for one document, shared by all its texts."""
 
     layout: Layout
     patterns: dict[Format, str]
@@ -103,7 +105,7 @@ def load_templates() -> Templates:
 
 
 class Draws:
-    """The choices of one group or document in one epoch, each from a stream of its own."""
+    """The choices of one group or document in one epoch, each from its own random stream."""
 
     def __init__(self, seed: int, name: str, epoch: int) -> None:
         self.keys = (seed, name, epoch)
@@ -123,7 +125,7 @@ class Draws:
 
 
 def draw_style(draws: Draws, weights: Mapping[Layout, float], *, has_example: bool = True) -> DocumentStyle:
-    """`has_example`: there is something to show before a test item; without it few_shot becomes text_first."""
+    """`has_example`: an example can precede the test item; without one few_shot is replaced by text_first."""
     templates = load_templates()
     layouts = templates.layouts
     layout = draws.weighted("layout", weights)
@@ -137,12 +139,12 @@ def draw_style(draws: Draws, weights: Mapping[Layout, float], *, has_example: bo
         turns={name: draws.pick(f"turn {name}", templates.turns[name]) for name in FORMATS},
         options=draws.pick("option style", templates.options),
         opening="{text}" if no_opening else draws.pick("opening", frame.openings),
-        bridge="" if no_bridge else draws.pick("bridge", frame.bridges or [""]),
+        bridge="" if no_bridge else draws.pick("bridge", frame.bridges),
         between=draws.pick("between pairs", frame.between),
         separator=draws.pick("separator", layouts.separators),
-        speakers=draws.pick("speakers", frame.speakers or [("", "")]),
-        turn=draws.pick("turn line", frame.turns or [""]),
-        marks=draws.pick("marks", frame.marks or [("", "")]),
-        headings=draws.pick("headings", frame.headings or [("", "")]),
-        shots=draws.pick("shots", frame.shots or [("", "")]),
+        speakers=draws.pick("speakers", frame.speakers),
+        turn=draws.pick("turn line", frame.turns),
+        marks=draws.pick("marks", frame.marks),
+        headings=draws.pick("headings", frame.headings),
+        shots=draws.pick("shots", frame.shots),
     )

@@ -9,7 +9,7 @@ from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup
 from synth.format.parser import parse_completion
 from synth.format.wire import wire_pair
-from synth.render.documents import RenderSettings, render_group
+from synth.render.documents import Renderer, RenderSettings
 from synth.render.templates import LAYOUTS
 
 EVEN = dict.fromkeys(LAYOUTS, 1.0)
@@ -41,7 +41,7 @@ def recipe(**fields: object) -> RenderSettings:
 
 
 def render(one: SynthGroup, **fields: object) -> list[Document]:
-    return render_group(one, recipe(**fields), Counter(), Counter())
+    return Renderer(recipe(**fields), Counter(), Counter()).documents(one)
 
 
 def odd_group(stream: random.Random, name: str) -> SynthGroup:

@@ -23,9 +23,8 @@ from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.shards import read_documents
 from synth.format.parser import reject
 from synth.format.wire import wire_pair
-from synth.render.dataset_card import cell, fenced, size_category
+from synth.render.dataset_card import SCHEMA, cell, features, fenced, size_category
 from synth.render.documents import RenderSettings
-from synth.render.hub_rows import SCHEMA, features
 from synth.render.run import run_render
 
 
@@ -156,7 +155,7 @@ def test_card_says_what_is_in_it(folder: Path) -> None:
 
 
 def test_another_licence_has_a_name_and_a_place(folder: Path) -> None:
-    with pytest.raises(UserError, match="needs license_name and license_link"):
+    with pytest.raises(UserError, match="requires license_name and license_link"):
         hub_recipe(folder, license="other", license_name="mine")
     with pytest.raises(UserError, match=r"hub\.license"):
         hub_recipe(folder, license="CC BY 4.0")
@@ -214,14 +213,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_other_directories_are_left_alone(folder: Path) -> None:
     (folder / "hub" / "data").mkdir(parents=True)
     (folder / "hub" / "data" / "train-mine.parquet").write_text("mine")
-    with pytest.raises(UserError, match="holds 'data' but no export.json"):
+    with pytest.raises(UserError, match="contains 'data' but no export.json"):
         run_render(hub_recipe(folder))
     assert (folder / "hub" / "data" / "train-mine.parquet").read_text() == "mine"
     assert not (folder / "documents").exists(), "said before the work begins"
     (folder / "hub" / "data" / "train-mine.parquet").unlink()
     (folder / "hub" / "data").rmdir()
     run_render(hub_recipe(folder))
-    with pytest.raises(UserError, match="made of other documents"):
+    with pytest.raises(UserError, match="contains other documents"):
         run_render(hub_recipe(folder, format="jsonl"))
 
 

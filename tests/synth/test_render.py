@@ -16,7 +16,7 @@ from ipt_jax.corpus.records import Pair, Parent, SynthGroup, encode
 from ipt_jax.corpus.shards import Output, read_documents, read_manifest
 from synth.format.parser import reject
 from synth.format.wire import wire_pair
-from synth.render.documents import render_group
+from synth.render.documents import Renderer
 from synth.render.run import run_render
 from synth.render.templates import load_templates
 
@@ -46,7 +46,7 @@ def test_one_document_with_parents_and_every_part() -> None:
 def test_no_pair_left_leaves_raw_texts_and_no_empty_document() -> None:
     counts, dropped = Counter(), Counter()
     one = group("g", [[reject(PAIRS[0], "duplicate_question")], []], texts=["First.\n", "Second."])
-    documents = render_group(one, recipe(), counts, dropped)
+    documents = Renderer(recipe(), counts, dropped).documents(one)
     assert [(doc.id, doc.kind, doc.text) for doc in documents] == [
         ("g.raw0", "raw", "First.\n"),
         ("g.raw1", "raw", "Second."),
@@ -57,7 +57,7 @@ def test_no_pair_left_leaves_raw_texts_and_no_empty_document() -> None:
 
 def test_blank_text_makes_no_document() -> None:
     dropped: Counter[str] = Counter()
-    assert render_group(group("g", [[]], texts=[" \n"]), recipe(), Counter(), dropped) == []
+    assert Renderer(recipe(), Counter(), dropped).documents(group("g", [[]], texts=[" \n"])) == []
     assert dropped == {"blank_text": 1}
 
 
@@ -135,7 +135,7 @@ def test_few_shot_of_one_text_ends_in_a_test_pair() -> None:
 
 def test_few_shot_without_an_example_is_text_first_and_counted_so() -> None:
     counts: Counter[str] = Counter()
-    [document] = render_group(group("g", [[PAIRS[0]], []]), recipe(layouts={"few_shot": 1}), counts, Counter())
+    [document] = Renderer(recipe(layouts={"few_shot": 1}), counts, Counter()).documents(group("g", [[PAIRS[0]], []]))
     assert document.meta["layout"] == "text_first"
     assert counts["layout.text_first"] == 1
 
@@ -157,9 +157,8 @@ def test_one_shot_is_drawn_apart_from_the_layout() -> None:
     counts: Counter[str] = Counter()
     seen = Counter()
     for i in range(2000):
-        documents = render_group(
-            group(f"g{i}", [PAIRS[:2], PAIRS[:2]]), recipe(layouts=EVEN, one_shot=0.25), counts, Counter()
-        )
+        renderer = Renderer(recipe(layouts=EVEN, one_shot=0.25), counts, Counter())
+        documents = renderer.documents(group(f"g{i}", [PAIRS[:2], PAIRS[:2]]))
         seen.update((len(documents), document.meta["layout"]) for document in documents)
     assert 0.22 < counts["one_shot"] / counts["with_pairs"] < 0.28
     assert set(seen) == {(n, layout) for n in (1, 2) for layout in EVEN}
@@ -182,7 +181,9 @@ def test_no_group_leaves_anything_behind_for_the_next() -> None:
 def test_more_than_26_options_are_counted_and_not_cut() -> None:
     many = [f"option {i}" for i in range(27)]
     dropped: Counter[str] = Counter()
-    documents = render_group(group("g", [[wire_pair("Q?", many[3], many), PAIRS[0]]]), recipe(), Counter(), dropped)
+    documents = Renderer(recipe(), Counter(), dropped).documents(
+        group("g", [[wire_pair("Q?", many[3], many), PAIRS[0]]])
+    )
     assert dropped == {"too_many_options": 1}
     assert "option" not in documents[0].text
 
@@ -218,7 +219,7 @@ def test_every_document_answers_all_of_its_questions_and_shows_all_options() -> 
 def test_a_question_without_an_answer_is_not_shown() -> None:
     dropped: Counter[str] = Counter()
     odd = [Pair("Why?", " "), Pair(" ", "Rain"), PAIRS[0]]
-    [document] = render_group(group("g", [odd]), recipe(), Counter(), dropped)
+    [document] = Renderer(recipe(), Counter(), dropped).documents(group("g", [odd]))
     assert dropped == {"empty_answer": 1, "empty_question": 1}
     assert "Why" not in document.text
 
@@ -232,7 +233,7 @@ def test_filter_counts_and_leaves_neighbours_alone() -> None:
     for pair, score in zip(scored, (0.1, 0.9, 0.9, 0.9), strict=True):
         pair.scores = {"grounded": score}
     dropped: Counter[str] = Counter()
-    filtered = render_group(group("g", [scored]), recipe(keep="grounded > 0.5"), Counter(), dropped)
+    filtered = Renderer(recipe(keep="grounded > 0.5"), Counter(), dropped).documents(group("g", [scored]))
     assert dropped == {"keep": 1}
     assert filtered[0].text == render(group("g", [scored[1:]]))[0].text
     assert [pair for _, pair, *_ in filtered[0].meta["spans"]["question"]] == [1, 2, 3], "places in the record"
@@ -244,7 +245,7 @@ def test_pairs_without_parsed_parts_are_read_from_the_wire() -> None:
     assert render(group("g", [bare])) == render(group("g", [PAIRS]))
     broken = Pair("Where?\nOptions:\n- Rome\n- Oslo", "Bern", "choice")
     dropped: Counter[str] = Counter()
-    assert render_group(group("g", [[broken]]), recipe(), Counter(), dropped)[0].kind == "raw"
+    assert Renderer(recipe(), Counter(), dropped).documents(group("g", [[broken]]))[0].kind == "raw"
     assert dropped == {"answer_not_in_options": 1}
 
 
@@ -297,7 +298,7 @@ def test_a_filter_that_leaves_no_pair_is_told(tmp_path: Path, capsys: pytest.Cap
 def test_mistakes(tmp_path: Path) -> None:
     where = str(write_groups(tmp_path / "groups", [[group("a", [[PAIRS[0]]])]]))
     fields = {"groups": where, "output": str(tmp_path / "out")}
-    with pytest.raises(UserError, match="no pair has the score grounded; known here: well_formed"):
+    with pytest.raises(UserError, match="no pair has the score grounded; scores here: well_formed"):
         run_render(recipe(**fields, keep="grounded > 0.5"))
     with pytest.raises(UserError, match="holds no groups"):
         run_render(recipe(groups=str(write_groups(tmp_path / "none", [[]])), output=str(tmp_path / "out")))
@@ -305,7 +306,7 @@ def test_mistakes(tmp_path: Path) -> None:
         recipe(layouts={"dialog": 1})
     with pytest.raises(UserError, match="every share is 0"):
         recipe(layouts={"dialogue": 0})
-    with pytest.raises(UserError, match="add up to more than a number can hold; give smaller ones"):
+    with pytest.raises(UserError, match="sum of the shares is too large for a number; use smaller shares"):
         recipe(layouts={"dialogue": 1e308, "text_first": 1e308})
     run_render(recipe(**fields))
     with pytest.raises(UserError, match="'render' wrote no groups"):

@@ -16,7 +16,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.records import Document, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import tokenize_documents
-from synth.render.documents import render_group
+from synth.render.documents import Renderer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def render(
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     settings = recipe(tokenizer="tokenizer", max_document_tokens=limit, **fields)
-    return render_group(one, settings, counts, dropped, tokenizer), counts, dropped
+    return Renderer(settings, counts, dropped, tokenizer).documents(one), counts, dropped
 
 
 def sizes(documents: list[Document], tokenizer: Tokenizer) -> list[int]:
@@ -99,5 +99,5 @@ def blank(one: SynthGroup) -> set[str]:
 
 
 def test_a_limit_needs_the_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="max_document_tokens: tokens need a tokenizer"):
+    with pytest.raises(UserError, match="max_document_tokens: requires a tokenizer"):
         recipe(max_document_tokens=2048)

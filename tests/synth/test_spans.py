@@ -14,8 +14,8 @@ from scipy.stats import chisquare
 from ipt_jax.corpus.records import Document, SynthGroup, decode, encode
 from synth.format.parser import gold_option, read_format
 from synth.format.wire import final_answer, question_stem, wire_pair
-from synth.render.documents import render_group
-from synth.render.spans import Fragment, SpanLabel, finish, join
+from synth.render.documents import Renderer
+from synth.render.layout import Fragment, SpanLabel, finish, join
 
 
 def test_finish_literal() -> None:
@@ -86,7 +86,7 @@ def test_odd_pairs_never_raise_and_spans_give_them_back(layout: str) -> None:
         one = odd_group(stream, f"g{number}")
         counts, dropped = Counter(), Counter()
         chosen = recipe(layouts={layout: 1}, one_shot=0.3)
-        for document in render_group(one, chosen, counts, dropped):
+        for document in Renderer(chosen, counts, dropped).documents(one):
             assert decode(encode(document), Document) == document
             shown += check_document(document, one)
         lost += dropped.total() - dropped["blank_text"]
