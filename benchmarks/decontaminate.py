@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 
 from ipt_jax.core.settings import check_settings
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, encode
-from ipt_jax.corpus.shards import Output
 from synth.decontaminate.run import DecontaminateSettings, run_decontaminate
 
 ROOT = Path(__file__).resolve().parents[1]

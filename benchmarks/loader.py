@@ -146,7 +146,7 @@ def _write_rivals(root: Path) -> None:
     import datasets
     import pyarrow as pa
 
-    from ipt_jax.corpus.shards import UNPACKED, write_shard
+    from ipt_jax.core.stage import UNPACKED, write_shard
     from ipt_jax.data.token_shards import read_token_documents
 
     documents = [np.frombuffer(document.tokens, "<u2") for document in read_token_documents(root / "raw")]

@@ -22,8 +22,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, encode
-from ipt_jax.corpus.shards import Output
 from synth.format.wire import wire_pair
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,7 +35,8 @@ import msgspec
 
 from ipt_jax.core.hashing import CachedHashes, FileHashCache, digest
 from ipt_jax.core.settings import check_settings
-from ipt_jax.corpus.shards import SCHEMA, Manifest, ShardEntry, Shards
+from ipt_jax.core.stage import SCHEMA, Manifest, ShardEntry
+from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
 from synth.engine import GenerationRequest

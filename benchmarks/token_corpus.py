@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ipt_jax.core.stage import UNPACKED, NewShard, Output, write_shard
 from ipt_jax.corpus.records import Kind, TokenDocument
-from ipt_jax.corpus.shards import Output
-from ipt_jax.data.token_index import index_digests, index_names, name_index_files
-from ipt_jax.data.token_shards import RECORDS, Written, write_token_shard
+from ipt_jax.data.token_index import index_digests
+from ipt_jax.data.token_shards import RECORDS, Written, token_pages
 
 VOCAB = 32_000
 SHARD_DOCUMENTS = 20_000
@@ -31,12 +32,11 @@ def write_corpus(path: Path, lengths: np.ndarray, kind: Kind, seed: int) -> None
     identity |= {"documents": len(lengths), "seed": seed, "kind": kind}
     with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
         for shard in range(total):
-            temporary, file = output.temporary(shard), f"tokens-{shard:05d}-of-{total:05d}.array_record"
             mine = lengths[shard * SHARD_DOCUMENTS : (shard + 1) * SHARD_DOCUMENTS]
-            records, digests = write_token_shard(temporary, _documents(mine, f"{kind}-{shard}", kind, [seed, shard]))
-            name_index_files(temporary, file)
-            sides, counts = index_names(file, digests), {kind: len(mine)}
-            output.seal_file(shard, total, records, tokens=int(mine.sum()), counts=counts, sides=sides)
+            new = NewShard(output.temporary(shard), tokens=int(mine.sum()), counts=Counter({kind: len(mine)}))
+            pages = token_pages(_documents(mine, f"{kind}-{shard}", kind, [seed, shard]), new)
+            new.records = write_shard(new.path, pages, UNPACKED)
+            output.seal_file(shard, total, new)
         output.finish({"side_files": index_digests(output.manifest), "duplicate_ids": 0})
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.hashing import digest
 from ipt_jax.corpus.records import Pair, SynthGroup, decode
 from ipt_jax.corpus.shards import Shards
 
@@ -20,6 +21,19 @@ def read_groups(path: str | Path, *, verify: bool = True) -> Iterator[SynthGroup
     shards = Shards(path, verify=verify)
     for record in shards:
         yield decode_group(record, shards)
+
+
+def open_groups(path: str | Path) -> Shards:
+    """The verified shards of a stage's output. Raises UserError if they hold no record."""
+    shards = Shards(path)
+    if not len(shards):
+        raise UserError(f"groups {path}: holds no groups; run synth run on a corpus that is not empty")
+    return shards
+
+
+def groups_digest(shards: Shards) -> str:
+    """SHA-256 over the contents of all shards."""
+    return digest([entry.sha256 for entry in shards.manifest.shards])
 
 
 def decode_group(record: bytes, shards: Shards) -> SynthGroup:

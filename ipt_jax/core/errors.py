@@ -1,9 +1,9 @@
-"""The two errors that reach a user as one line: a mistake in the input (exit code 2) and a fault outside (1)."""
+"""The two errors that a user sees as one line: a mistake in the input (exit code 2) and a fault outside (1)."""
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one line. The command line turns it into exit code 2."""
+    """A user's mistake, described in one line. The command line exits with code 2."""
 
 
 class Fault(RuntimeError):
-    """What went wrong outside of this program and is no mistake of its user's, told in one line: exit code 1."""
+    """A failure outside of this program that is not the user's mistake, described in one line: exit code 1."""

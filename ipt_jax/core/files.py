@@ -1,14 +1,7 @@
-"""How outputs are written: whole or not at all, by one writer; what the disk or the path will not have is one line.
-
-An output directory that appears whole or not at all.
-
-Guarantees: everything is written to a hidden sibling, which takes the final name at the end; a process that is killed
-leaves the old directory as it was. One writer at a time; a full disk or a missing permission is the user's to mend.
-"""
+"""Atomic, single-writer file output. Disk and path errors are reported as a one-line UserError."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -19,39 +12,39 @@ from pathlib import Path
 from ipt_jax.core.errors import UserError
 
 TEMPORARY = ".tmp"
-OWN_FIRST = {".lock", f"manifest.json{TEMPORARY}"}  # what a run killed before its first manifest leaves
+OWN_FIRST = {".lock", f"manifest.json{TEMPORARY}"}  # files of a run that was killed before its first manifest
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a full disk, a read-only path or a missing permission under `path` into a UserError."""
+    """Converts a full disk, a read-only path or a missing permission under `path` to a UserError."""
     try:
         yield
     except OSError as error:
         is_file = isinstance(error, FileExistsError | NotADirectoryError)
-        cure = "a file lies there; give a directory" if is_file else "free space or give another path"
+        cure = "this is a file; set a directory" if is_file else "free space or set another path"
         raise UserError(f"output {path}: cannot be written ({error.strerror or error}); {cure}") from error
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raises UserError where other files than a stage's lie in a directory without a manifest."""
+    """Raises UserError if a directory without a manifest holds files of another origin."""
     if foreign := sorted({entry.name for entry in path.iterdir()} - OWN_FIRST):
-        raise UserError(f"output {path}: holds {foreign[0]!r} but no manifest of this project; give an empty directory")
+        raise UserError(f"output {path}: holds {foreign[0]!r} but no manifest of this project; set an empty directory")
 
 
 def lock_directory(path: Path) -> int:
-    """Takes `path/.lock` until the returned descriptor is closed or the process dies. Raises UserError when held."""
+    """Locks `path/.lock` until the returned descriptor is closed or the process ends. Raises UserError if locked."""
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"output {path}: another run is writing here; wait for it or give another output") from None
+        raise UserError(f"output {path}: another run is writing here; wait for it or set another output") from None
     return descriptor
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data` so that a reader sees the old or the new bytes, never a part."""
+    """Replaces `path` by `data` atomically: a reader sees the old or the new bytes."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with temporary.open("wb") as file:
@@ -72,23 +65,26 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_directory(path: Path, size: int) -> Iterator[Path]:
-    """The directory to write into; it replaces `path` when the block ends well, and vanishes when it does not.
+    """A hidden sibling of `path` to write into. It replaces `path` if the block succeeds, and is removed if it fails.
 
-    `size` is what will be written, in bytes: a disk that cannot hold it is told before hours of writing.
+    `size` is the number of bytes that will be written. Raises UserError at once if the disk cannot hold them. After a
+    kill the old directory is unchanged.
     """
     temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     with writing(path):
         temporary.mkdir(parents=True, exist_ok=True)
         lock = lock_directory(temporary)
         try:
-            _clear(temporary, keep=".lock")
-            _clear(old)
+            for entry in temporary.iterdir():
+                if entry.name != ".lock":
+                    _remove(entry)
+            _remove(old)
             if size > (free := shutil.disk_usage(temporary).free):
                 raise UserError(
                     f"output {path}: needs {size / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left; "
-                    "free space or give another path"
+                    "free space or set another path"
                 )
             yield temporary
             (temporary / ".lock").unlink()
@@ -106,23 +102,20 @@ def whole_directory(path: Path, size: int) -> Iterator[Path]:
 
 
 def refuse_unrelated(path: Path, ours: bool, what: str) -> None:
-    """Raises UserError where `path` holds something else than an earlier `what`."""
+    """Raises UserError if `path` holds anything but an earlier `what`."""
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not ours):
-        raise UserError(f"output {path}: exists and is no {what} of this model; give another path or remove it")
+        raise UserError(f"output {path}: exists and is not an {what} of this model; set another path or remove it")
 
 
-def _clear(directory: Path, keep: str = "") -> None:
-    for entry in directory.iterdir() if directory.is_dir() else ():
-        if entry.name == keep:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(directory: Path) -> None:
-    """Bytes reach the disk before the name does."""
+    """Flushes every file to the disk, then the directory."""
     for entry in directory.rglob("*"):
         if entry.is_file():
             with entry.open("rb") as file:

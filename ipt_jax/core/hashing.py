@@ -1,8 +1,8 @@
-"""Digests of files that were hashed before, so that a restart does not read a corpus once more.
+"""SHA-256 of values and files, with a cache of file hashes: a restart does not read a corpus twice.
 
-A digest stands for a file of the same name, inode, size and times of change (of its bytes and of its inode: no program
-can set the latter back). A file that changed within the last seconds is hashed each time, because a further change may
-leave the same times. What is kept holds a checksum of itself; where it does not fit, every file is hashed again.
+A cached hash belongs to a file of the same name, inode, size and times of change, of its bytes and of its inode. No
+program can set the latter. A file that changed in the last two seconds is not cached, because a further change may
+leave the same times. The cache holds its own checksum and is ignored on a mismatch.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-DigestOf = Callable[[Path], str]  # hashes a file; `core.hashing.FileHashCache` spares what it hashed before
+DigestOf = Callable[[Path], str]  # hashes a file: `file_digest`, or a `FileHashCache`
 
 
 def directory_digest(paths: list[Path], digest_of: DigestOf = file_digest) -> str:
-    """SHA-256 (hex) over the names and bytes of the files `paths`, whatever folder they lie in."""
+    """SHA-256 (hex) over the names and bytes of the files `paths`, of any directory."""
     return digest({path.name: digest_of(path) for path in paths})
 
 
@@ -48,12 +48,19 @@ class CachedHashes(msgspec.Struct):
 
 
 class FileHashCache:
-    """Called with a path, the SHA-256 (hex) of its bytes; `save` keeps for the next process what was asked."""
+    """Call it with a path for the SHA-256 (hex) of the file. `save` stores the hashes asked for in `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known = read_cached_hashes(path)
+        self._known = self._load()
         self._asked: dict[str, str] = {}
+
+    def _load(self) -> dict[str, str]:
+        try:
+            cached = msgspec.json.decode(self.path.read_bytes(), type=CachedHashes)
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+            return {}
+        return cached.digests if cached.checksum == digest(cached.digests) else {}
 
     def __call__(self, file: str | Path) -> str:
         state = os.stat(file)
@@ -72,8 +79,10 @@ class FileHashCache:
 
 
 class FileState(NamedTuple):
-    """What a change of a file, or of the list of files in a directory, changes. Not the inode's number: some file
-    systems that machines share number anew on each of them, and whoever replaces a file sets its times."""
+    """Differs after a change of a file, or of the list of files in a directory.
+
+    It holds no inode number: some shared file systems number inodes differently on each machine.
+    """
 
     size: int
     changed_ns: int
@@ -81,26 +90,17 @@ class FileState(NamedTuple):
 
 
 def file_state(path: str | Path) -> FileState:
-    """Raises UserError where nothing lies at `path`."""
+    """Raises UserError if `path` does not exist."""
     try:
         found = os.stat(path)
     except FileNotFoundError as error:
-        raise UserError(f"input {path}: no such file; put it back, and run again to go on") from error
+        raise UserError(f"input {path}: no such file; restore it and rerun to resume") from error
     return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def refuse_change(path: str | Path, before: FileState) -> None:
-    """Raises UserError, naming the file, unless it is as it was."""
+    """Raises UserError, naming the file, if it changed."""
     if file_state(path) != before:
         raise UserError(
-            f"input {path}: changed since the run began; put it back as it was and run again to go on, or give another "
-            "output"
+            f"input {path}: changed since the run began; restore it and rerun to resume, or set another output"
         )
-
-
-def read_cached_hashes(path: Path) -> dict[str, str]:
-    try:
-        kept = msgspec.json.decode(path.read_bytes(), type=CachedHashes)
-    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
-        return {}
-    return kept.digests if kept.checksum == digest(kept.digests) else {}

@@ -1,23 +1,22 @@
 """A progress line with rate and ETA, on standard error only.
 
-On a terminal it is one line that repaints itself; anywhere else (a log file, CI, SLURM) it is a plain line at most
-every 30 seconds and one at the end, so that logs stay readable. Standard output stays free for `--json`. Safe to
-advance from several threads. The rate covers the last minute, so a slow start (compilation, engine start) does not
-spoil the ETA, and work that was already done when a run resumes (`done`) does not count as speed.
+On a terminal it is one line that repaints itself. Elsewhere (a log file, CI, SLURM) it is a plain line at most every
+30 seconds and one at the end. Several threads may advance it. The rate covers the last minute, so a slow start
+(compilation, engine start) does not distort the ETA. Work done before a resume (`done`) does not count as speed.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections import deque
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
+from rich.text import Text
 
 PLAIN_SECONDS = 30.0
 WINDOW_SECONDS = 60.0
@@ -48,101 +47,72 @@ def format_field(value: object) -> str:
 class Progress:
     """`with Progress(total, "texts", "synth run") as progress: progress.advance(1, pairs=5)`; `total` may be None."""
 
-    def __init__(self, total: int | None, unit: str, label: str, *, done: int = 0) -> None:
-        self.total, self.unit, self.label = total, unit, label
-        self.done = self._first = done
-        self._guessed = False
-        self._fields: dict[str, object] = {}
-        self._lock = threading.Lock()
-        self._started = self._last_line = time.monotonic()
-        self._marks: deque[tuple[float, int]] = deque([(self._started, done)])
-        self._live: RichProgress | None = None
-        self._task: TaskID | None = None
+    def __init__(self, total: float | None, unit: str, label: str, *, done: float = 0) -> None:
+        self._unit, self._label, self._first = unit, label, done
+        self._ending = ""
+        console = Console(file=sys.stderr)
+        # redirect_stdout would move a caller's print() to stderr, and with it the object that --json promises
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            _StatusColumn(self),
+            console=console,
+            disable=not console.is_terminal or console.is_dumb_terminal,
+            redirect_stdout=False,
+            speed_estimate_period=WINDOW_SECONDS,
+            get_time=time.monotonic,
+        )
+        self._bar.add_task(label, start=False, total=total, completed=done)  # type: ignore[arg-type]  # floats work
+        (self._task,) = self._bar.tasks
+
+    @property
+    def done(self) -> float:
+        return self._task.completed
 
     def __enter__(self) -> Progress:
-        self._started = self._last_line = time.monotonic()
-        self._marks = deque([(self._started, self.done)])
-        console = Console(file=sys.stderr)
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._open_live(console)
+        self._last_line = time.monotonic()
+        self._bar.start_task(self._task.id)
+        self._bar.start()
         return self
 
-    def advance(self, n: int = 1, **fields: object) -> None:
-        """`n` more units are done; the fields (loss=…, pairs=…) stand at the end of the line until they change."""
-        with self._lock:
-            self.done += n
-            self._fields.update(fields)
-            now = time.monotonic()
-            self._mark(now)
-            if self._live is not None and self._task is not None:
-                self._live.update(self._task, completed=self.done, status=self._status(now))
-            elif now - self._last_line >= PLAIN_SECONDS:
-                self._last_line = now
-                self._write(f"{self.label}: {self._status(now)}")
-
-    def expect(self, total: int) -> None:
-        """The total as far as it can be told by now, for work whose amount shows on the way."""
-        with self._lock:
-            self.total, self._guessed = total, True
-            if self._live is not None and self._task is not None:
-                self._live.update(self._task, total=total)
+    def advance(self, n: float = 1, **fields: Any) -> None:
+        """Counts `n` more units. The fields (loss=…, pairs=…) are shown at the end of the line until they change."""
+        self._bar.update(self._task.id, advance=n, **fields)
+        if self._bar.disable and time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self._print_status()
 
     def __exit__(
         self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            elapsed = max(time.monotonic() - self._started, 1e-9)
-            rate = format_rate((self.done - self._first) / elapsed)
-            ending = "stopped after" if error else "in"
-            status = f"{self._count()} {ending} {format_duration(elapsed)}, {rate} {self.unit}/s{self._tail()}"
-            if self._live is not None and self._task is not None:
-                self._live.update(self._task, completed=self.done, status=status)
-                self._live.stop()
-                self._live = None
-            else:
-                self._write(f"{self.label}: {status}")
+        self._ending = "stopped after" if error else "in"
+        self._bar.stop()
+        if self._bar.disable:
+            self._print_status()
 
-    def _open_live(self, console: Console) -> None:
-        # redirect_stdout would send a caller's print() to stderr, and with it the object that --json promises
-        self._live = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=console,
-            redirect_stdout=False,
-        )
-        self._task = self._live.add_task(
-            self.label, total=self.total, completed=self.done, status=self._status(self._started)
-        )
-        self._live.start()
+    def status(self) -> str:
+        """`950/1,000 texts (95%), 1.5 texts/s, ETA 33 s pairs 1,234`"""
+        total, done = self._task.total, self._task.completed
+        elapsed = max(self._task.elapsed or 0.0, 1e-9)
+        rate = (done - self._first) / elapsed
+        line = f"{done:,.0f}/{total:,.0f} {self._unit} ({100 * done / total:.0f}%)" if total else ""
+        line = line or f"{done:,.0f} {self._unit}"
+        if self._ending:
+            line += f" {self._ending} {format_duration(elapsed)}, {format_rate(rate)} {self._unit}/s"
+        elif (rate := self._task.speed or rate) > 0:
+            line += f", {format_rate(rate)} {self._unit}/s"
+            if total and done < total:
+                line += f", ETA {format_duration((total - done) / rate)}"
+        return line + "".join(f" {name} {format_field(value)}" for name, value in self._task.fields.items())
 
-    def _mark(self, now: float) -> None:
-        """One mark a second is enough for a rate; a call for every token must stay cheap."""
-        if now - self._marks[-1][0] >= 1.0:
-            self._marks.append((now, self.done))
-        while len(self._marks) > 1 and now - self._marks[1][0] >= WINDOW_SECONDS:
-            self._marks.popleft()
+    def _print_status(self) -> None:
+        print(f"{self._label}: {self.status()}", file=sys.stderr, flush=True)
 
-    def _status(self, now: float) -> str:
-        since, before = self._marks[0]
-        rate = (self.done - before) / (now - since) if now > since else 0.0
-        parts = [self._count()]
-        if rate > 0:
-            parts.append(f"{format_rate(rate)} {self.unit}/s")
-            if self.total is not None and self.done < self.total:
-                parts.append(f"ETA {format_duration((self.total - self.done) / rate)}")
-        return ", ".join(parts) + self._tail()
 
-    def _count(self) -> str:
-        if not self.total:
-            return f"{self.done:,} {self.unit}"
-        share = f"({100 * self.done / self.total:.0f}%)"
-        if self._guessed and self.done < self.total:
-            return f"{self.done:,} of about {self.total:,} {self.unit} {share}"
-        return f"{self.done:,}/{self.total:,} {self.unit} {share}"
+class _StatusColumn(ProgressColumn):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
+        self._progress = progress
 
-    def _tail(self) -> str:
-        return "".join(f" {name} {format_field(value)}" for name, value in self._fields.items())
-
-    def _write(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+    def render(self, task: Task) -> Text:
+        return Text(self._progress.status())

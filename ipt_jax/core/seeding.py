@@ -1,7 +1,4 @@
-"""Random draws from (seed, keys) alone.
-
-Equal keys give equal draws, and no draw depends on another having been made.
-"""
+"""Random draws from (seed, keys). Equal keys give equal draws, and no draw depends on another."""
 
 import hashlib
 import json
@@ -9,12 +6,12 @@ import random
 
 
 def draw(seed: int, *keys: str | int) -> random.Random:
-    """A stream of its own for (seed, keys): equal keys give equal draws, different keys independent ones."""
+    """An independent random stream for (seed, keys)."""
     return random.Random(_key_bytes(seed, keys))
 
 
 def uniform(seed: int, *keys: str | int) -> float:
-    """One number in [0, 1) for (seed, keys); many times cheaper than a stream."""
+    """One number in [0, 1) for (seed, keys). Many times cheaper than a stream."""
     return int.from_bytes(_key_bytes(seed, keys)[:7]) / 2**56
 
 

@@ -22,8 +22,9 @@ from rich.text import Text
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
+from ipt_jax.core.stage import Manifest
 from ipt_jax.corpus.records import KINDS, TokenType
-from ipt_jax.corpus.shards import Manifest, Shards
+from ipt_jax.corpus.shards import Shards
 from ipt_jax.data.batch import render
 from ipt_jax.data.block_table import SourceDocuments, contents, open_documents, open_table
 from ipt_jax.data.mixture import check_sources, solve_mix

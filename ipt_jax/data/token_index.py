@@ -10,7 +10,7 @@ A key is the first 64 bits of BLAKE2b of the id: among 2e8 ids two share a key w
 `TokenIndexWriter` writes a shard's side files while its documents stream by, in constant memory.
 
 Rows go to temporary files in blocks; closing them writes the number of rows into the header. The bytes are those of
-`numpy.save`. `name_index_files` gives the files their names before the shard gets its own: a named shard has all.
+`numpy.save`. `Output.seal_file` renames the files before the shard: a shard with its final name has all of them.
 """
 
 import bisect
@@ -23,10 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.files import TEMPORARY
 from ipt_jax.core.hashing import file_digest
+from ipt_jax.core.stage import Manifest, ShardEntry, side_path
 from ipt_jax.corpus.records import Parent
-from ipt_jax.corpus.shards import Manifest, ShardEntry
 from ipt_jax.data.shared_cache import SharedCache, in_threads
 
 INDEX = np.dtype([("tokens", "<u4"), ("characters", "<u4"), ("page", "<u4"), ("id", "<u8")])
@@ -154,16 +153,15 @@ class CharacterEnds:
 
 
 WAITING_ROWS = 4096  # documents whose rows wait in memory
-INDEX_KINDS = ("index", "parents", "chars")
 
 
 class TokenIndexWriter:
     """The side files of the shard at `temporary`, a row a document in their order."""
 
     def __init__(self, temporary: Path):
-        self._index = _Column(_temporary(temporary, "index"), INDEX)
-        self._parents = _Column(_temporary(temporary, "parents"), PARENTS)
-        self._chars = _Column(_temporary(temporary, "chars"), np.dtype(np.uint8))
+        self._index = _Column(side_path(temporary, "index.npy"), INDEX)
+        self._parents = _Column(side_path(temporary, "parents.npy"), PARENTS)
+        self._chars = _Column(side_path(temporary, "chars.npy"), np.dtype(np.uint8))
         self._rows: list[tuple[int, int, int, int]] = []
         self._parent_rows: list[tuple[int, int, int]] = []
         self._kept: list[np.ndarray] = []
@@ -191,14 +189,14 @@ class TokenIndexWriter:
         self._rows, self._parent_rows, self._kept = [], [], []
 
     def close(self) -> dict[str, str]:
-        """Writes what is left and returns the files' SHA-256. Without a raw document there is none of characters."""
+        """Writes the last rows. Returns the SHA-256 of each file by the end of its name, of characters only if raw."""
         self._write_kept()
-        columns = {"index": self._index, "parents": self._parents, "chars": self._chars}
+        columns = {"index.npy": self._index, "parents.npy": self._parents, "chars.npy": self._chars}
         for column in columns.values():
             column.close()
         if not self._any_characters:
-            columns.pop("chars").path.unlink()
-        return {what: file_digest(column.path) for what, column in columns.items()}
+            columns.pop("chars.npy").path.unlink()
+        return {ending: file_digest(column.path) for ending, column in columns.items()}
 
 
 class _Column:
@@ -239,35 +237,6 @@ class _Column:
         self._file.close()
 
 
-def _temporary(shard: Path, what: str) -> Path:
-    return shard.with_name(f"{shard.name.removesuffix(TEMPORARY)}.{what}{TEMPORARY}")
-
-
-def name_index_files(temporary: Path, shard: str) -> None:
-    """Renames what `TokenIndexWriter(temporary)` wrote, before the shard gets its name. A file of a former run goes."""
-    for what in INDEX_KINDS:
-        written, named = _temporary(temporary, what), index_path(temporary.parent, shard, what)
-        if written.exists():
-            os.replace(written, named)
-        else:
-            named.unlink(missing_ok=True)
-
-
-def index_names(shard: str, digests: dict[str, str]) -> dict[str, str]:
-    """The digests that `TokenIndexWriter.close` gave, by the files' final names."""
-    return {index_path(Path(), shard, what).name: value for what, value in digests.items()}
-
-
 def index_digests(manifest: Manifest) -> dict[str, str]:
     """SHA-256 of each side file by name, as planning looks for it in the manifest's summary."""
     return {name: value for entry in manifest.shards for name, value in entry.sides.items()}
-
-
-def index_damage(directory: Path, entry: ShardEntry) -> str | None:
-    """What is wrong with the side files of a listed shard."""
-    for name, wanted in entry.sides.items():
-        if not (directory / name).is_file():
-            return f"{directory / name}: listed in the manifest but absent"
-        if file_digest(directory / name) != wanted:
-            return f"{directory / name}: its bytes differ from the manifest's checksum"
-    return None

@@ -19,8 +19,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import Manifest
 from ipt_jax.corpus.records import TokenType
-from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data.block_table import BLOCK_TOKENS, SourceDocuments
 from ipt_jax.data.shared_cache import SharedCache
 from ipt_jax.data.token_index import document_count, shards_of

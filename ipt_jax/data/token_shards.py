@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import NewShard
 from ipt_jax.corpus.records import KIND_CODES, KINDS, TokenDocument, TokenPage, decode, encode
-from ipt_jax.corpus.shards import UNPACKED, Shards, write_shard
+from ipt_jax.corpus.shards import Shards
 from ipt_jax.data.token_index import TokenIndexWriter, id_key
 
 PAGE_TOKENS = 1 << 13
@@ -30,11 +31,11 @@ class Written(NamedTuple):
     characters: np.ndarray | None = None
 
 
-def write_token_shard(temporary: Path, documents: Iterable[Written]) -> tuple[int, dict[str, str]]:
-    """Writes a shard and its side files under temporary names; returns its records and the side files' SHA-256."""
-    side = TokenIndexWriter(temporary)
-    records = write_shard(temporary, _pages(documents, side), UNPACKED)
-    return records, side.close()
+def token_pages(documents: Iterable[Written], shard: NewShard) -> Iterator[bytes]:
+    """The records of a shard. Writes its side files meanwhile."""
+    side = TokenIndexWriter(shard.path)
+    yield from _pages(documents, side)
+    shard.sides = side.close()
 
 
 def _pages(documents: Iterable[Written], side: TokenIndexWriter) -> Iterator[bytes]:

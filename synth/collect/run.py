@@ -1,16 +1,16 @@
-"""`synth collect`: question-answering data sets become the documents that tune a synthesizer (paper, section 2).
+"""`synth collect`: writes the documents that tune a synthesizer from question-answering data sets (paper, section 2).
 
-One shard holds one data set. Of each, at most `max_contexts` contexts are kept, those with most pairs first, then put
-in an order drawn from (seed, id). A document is a few-shot sequence: one-shot examples of ONE data set, as many as fit
-`few_shot.max_tokens`; the loss stands on pairs and on the EOS after them. Every pair is read back with the parser of
-`synth run` first: what that would refuse is never taught. What is left out is counted by reason; reasons of single
-pairs begin with `pair_`; a pair's fields that nothing reads count as `ignored_field_NAME`. All rows are checked before
-anything is written.
+One shard holds one data set. At most `max_contexts` contexts are used, those with the most pairs, in an order drawn
+from (seed, id). A document is a few-shot sequence of one-shot examples of one data set, as many as fit
+`few_shot.max_tokens`. Pairs and the EOS after them are targets. The parser of `synth run` reads every pair back: a pair
+that it would reject is never a target. Dropped contexts are counted by reason. Reasons of single pairs begin with
+`pair_`, and unknown fields of a pair count as `ignored_field_NAME`. All rows are checked before the first write.
 """
 
 import heapq
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,22 +18,21 @@ from pydantic import Field
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import file_digest
-from ipt_jax.core.progress import Progress
 from ipt_jax.core.seeding import uniform
 from ipt_jax.core.settings import Settings
+from ipt_jax.core.stage import NewShard, Output, format_counts, make_shards
 from ipt_jax.corpus.records import Document, Pair, Segment, encode
-from ipt_jax.corpus.shards import Manifest, Output
 from ipt_jax.corpus.sources import JSONL, find_files, read_jsonl
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.format.parser import parse_completion, question_key, rejected
 from synth.format.wire import context_block, example_segments, pair_text, pairs_text, shown, wire_pair
 
 FIELDS = {"question", "answer", "options", "rationale"}
-BATCH = 1000  # examples tokenized at once: the tokenizer's threads share them
+BATCH = 1000  # examples tokenized at once by the tokenizer's threads
 
 
 class CollectInput(Settings):
-    """One or more data sets: a file, a directory or a glob. Each file is a data set unless `name` joins them."""
+    """One or more data sets. Each file is a data set unless `name` joins them."""
 
     path: str
     """File, directory or glob. Each file is a data set."""
@@ -82,6 +81,7 @@ class Example(NamedTuple):
 
 
 def run_collect(settings: CollectSettings) -> dict[str, Any]:
+    """Writes one shard per data set and returns what `--json` prints."""
     data_sets = find_data_sets(settings)
     few_shot = settings.few_shot
     tokenizer = load_tokenizer(few_shot.tokenizer) if few_shot else None
@@ -89,40 +89,47 @@ def run_collect(settings: CollectSettings) -> dict[str, Any]:
         "inputs": [[one.name, one.adapter, *map(file_digest, one.paths)] for one in data_sets],
         "max_contexts": settings.max_contexts,
         "seed": settings.seed,
-        "few_shot": {"tokenizer": tokenizer.digest, "max_tokens": few_shot.max_tokens}
-        if few_shot and tokenizer
-        else None,
+        "few_shot": few_shot and tokenizer and {"tokenizer": tokenizer.digest, "max_tokens": few_shot.max_tokens},
     }
     chosen = [choose(one, settings) for one in data_sets]
     with Output(settings.output, stage="collect", identity=identity, shard_name="documents", remake=True) as output:
-        if not output.complete:
-            with Progress(len(data_sets), "data sets", "synth collect") as progress:
-                for index, one in enumerate(data_sets):
-                    if not output.has(index):
-                        _write(output, index, len(data_sets), one, chosen[index], settings, tokenizer)
-                    progress.advance()
-            output.finish()
-        return _figures(output.manifest, counted=tokenizer is not None)
+        make_shards(
+            partial(document_records, settings, tokenizer),
+            [(output, chosen)],
+            lambda choice: 1,
+            unit="data sets",
+            label="synth collect",
+            workers=1,
+        )
+        manifest = output.finish()
+    return {
+        "documents": manifest.records,
+        "contexts": manifest.count("contexts"),
+        "pairs": manifest.count("pairs"),
+        "tokens": manifest.tokens if tokenizer else None,
+        "dropped": manifest.dropped,
+        "datasets": len(manifest.shards),
+    }
 
 
 def find_data_sets(settings: CollectSettings) -> list[DataSet]:
-    """The data sets behind `inputs`, those in `exclude` left out. Raises UserError for absent and doubled ones."""
+    """The data sets of `inputs` without those in `exclude`. Raises UserError for missing and duplicate ones."""
     found: list[DataSet] = []
     for source in settings.inputs:
         paths = find_files(source.path)
         for path in paths:
             if path.is_dir() or not path.name.endswith(JSONL) and not _is_packed(path):
-                raise UserError(f"input {path}: not JSON Lines; give rows {{id, context, qa}} in a .jsonl file")
+                raise UserError(f"input {path}: not JSON Lines; write rows {{id, context, qa}} to a .jsonl file")
         groups = [(source.name, paths)] if source.name else [(path.name.split(".")[0], [path]) for path in paths]
         found += [DataSet(name, source.adapter, files) for name, files in groups]
     names = Counter(one.name for one in found)
     if doubled := [name for name, count in names.items() if count > 1]:
-        raise UserError(f"inputs: two data sets are called {doubled[0]!r}; tell them apart with `name`")
+        raise UserError(f"inputs: duplicate data set {doubled[0]!r}; set a different `name` for one of them")
     if unknown := [name for name in settings.exclude if name not in names]:
         raise UserError(f"exclude: no data set {unknown[0]!r} among the inputs; they are {', '.join(sorted(names))}")
     kept = [one for one in found if one.name not in settings.exclude]
     if not kept:
-        raise UserError("exclude: leaves no data set; take one out of the list")
+        raise UserError("exclude: no data set is left; remove one from the list")
     return kept
 
 
@@ -130,15 +137,16 @@ def _is_packed(path: Path) -> bool:
     return path.name.removesuffix(".gz").removesuffix(".zst").endswith(JSONL)
 
 
-class ContextChoice(NamedTuple):
-    """Positions of the kept rows within a data set, and why others were left out."""
+class ChosenContexts(NamedTuple):
+    """Positions of the rows of a data set that are used, and why others are not."""
 
+    data_set: DataSet
     positions: set[int]
     dropped: Counter[str]
 
 
-def choose(data_set: DataSet, settings: CollectSettings) -> ContextChoice:
-    """The `max_contexts` usable rows with most pairs; ties go by draw. Reads everything, keeps positions alone."""
+def choose(data_set: DataSet, settings: CollectSettings) -> ChosenContexts:
+    """The `max_contexts` usable rows with the most pairs, ties by draw. Reads all rows and stores their positions."""
     dropped: Counter[str] = Counter()
     usable = 0
 
@@ -150,15 +158,15 @@ def choose(data_set: DataSet, settings: CollectSettings) -> ContextChoice:
 
     best = heapq.nsmallest(settings.max_contexts, ranks())
     if not best:
-        why = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "no rows"
-        raise UserError(f"data set {data_set.name!r}: no context with pairs in it ({why}); mend or exclude it")
+        reasons = format_counts(dropped)
+        raise UserError(f"data set {data_set.name!r}: no context has pairs (dropped: {reasons}); fix or exclude it")
     if usable > len(best):
         dropped["beyond_max_contexts"] = usable - len(best)
-    return ContextChoice({position for _, _, position in best}, dropped)
+    return ChosenContexts(data_set, {position for _, _, position in best}, dropped)
 
 
 def read_examples(data_set: DataSet, dropped: Counter[str]) -> Iterator[tuple[int, Example]]:
-    """(position, example) of every usable row; reasons for the others go into `dropped`."""
+    """(position, example) of every usable row. Other rows are counted in `dropped`."""
     position, ids = -1, set()
     for path in data_set.paths:
         for line, row in read_jsonl(path):
@@ -174,7 +182,7 @@ def read_examples(data_set: DataSet, dropped: Counter[str]) -> Iterator[tuple[in
 
 
 def _example(row: dict[str, Any], where: str, default_id: str, dropped: Counter[str]) -> Example | str:
-    """The row as an example, or why it is none."""
+    """The row as an example, or the reason to drop it."""
     context, questions = row.get("context"), row.get("qa")
     if not isinstance(context, str) or not isinstance(questions, list):
         wrong = "qa, a list" if isinstance(context, str) else "context, a text"
@@ -198,7 +206,7 @@ def _example(row: dict[str, Any], where: str, default_id: str, dropped: Counter[
 
 
 def _pair(entry: Any, where: str) -> Pair:
-    """One entry of the generic adapter's `qa` on the wire."""
+    """One entry of the generic adapter's `qa` in the wire format."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("question", "answer")):
         raise UserError(f"{where}: a pair needs question and answer, both texts, found {str(entry)[:80]!r}")
     options, rationale = entry.get("options"), entry.get("rationale")
@@ -211,9 +219,9 @@ def _pair(entry: Any, where: str) -> Pair:
 
 
 def read_back(pair: Pair) -> Pair:
-    """The pair as a synthesizer's output would be parsed; rejected where it would not survive as it is.
+    """The pair as parsed from a synthesizer's output, rejected if parsing changes it.
 
-    What a tokenizer might turn into a tag is refused here too: in tuning data it would teach to end a pair early.
+    Text that a tokenizer may convert to a tag is rejected too: as a target it would teach to end a pair early.
     """
     parsed = parse_completion(pair_text(pair), finished=True)
     plain = shown(pair.question) == pair.question and shown(pair.answer) == pair.answer
@@ -223,58 +231,48 @@ def read_back(pair: Pair) -> Pair:
 
 
 def _has_lone_surrogate(text: str) -> bool:
-    """JSON may spell lone surrogates, which no UTF-8 can hold."""
+    """JSON may hold lone surrogates. UTF-8 cannot."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _write(
-    output: Output,
-    index: int,
-    total: int,
-    data_set: DataSet,
-    choice: ContextChoice,
-    settings: CollectSettings,
-    tokenizer: Tokenizer | None,
-) -> None:
-    """Seals the shard of one data set."""
-    examples = [one for position, one in read_examples(data_set, Counter()) if position in choice.positions]
-    examples.sort(key=lambda one: (uniform(settings.seed, "order", data_set.name, one.id), one.id))
-    dropped, tokens = choice.dropped, 0
+def document_records(
+    settings: CollectSettings, tokenizer: Tokenizer | None, choice: ChosenContexts, shard: NewShard
+) -> Iterator[bytes]:
+    name = choice.data_set.name
+    examples = [one for position, one in read_examples(choice.data_set, Counter()) if position in choice.positions]
+    examples.sort(key=lambda one: (uniform(settings.seed, "order", name, one.id), one.id))
+    shard.dropped.update(choice.dropped)
     sequences = [[one] for one in examples]
     if tokenizer and settings.few_shot:
-        sequences, tokens = _pack(examples, settings.few_shot.max_tokens, tokenizer, dropped)
+        sequences = _pack(examples, settings.few_shot.max_tokens, tokenizer, shard)
         if not sequences:
             limit = settings.few_shot.max_tokens
-            raise UserError(f"data set {data_set.name!r}: no example fits few_shot.max_tokens = {limit}; raise it")
-    counts = {
-        "pairs": sum(len(one.pairs) for sequence in sequences for one in sequence),
-        "contexts": sum(map(len, sequences)),
-    }
-    records = (encode(make_document(data_set.name, sequence)) for sequence in sequences)
-    output.seal(index, total, records, tokens=tokens, counts=counts, dropped=dict(dropped))
+            raise UserError(f"data set {name!r}: no example fits few_shot.max_tokens = {limit}; increase it")
+    for sequence in sequences:
+        shard.counts["contexts"] += len(sequence)
+        shard.counts["pairs"] += sum(len(one.pairs) for one in sequence)
+        yield encode(make_document(name, sequence))
 
 
-def _pack(
-    examples: list[Example], max_tokens: int, tokenizer: Tokenizer, dropped: Counter[str]
-) -> tuple[list[list[Example]], int]:
-    """Examples in order, as many a sequence as fit, and the tokens of all; one too long by itself is dropped."""
+def _pack(examples: list[Example], max_tokens: int, tokenizer: Tokenizer, shard: NewShard) -> list[list[Example]]:
+    """Joins examples in order, as many per sequence as fit. An example that is too long is dropped."""
     sequences: list[list[Example]] = []
-    room, total = 0, 0
+    room = 0
     for example, size in zip(examples, _sizes(examples, tokenizer), strict=True):
         if size > max_tokens:
-            dropped["too_long"] += 1
+            shard.dropped["too_long"] += 1
             continue
         if size > room or not sequences:
             sequences.append([])
             room = max_tokens
         sequences[-1].append(example)
         room -= size
-        total += size
-    return sequences, total
+        shard.tokens += size
+    return sequences
 
 
 def _sizes(examples: list[Example], tokenizer: Tokenizer) -> Iterator[int]:
-    """Tokens of each example, BOS and EOS included, counted segment by segment as `ipt tokenize` does."""
+    """Tokens of each example with BOS and EOS, counted per segment as in `ipt tokenize`."""
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
         contexts = tokenizer.encode_batch([context_block(one.context) for one in batch])
@@ -283,20 +281,9 @@ def _sizes(examples: list[Example], tokenizer: Tokenizer) -> Iterator[int]:
 
 
 def make_document(name: str, sequence: list[Example]) -> Document:
-    """One tuning document: its examples one after the other, each in its own BOS and EOS."""
+    """One tuning document: its examples in order, each with its own BOS and EOS."""
     segments: list[Segment] = []
     for example in sequence:
         segments += example_segments(example.context, example.pairs)
     meta = {"dataset": name, "contexts": [example.id for example in sequence]}
     return Document(f"{name}/{sequence[0].id}", name, "task", segments, meta=meta)
-
-
-def _figures(manifest: Manifest, *, counted: bool) -> dict[str, Any]:
-    return {
-        "documents": manifest.records,
-        "contexts": manifest.counts.get("contexts", 0),
-        "pairs": manifest.counts.get("pairs", 0),
-        "tokens": manifest.tokens if counted else None,
-        "dropped": manifest.dropped,
-        "datasets": len(manifest.shards),
-    }

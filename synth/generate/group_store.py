@@ -18,8 +18,9 @@ from pathlib import Path
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import TEMPORARY, sync_directory, writing
+from ipt_jax.core.stage import Output, damage
 from ipt_jax.corpus.records import SynthGroup, decode, encode
-from ipt_jax.corpus.shards import Output, damage, read_shard
+from ipt_jax.corpus.shards import read_shard
 from synth.engine import FAILURES
 from synth.generate.journal import Journal
 from synth.generate.work_list import WorkList

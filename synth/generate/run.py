@@ -19,8 +19,8 @@ from typing import Any
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import refuse_foreign, writing
 from ipt_jax.core.hashing import FileHashCache, FileState, digest, file_digest
+from ipt_jax.core.stage import Manifest, Output
 from ipt_jax.corpus.records import SynthGroup
-from ipt_jax.corpus.shards import Manifest, Output
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings

@@ -1,9 +1,10 @@
-"""`synth mine`: raw texts and rules become SynthGroups, as `synth run` would write them, on CPUs.
+"""`synth mine`: writes SynthGroups, as `synth run` does, with pairs that rules find in raw texts. Runs on CPUs.
 
-Guaranteed: pairs are drawn from (seed, text id); each accepted one was read back by the strict parser, others are kept
-and marked; the texts that are converted are those that `synth run` converts with the same seed and fraction. A unit of
-the corpus (64 MB of text, a packed file, a shard) becomes a shard, and no group reaches beyond it. Shards are whole or
-absent; a second run goes on. Memory does not grow with the corpus.
+Guarantees:
+- Pairs are drawn from (seed, text id). Accepted pairs were read back by the strict parser. Rejected pairs are stored.
+- The converted texts are those that `synth run` converts with the same seed and fraction.
+- A unit of the corpus (64 MB of text, a compressed file, a shard) makes one shard. Groups do not cross shards.
+- Memory does not grow with the corpus.
 """
 
 import time
@@ -11,22 +12,17 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from random import Random
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from ipt_jax.core.errors import UserError
-from ipt_jax.core.executor import run_units
-from ipt_jax.core.files import writing
 from ipt_jax.core.hashing import digest
-from ipt_jax.core.progress import Progress
 from ipt_jax.core.seeding import draw, uniform
 from ipt_jax.core.settings import Settings
+from ipt_jax.core.stage import NewShard, Output, make_shards
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup, encode
 from ipt_jax.corpus.row_reader import Dropped
-from ipt_jax.corpus.shards import Manifest, Output, write_shard
 from ipt_jax.corpus.sources import Unit, plan_units, read_unit, source_identity
 from synth.collect.run import read_back
 from synth.config import CorpusSettings
@@ -62,25 +58,12 @@ class MineSettings(Settings):
     @classmethod
     def _each_once(cls, patterns: list[Pattern]) -> list[Pattern]:
         if doubled := [name for name, count in Counter(patterns).items() if count > 1]:
-            raise ValueError(f"{doubled[0]} stands twice; name each pattern once")
+            raise ValueError(f"duplicate pattern {doubled[0]}; remove one")
         return patterns
 
 
-class MineJob(NamedTuple):
-    unit: Unit
-    settings: MineSettings
-    fingerprint: str
-    temporary: Path
-
-
-class MinedUnit(NamedTuple):
-    records: int
-    counts: dict[str, int]
-    dropped: dict[str, int]
-
-
 def run_mine(settings: MineSettings) -> dict[str, Any]:
-    """Runs the stage, or what is left of it. `seconds` are those of this call."""
+    """Makes the missing shards and returns what `--json` prints. `seconds` are those of this call."""
     started = time.monotonic()
     identity = {
         "rules": rules_digest(),
@@ -89,65 +72,46 @@ def run_mine(settings: MineSettings) -> dict[str, Any]:
     }
     units = plan_units(settings.corpus)
     with Output(settings.output, stage="mine", identity=identity, shard_name="groups", remake=True) as output:
-        todo = [index for index in range(len(units)) if not output.has(index)]
-        jobs = [MineJob(units[i], settings, digest(identity), output.temporary(i).absolute()) for i in todo]
-        total, left = sum(unit.size for unit in units), sum(job.unit.size for job in jobs)
-        done = total - left
-        with Progress(total >> 20, "MB", "synth mine", done=done >> 20) as progress:
-            for place, made in run_units(mine_unit, jobs, workers=settings.workers):
-                output.seal_file(todo[place], len(units), made.records, counts=made.counts, dropped=made.dropped)
-                before, done = done, done + jobs[place].unit.size
-                progress.advance((done >> 20) - (before >> 20))
-        if not output.manifest.records:
-            for index, entry in enumerate(output.manifest.shards):  # nothing stays that would refuse a mended recipe
-                (output.path / entry.name).unlink()
-                output.drop(index)
-            raise UserError(
-                f"corpus {settings.corpus.path}: no text to convert (dropped {output.manifest.dropped or 'none'}); "
-                "raise the fraction or give another corpus"
-            )
-        manifest = output.manifest if output.complete else output.finish()
-    return {**figures(manifest), "seconds": round(time.monotonic() - started, 3)}
-
-
-def figures(manifest: Manifest) -> dict[str, Any]:
+        make_shards(
+            partial(group_records, settings, output.manifest.fingerprint),
+            [(output, units)],
+            lambda unit: unit.size / 2**20,
+            unit="MB",
+            label="synth mine",
+            workers=settings.workers,
+        )
+        output.refuse_empty(
+            f"corpus {settings.corpus.path}: no text to convert", "raise the fraction or set another corpus"
+        )
+        manifest = output.finish()
     return {
-        **{name: manifest.counts.get(name, 0) for name in ("texts", "groups", "pairs", "texts_without_pairs")},
+        **{name: manifest.count(name) for name in ("texts", "groups", "pairs", "texts_without_pairs")},
         "rejected": dict(rejection_counts(manifest.counts)),
         "patterns": counts_under(manifest.counts, "pattern."),
         "dropped": manifest.dropped,
+        "seconds": round(time.monotonic() - started, 3),
     }
 
 
-# ---- in a worker
+# ---- in a worker process
 
 
-def mine_unit(job: MineJob) -> MinedUnit:
-    """Writes the shard of one unit under its temporary name."""
-    counts: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-
-    def records() -> Iterator[bytes]:
-        key = partial(group_key, grouping=job.settings.grouping)
-        for texts in neighbours(kept_texts(job, dropped), job.settings.rounds, key):
-            counts["groups"] += 1
-            yield encode(make_group(texts, job, counts))
-
-    with writing(job.temporary.parent):
-        written = write_shard(job.temporary, records())
-    return MinedUnit(written, dict(sorted(counts.items())), dict(dropped))
+def group_records(settings: MineSettings, fingerprint: str, unit: Unit, shard: NewShard) -> Iterator[bytes]:
+    texts = converted_texts(settings, unit, shard)
+    for group in neighbours(texts, settings.rounds, partial(group_key, grouping=settings.grouping)):
+        shard.counts["groups"] += 1
+        yield encode(mine_group(group, settings, fingerprint, shard.counts))
 
 
-def kept_texts(job: MineJob, dropped: Counter[str]) -> Iterator[Document]:
-    for row in read_unit(job.unit, job.settings.corpus):
+def converted_texts(settings: MineSettings, unit: Unit, shard: NewShard) -> Iterator[Document]:
+    for row in read_unit(unit, settings.corpus):
         if isinstance(row, Dropped):
-            dropped[row.reason] += 1
-        elif uniform(job.settings.seed, "fraction", row.id) < job.settings.corpus.fraction:
+            shard.dropped[row.reason] += 1
+        elif uniform(settings.seed, "fraction", row.id) < settings.corpus.fraction:
             yield row
 
 
-def make_group(texts: list[Document], job: MineJob, counts: Counter[str]) -> SynthGroup:
-    mined = [mine_text(text, job.settings, counts) for text in texts]
+def mine_group(texts: list[Document], settings: MineSettings, fingerprint: str, counts: Counter[str]) -> SynthGroup:
     records = [
         GroupText(
             raw_id=text.id,
@@ -155,21 +119,21 @@ def make_group(texts: list[Document], job: MineJob, counts: Counter[str]) -> Syn
             end=len(text.text),
             text=text.text,
             source=text.source,
-            pairs=pairs,
+            pairs=mine_text(text, settings, counts),
             round=number,
             prompt_tokens=0,
             cached_prompt_tokens=0,
             completion_tokens=0,
             finish_reason="stop",
         )
-        for number, (text, pairs) in enumerate(zip(texts, mined, strict=True), start=1)
+        for number, text in enumerate(texts, start=1)
     ]
     name = digest([text.id for text in texts])[:ID_LETTERS]
-    return SynthGroup(name, records, "mine", rules_digest(), {"seed": job.settings.seed}, job.fingerprint)
+    return SynthGroup(name, records, "mine", rules_digest(), {"seed": settings.seed}, fingerprint)
 
 
 def mine_text(text: Document, settings: MineSettings, counts: Counter[str]) -> list[Pair]:
-    """The text's pairs, accepted and rejected; what became of them is counted."""
+    """The pairs of a text, accepted and rejected. Adds them to `counts`."""
     parsed = read(text.text)
     found: list[tuple[Pattern, Find, Random]] = []
     for pattern in settings.patterns:

@@ -1,9 +1,7 @@
-"""`synth verify`: groups get scores on their pairs, in new shards, one for each input shard.
+"""`synth verify`: adds scores to the pairs of groups, in new shards, one per input shard.
 
-Guaranteed: nothing is deleted and nothing but scores changes; each shard is whole or absent; a second run goes on, with
-an engine from group to group. Without an engine the bytes are a pure function of groups and recipe.
-
-The recipe of `synth verify`.
+Guarantees: nothing but scores changes. With an engine, finished groups survive a kill. Without one, the bytes are a
+pure function of groups and recipe.
 """
 
 import asyncio
@@ -11,27 +9,26 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from ipt_jax.core.errors import Fault, UserError
-from ipt_jax.core.executor import run_units
-from ipt_jax.core.files import writing
-from ipt_jax.core.hashing import digest
+from ipt_jax.core.errors import Fault
 from ipt_jax.core.progress import Progress
 from ipt_jax.core.settings import Settings
+from ipt_jax.core.stage import NewShard, Output, make_shards
 from ipt_jax.corpus.records import SynthGroup, decode, encode
-from ipt_jax.corpus.shards import Manifest, Output, Shards, write_shard
+from ipt_jax.corpus.shards import Shards
 from synth.config import ENGINE_SCORES, ScoreName, SynthesizerSettings
 from synth.engine import Engine, EngineDied, open_engine, synthesizer_identity
 from synth.format.wire import FORMAT
 from synth.generate.journal import Journal
 from synth.generate.scheduler import run_groups
-from synth.groups import decode_group
+from synth.groups import decode_group, groups_digest, open_groups
 from synth.verify.verifier import VERSION, Verifier, make_verifier, score_figures, tally_scores
+
+FEW_GROUPS = 2_000  # scored before worker processes would start
 
 
 class VerifySettings(Settings):
@@ -53,172 +50,48 @@ class VerifySettings(Settings):
     def _can_be_given(cls, scores: list[ScoreName], info: ValidationInfo) -> list[ScoreName]:
         asked = sorted(ENGINE_SCORES.intersection(scores))
         if asked and info.data.get("synthesizer", ...) is None:
-            raise ValueError(f"{', '.join(asked)} need an engine; give a synthesizer, or leave them out")
+            raise ValueError(f"{', '.join(asked)} need an engine; set synthesizer, or remove them")
         return scores
 
 
-FEW_GROUPS = 2_000  # fewer are scored sooner than worker processes start
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is scored, how, and where it goes."""
-
-    settings: VerifySettings
-    verifier: Verifier
-    shards: Shards
-    output: Output
-
-    @property
-    def missing(self) -> list[int]:
-        return [shard for shard in range(len(self.shards.paths)) if not self.output.has(shard)]
-
-    def records(self, shard: int) -> int:
-        return self.shards.manifest.shards[shard].records
-
-
 def run_verify(settings: VerifySettings) -> dict[str, Any]:
-    """Runs the stage, or what is left of it; returns what `--json` prints. `seconds` are those of this call."""
+    """Scores the groups of the missing shards and returns what `--json` prints. `seconds` are those of this call."""
     started = time.monotonic()
-    shards = Shards(settings.groups)
-    if not len(shards):
-        raise UserError(f"groups {settings.groups}: holds no groups; run synth run on a corpus that is not empty")
+    shards = open_groups(settings.groups)
     verifier = make_verifier(settings.scores, settings.synthesizer, settings.seed)
-    identity = verify_identity(settings, shards, verifier)
-    asked = verifier.asked
-    with Output(settings.output, stage="verify", identity=identity, shard_name="groups", remake=not asked) as output:
-        work = Work(settings, verifier, shards, output)
-        if work.missing:
-            fill(work)
-        manifest = output.manifest if output.complete else output.finish()
-    return {**summary(manifest, work), "seconds": round(time.monotonic() - started, 3)}
-
-
-def verify_identity(settings: VerifySettings, shards: Shards, verifier: Verifier) -> dict[str, Any]:
-    """What decides the scores: contents of groups and weights, never paths."""
     judge = verifier.judge
-    return {
-        "groups": digest([entry.sha256 for entry in shards.manifest.shards]),
+    identity = {
+        "groups": groups_digest(shards),
         "scores": list(verifier.names),
         "version": VERSION,
         "synthesizer": judge and {**synthesizer_identity(judge.synthesizer, judge.tokenizer), "format": FORMAT},
         "seed": judge and settings.seed,
     }
-
-
-def fill(work: Work) -> None:
-    done = sum(work.records(shard) for shard in range(len(work.shards.paths)) if work.output.has(shard))
-    with Progress(len(work.shards), "groups", "synth verify", done=done) as progress:
-        if not work.verifier.asked:
-            return read_shards(work, progress)
-        judge = work.verifier.judge
-        assert judge is not None
-        engine = open_engine(judge.synthesizer, judge.tokenizer)
-        try:
-            stopped_by = asyncio.run(ask_shards(engine, work, progress))
-        except EngineDied as error:
-            raise Fault(f"{error}; what is scored is stored, run the same command again to go on") from error
-    if stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
-    if stopped_by is not None:
-        raise SystemExit(128 + stopped_by)
-
-
-class VerifyJob(NamedTuple):
-    groups: str
-    shard: int
-    verifier: Verifier
-    temporary: Path
-
-
-def read_shards(work: Work, progress: Progress) -> None:
-    """Scores that need no engine: a shard a process."""
-    missing = work.missing
-    jobs = [
-        VerifyJob(work.settings.groups, shard, Verifier(work.verifier.names), work.output.temporary(shard))
-        for shard in missing
-    ]
-    workers = 1 if len(work.shards) < FEW_GROUPS else None
-    for index, (records, counts) in run_units(read_shard, jobs, workers=workers):
-        work.output.seal_file(missing[index], len(work.shards.paths), records, counts=counts)
-        progress.advance(records)
-
-
-def read_shard(job: VerifyJob) -> tuple[int, dict[str, int]]:
-    """Scores one input shard into the job's temporary file; runs in a worker process."""
-    counts: Counter[str] = Counter()
-
-    def records() -> Iterator[bytes]:
-        shards = Shards(job.groups, verify=False)
-        for record in shards.stream(job.shard):
-            group = job.verifier.read(decode_group(record, shards))
-            counts.update(tally(group))
-            yield encode(group)
-
-    with writing(job.temporary.parent):
-        written = write_shard(job.temporary, records())
-    return written, dict(sorted(counts.items()))
-
-
-class Placed(NamedTuple):
-    """A group and its place in its shard."""
-
-    place: int
-    group: SynthGroup
-
-
-class Asker(NamedTuple):
-    """What drives an engine from group to group."""
-
-    verifier: Verifier
-
-    async def run(self, engine: Engine, placed: Placed) -> SynthGroup:
-        return await self.verifier.run(engine, placed.group)
-
-
-async def ask_shards(engine: Engine, work: Work, progress: Progress) -> signal.Signals | None:
-    """Scores that need an engine: shard after shard, each by way of a spool. The signal that ended it, if one did."""
-    try:
-        for shard in work.missing:
-            stopped_by = await ask_shard(engine, work, shard, progress)
-            if stopped_by is not None:
-                return stopped_by
-        (work.output.path / "spool").rmdir()
-        return None
-    finally:
-        await engine.close()
-
-
-async def ask_shard(engine: Engine, work: Work, shard: int, progress: Progress) -> signal.Signals | None:
-    journal = Journal(work.output.path / "spool" / f"{shard:05d}.spool")
-    progress.advance(len(journal))
-
-    def put(placed: Placed, group: SynthGroup) -> None:
-        journal.append(placed.place, encode(group))
-        progress.advance()
-
-    groups = (decode_group(record, work.shards) for record in work.shards.stream(shard))
-    missing = (Placed(place, group) for place, group in enumerate(groups) if place not in journal)
-    try:
-        stopped_by = await run_groups(engine, Asker(work.verifier), missing, put)
-        if stopped_by is None:
-            seal(work, shard, journal)
-        return stopped_by
-    finally:
-        journal.close()
-
-
-def seal(work: Work, shard: int, journal: Journal) -> None:
-    places = range(work.records(shard))
-    counts: Counter[str] = Counter()
-    for place in places:
-        counts.update(tally(decode(journal.read(place), SynthGroup)))
-    records = (journal.read(place) for place in places)
-    work.output.seal(shard, len(work.shards.paths), records, counts=dict(sorted(counts.items())))
-    journal.path.unlink()
+    remake = not verifier.asked
+    with Output(settings.output, stage="verify", identity=identity, shard_name="groups", remake=remake) as output:
+        if remake:
+            make_shards(
+                partial(scored_records, settings.groups, Verifier(verifier.names)),
+                [(output, range(len(shards.paths)))],
+                lambda shard: shards.manifest.shards[shard].records,
+                unit="groups",
+                label="synth verify",
+                workers=1 if len(shards) < FEW_GROUPS else None,
+            )
+        elif len(output.held) < len(shards.paths):
+            score_with_engine(verifier, shards, output)
+        manifest = output.finish()
+    return {
+        "groups": manifest.records,
+        **{name: manifest.count(name) for name in ("texts", "pairs", "rejected")},
+        **score_figures(manifest.counts),
+        "engine": judge and judge.synthesizer.engine,
+        "seconds": round(time.monotonic() - started, 3),
+    }
 
 
 def tally(group: SynthGroup) -> Counter[str]:
+    """`rejected` pairs are stored without scores."""
     counts = tally_scores(group)
     counts["texts"] += len(group.texts)
     for text in group.texts:
@@ -226,9 +99,90 @@ def tally(group: SynthGroup) -> Counter[str]:
     return counts
 
 
-def summary(manifest: Manifest, work: Work) -> dict[str, Any]:
-    """`rejected` pairs are kept as they were, without scores."""
-    counts = manifest.counts
-    figures = {name: counts.get(name, 0) for name in ("texts", "pairs", "rejected")}
-    engine = work.verifier.judge.synthesizer.engine if work.verifier.judge else None
-    return {"groups": manifest.records, **figures, **score_figures(counts), "engine": engine}
+def scored_records(groups: str, verifier: Verifier, index: int, shard: NewShard) -> Iterator[bytes]:
+    """The groups of one shard with scores that need no engine. Runs in a worker process."""
+    shards = Shards(groups, verify=False)
+    for record in shards.stream(index):
+        group = verifier.read(decode_group(record, shards))
+        shard.counts.update(tally(group))
+        yield encode(group)
+
+
+# ---- with an engine
+
+
+class PlacedGroup(NamedTuple):
+    """A group and its place in its shard."""
+
+    place: int
+    group: SynthGroup
+
+
+class PlacedVerifier(NamedTuple):
+    """Scores groups with an engine, for `run_groups`."""
+
+    verifier: Verifier
+
+    async def run(self, engine: Engine, placed: PlacedGroup) -> SynthGroup:
+        return await self.verifier.run(engine, placed.group)
+
+
+def score_with_engine(verifier: Verifier, shards: Shards, output: Output) -> None:
+    """Scores shard after shard. SIGINT and SIGTERM stop it after the groups in flight are stored."""
+    assert verifier.judge is not None
+    done = sum(shards.manifest.shards[shard].records for shard in output.held)
+    with Progress(len(shards), "groups", "synth verify", done=done) as progress:
+        engine = open_engine(verifier.judge.synthesizer, verifier.judge.tokenizer)
+        try:
+            stopped_by = asyncio.run(ask_shards(engine, verifier, shards, output, progress))
+        except EngineDied as error:
+            raise Fault(f"{error}; finished groups are stored, rerun the same command to resume") from error
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
+
+
+async def ask_shards(
+    engine: Engine, verifier: Verifier, shards: Shards, output: Output, progress: Progress
+) -> signal.Signals | None:
+    """Fills the journal of each missing shard and seals it. Returns the signal that stopped it, if one did."""
+    try:
+        for shard in range(len(shards.paths)):
+            if output.has(shard):
+                continue
+            journal = Journal(output.path / "spool" / f"{shard:05d}.spool")
+            try:
+                stopped_by = await fill_journal(journal, engine, verifier, shards, shard, progress)
+                if stopped_by is not None:
+                    return stopped_by
+                seal(output, shard, shards, journal)
+            finally:
+                journal.close()
+        (output.path / "spool").rmdir()
+        return None
+    finally:
+        await engine.close()
+
+
+async def fill_journal(
+    journal: Journal, engine: Engine, verifier: Verifier, shards: Shards, shard: int, progress: Progress
+) -> signal.Signals | None:
+    progress.advance(len(journal))
+
+    def put(placed: PlacedGroup, group: SynthGroup) -> None:
+        journal.append(placed.place, encode(group))
+        progress.advance()
+
+    groups = (PlacedGroup(place, decode_group(record, shards)) for place, record in enumerate(shards.stream(shard)))
+    missing = (placed for placed in groups if placed.place not in journal)
+    return await run_groups(engine, PlacedVerifier(verifier), missing, put)
+
+
+def seal(output: Output, shard: int, shards: Shards, journal: Journal) -> None:
+    places = range(shards.manifest.shards[shard].records)
+    counts: Counter[str] = Counter()
+    for place in places:
+        counts.update(tally(decode(journal.read(place), SynthGroup)))
+    output.seal(shard, len(shards.paths), (journal.read(place) for place in places), counts=counts)
+    journal.path.unlink()

@@ -24,7 +24,7 @@ def end_this_worker(item: int) -> int:
 
 
 def test_a_worker_that_is_killed_is_told() -> None:
-    with pytest.raises(UserError, match="ended from outside.*fewer workers"):
+    with pytest.raises(UserError, match="was killed.*fewer workers"):
         list(run_units(end_this_worker, [1, 2], workers=2))
 
 

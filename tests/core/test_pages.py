@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from token_shards import random_documents, write_tokens
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import Manifest
 from ipt_jax.corpus.records import KINDS, Parent, TokenDocument, TokenPage, decode
-from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data import token_shards
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import Plan, build_plan

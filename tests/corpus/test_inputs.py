@@ -12,9 +12,9 @@ from extras import need
 from token_shards import save_tokenizer
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
-from ipt_jax.corpus.shards import Output
 from ipt_jax.corpus.sources import plan_units, read_source, read_unit, source_identity
 from ipt_jax.data.token_shards import read_token_documents
 from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize

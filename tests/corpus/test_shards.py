@@ -13,9 +13,10 @@ import pytest
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import write_whole
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus import read_documents
 from ipt_jax.corpus.records import Document, Parent, Segment, decode, encode
-from ipt_jax.corpus.shards import Output, Shards, read_manifest
+from ipt_jax.corpus.shards import Shards, read_manifest
 
 IDENTITY = {"seed": 0, "text": {"field": "text"}}
 
@@ -67,7 +68,7 @@ def test_what_is_whole_is_kept_and_leftovers_go(tmp_path: Path) -> None:
     with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output:
         assert (output.has(0), output.has(1), output.complete) == (False, True, False)
         assert not list((tmp_path / "o").glob("*.tmp"))
-    with pytest.raises(UserError, match="has not finished; run it again"):
+    with pytest.raises(UserError, match="has not finished; rerun it"):
         Shards(tmp_path / "o")
 
 
@@ -80,7 +81,7 @@ def test_a_deleted_shard_is_made_again(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     fill(tmp_path / "o")
-    with pytest.raises(UserError, match=r"made with text.field='text', now 'body'; give another output"):
+    with pytest.raises(UserError, match=r"made with text.field='text', now 'body'; set another output"):
         fill(tmp_path / "o", identity={"seed": 0, "text": {"field": "body"}})
     with pytest.raises(UserError, match="made by stage 'test', not 'render'"):
         Output(tmp_path / "o", stage="render", identity=IDENTITY, shard_name="documents").__enter__()
@@ -142,7 +143,7 @@ def test_a_mistake_after_the_first_shard_keeps_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda data: data[:-1], "131071 bytes where the manifest says 131072"),
+        (lambda data: data[:-1], "131071 bytes, the manifest says 131072"),
         (lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:], "differ from the manifest's checksum"),
     ],
 )
@@ -160,7 +161,7 @@ def test_only_stages_that_ask_no_model_mend_what_is_damaged(tmp_path: Path, caps
     file = tmp_path / "o" / "documents-00001-of-00002.array_record"
     whole, listed = file.read_bytes(), (tmp_path / "o" / "manifest.json").read_text()
     file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    with pytest.raises(UserError, match="documents-00001.*; delete this file, then run its stage again"):
+    with pytest.raises(UserError, match="documents-00001.*; delete this file, then rerun its stage"):
         Shards(tmp_path / "o")
     with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output:
         assert output.held == [0, 1] and output.complete
@@ -168,9 +169,9 @@ def test_only_stages_that_ask_no_model_mend_what_is_damaged(tmp_path: Path, caps
         assert output.held == [0] and not output.complete
     assert "differ from the manifest's checksum" in capsys.readouterr().err
     (tmp_path / "o" / "manifest.json").write_text(listed.replace('"tokens": 20', '"tokens": 30'))
-    with pytest.raises(UserError, match="undo the edit or put a copy back; or run stage 'test' again"):
+    with pytest.raises(UserError, match="restore it from a backup, or rerun stage 'test'"):
         Shards(tmp_path / "o")
-    with pytest.raises(UserError, match="put a copy back; to begin anew, give another output"):
+    with pytest.raises(UserError, match="restore it from a backup, or write to another output"):
         fill(tmp_path / "o")
     with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents", remake=True) as output:
         assert output.held == []
@@ -178,7 +179,7 @@ def test_only_stages_that_ask_no_model_mend_what_is_damaged(tmp_path: Path, caps
 
 def test_an_output_that_is_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "o").write_text("mine")
-    with pytest.raises(UserError, match=r"/o: cannot be written \(File exists\); a file lies there; give a directory"):
+    with pytest.raises(UserError, match=r"/o: cannot be written \(File exists\); this is a file; set a directory"):
         fill(tmp_path / "o")
     assert (tmp_path / "o").read_text() == "mine"
 
@@ -192,7 +193,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from ipt_jax.corpus.shards import Output
+from ipt_jax.core.stage import Output
 with Output(sys.argv[1], stage="test", identity={}, shard_name="documents"):
     print("held", flush=True)
     time.sleep(60)

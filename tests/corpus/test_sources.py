@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, TokenDocument, encode
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
-from ipt_jax.corpus.shards import Output
 from ipt_jax.corpus.sources import plan_units, read_source, read_unit, source_identity
 
 ROWS = [{"id": f"r{number}", "text": f"line {number} é\u2028x"} for number in range(7)]

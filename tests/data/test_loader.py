@@ -14,8 +14,8 @@ from extras import ROOT
 from token_shards import random_documents, write_tokens
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import Manifest
 from ipt_jax.corpus.records import TokenPage, decode
-from ipt_jax.corpus.shards import Manifest
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings

@@ -18,8 +18,9 @@ from token_shards import save_tokenizer
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import file_digest
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Parent, Segment, TokenDocument, encode
-from ipt_jax.corpus.shards import Output, Shards
+from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import TokenRow, tokenize_documents
 from ipt_jax.data.token_index import index_path, read_index, read_parents
@@ -156,7 +157,7 @@ def test_mistakes_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"inputs\.0\.eos=True, now False"):
         run_tokenize(settings(rows, tokenizer, tmp_path / "out", inputs=[other]))
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"text": ""}])
-    with pytest.raises(UserError, match="no document is left.*empty_text"):
+    with pytest.raises(UserError, match="every document was dropped.*empty_text"):
         run_tokenize(settings(empty, tokenizer, tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
@@ -166,7 +167,7 @@ def test_duplicate_ids_are_counted_in_any_number_of_passes(
 ) -> None:
     rows = write_jsonl(tmp_path / "in.jsonl", [{"id": f"{i % 7}", "text": f"words {i}"} for i in range(20)])
     for passes in (1, 3, 20):
-        monkeypatch.setattr("ipt_jax.data.tokenize.IDS_A_PASS", -(-20 // passes))
+        monkeypatch.setattr("ipt_jax.data.tokenize.IDS_PER_PASS", -(-20 // passes))
         result = run_tokenize(settings(rows, tokenizer, tmp_path / str(passes), unit_bytes=100))
         assert result["duplicate_ids"] == 13
 

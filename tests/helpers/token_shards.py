@@ -1,15 +1,16 @@
 """Token shards for tests, made from ids alone, as `ipt tokenize` would write them."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as JsonTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from ipt_jax.core.stage import UNPACKED, NewShard, Output, write_shard
 from ipt_jax.corpus.records import Kind, Parent, TokenDocument
-from ipt_jax.corpus.shards import Output
-from ipt_jax.data.token_index import index_digests, index_names, name_index_files
-from ipt_jax.data.token_shards import RECORDS, Written, write_token_shard
+from ipt_jax.data.token_index import index_digests
+from ipt_jax.data.token_shards import RECORDS, Written, token_pages
 
 
 def write_tokens(
@@ -28,7 +29,6 @@ def write_tokens(
     names = ids or [f"{kind}-{i}" for i in range(len(documents))]
     with Output(path, stage="tokenize", identity=identity, shard_name="tokens") as output:
         for shard, numbers in enumerate(np.array_split(np.arange(len(documents)), shards)):
-            temporary, name = output.temporary(shard), f"tokens-{shard:05d}-of-{shards:05d}.array_record"
             written = []
             for i in numbers.tolist():
                 tokens, mine = documents[i], (parents[i] if parents else [])
@@ -38,11 +38,10 @@ def write_tokens(
                 characters[:1] = characters[1:][-1:] = 0
                 document = TokenDocument(names[i], kind, "uint16", data, runs, mine, "test")
                 written.append(Written(document, characters if kind == "raw" else None))
-            records, digests = write_token_shard(temporary, written)
-            sides = index_names(name, digests)
-            name_index_files(temporary, name)
             count = sum(len(documents[i]) for i in numbers)
-            output.seal_file(shard, shards, records, tokens=count, counts={kind: len(numbers)}, sides=sides)
+            new = NewShard(output.temporary(shard), tokens=count, counts=Counter({kind: len(numbers)}))
+            new.records = write_shard(new.path, token_pages(written, new), UNPACKED)
+            output.seal_file(shard, shards, new)
         output.finish({"side_files": index_digests(output.manifest), "duplicate_ids": 0})
     return path
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.html import tag, whole_page
+from ipt_jax.core.stage import Output
 from ipt_jax.core.svg import (
     POINTS,
     Bar,
@@ -33,7 +34,6 @@ from ipt_jax.core.svg import (
     ticks,
 )
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, encode
-from ipt_jax.corpus.shards import Output
 from ipt_jax.report import run_report
 from ipt_jax.report.runs import read_runs
 

@@ -105,7 +105,7 @@ def test_an_example_that_fits_exactly_stays_and_a_longer_one_is_counted(tmp_path
     few_shot = {"tokenizer": str(tokenizer), "max_tokens": one}
     figures, documents = collect(tmp_path, path, few_shot=few_shot)
     assert figures["dropped"] == {"too_long": 1} and documents[0].meta["contexts"] == ["fits"]
-    with pytest.raises(UserError, match="no example fits few_shot.max_tokens = 60; raise it"):
+    with pytest.raises(UserError, match="no example fits few_shot.max_tokens = 60; increase it"):
         collect(tmp_path / "short", path, few_shot={**few_shot, "max_tokens": 60})
 
 
@@ -149,9 +149,9 @@ def test_excluded_data_sets_stay_out_and_names_are_checked(tmp_path: Path) -> No
     assert figures["datasets"] == 1 and [document.source for document in documents] == ["seen"]
     with pytest.raises(UserError, match="no data set 'unsen' among the inputs; they are seen, unseen"):
         collect(tmp_path / "x", tmp_path / "*.jsonl", exclude=["unsen"])
-    with pytest.raises(UserError, match="leaves no data set"):
+    with pytest.raises(UserError, match="no data set is left"):
         collect(tmp_path / "x", tmp_path / "*.jsonl", exclude=["seen", "unseen"])
-    with pytest.raises(UserError, match="two data sets are called 'seen'"):
+    with pytest.raises(UserError, match="duplicate data set .seen."):
         collect(tmp_path / "x", tmp_path / "*.jsonl", tmp_path / "seen.jsonl")
     joined = {"inputs": [{"path": str(tmp_path / "*.jsonl"), "name": "both"}]}
     assert collect(tmp_path / "y", **joined)[0]["datasets"] == 1
@@ -185,7 +185,7 @@ def test_absent_empty_and_foreign_inputs(tmp_path: Path) -> None:
         ("absent.jsonl", "no such file"),
         ("empty.jsonl", "the file is empty"),
         ("rows.parquet", "not JSON Lines"),
-        ("bare.jsonl", r"'bare': no context with pairs in it \(no_pairs 1\)"),
+        ("bare.jsonl", r"'bare': no context has pairs \(dropped: no_pairs 1\)"),
     ]:
         with pytest.raises(UserError, match=message):
             collect(tmp_path / "out", tmp_path / name)

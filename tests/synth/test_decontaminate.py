@@ -19,8 +19,9 @@ from synthkit import shard_bytes
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.settings import check_settings
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, GroupText, Pair, Segment, SynthGroup, encode
-from ipt_jax.corpus.shards import Output, Shards, read_documents
+from ipt_jax.corpus.shards import Shards, read_documents
 from synth import read_groups
 from synth.decontaminate import ngrams
 from synth.decontaminate.ngram_index import FIELD_WORDS, BenchmarkItem, Bounds, Finder, NgramIndex
@@ -298,9 +299,9 @@ def test_the_output_lies_apart_and_holds_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "clean").mkdir()
     inside = write_rows(tmp_path / "clean" / "raw.jsonl", {"id": "r", "text": "abc"})
     for source, output, told in (
-        (groups, groups, "is or holds it, or lies in it"),
-        (groups, f"{groups}/clean", "is or holds it, or lies in it"),
-        (inside, str(tmp_path / "clean"), "is or holds it, or lies in it"),
+        (groups, groups, "overlaps with input"),
+        (groups, f"{groups}/clean", "overlaps with input"),
+        (inside, str(tmp_path / "clean"), "overlaps with input"),
         (inside, groups, "holds 'manifest.json', not of this stage"),
     ):
         write_rows(tmp_path / "bench.jsonl")
@@ -380,9 +381,9 @@ def mistakes() -> Iterator[tuple[Callable[[Path], Any], str]]:
 
         return call
 
-    yield run(times=2), "inputs: two are called 'raw'"
+    yield run(times=2), "inputs: duplicate name 'raw'"
     yield run(benchmarks=[{"fields": ["q"]}]), "a path or a task"
-    yield run(inputs=[{"path": "raw/*.jsonl"}]), r"inputs: '\*' is no name"
+    yield run(inputs=[{"path": "raw/*.jsonl"}]), r"inputs: '\*' has other characters"
     yield run(inputs=[{"path": "raw.jsonl", "name": "removed.jsonl"}]), "'removed.jsonl' is a file of the output"
     yield run(benchmarks=[{"path": "nowhere.jsonl", "fields": ["q"]}]), "no such file"
 

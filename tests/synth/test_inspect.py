@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import synth
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, GroupText, Pair, Segment, SynthGroup, encode
-from ipt_jax.corpus.shards import Output
 from synth.format.parser import parse_completion, reject
 from synth.format.wire import wire_pair
 from synth.inspect.html_page import html_page

@@ -224,7 +224,7 @@ def test_tags_in_a_text_are_counted(tmp_path: Path) -> None:
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl", 3)
-    with pytest.raises(UserError, match="title stands twice"):
+    with pytest.raises(UserError, match="duplicate pattern title"):
         mine(tmp_path, patterns=["title", "title"])
     with pytest.raises(UserError, match="no text to convert"):
         mine(tmp_path, corpus={"path": str(tmp_path / "corpus.jsonl"), "fraction": 1e-9})

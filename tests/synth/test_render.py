@@ -12,8 +12,9 @@ from renderkit import EVEN, PAIRS, group, recipe, render
 from synthkit import damage_shard
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Pair, Parent, SynthGroup, encode
-from ipt_jax.corpus.shards import Output, read_documents, read_manifest
+from ipt_jax.corpus.shards import read_documents, read_manifest
 from synth.format.parser import reject
 from synth.format.wire import wire_pair
 from synth.render.documents import Renderer
@@ -289,10 +290,10 @@ def test_a_filter_that_leaves_no_pair_is_told(tmp_path: Path, capsys: pytest.Cap
     scored.scores["grounded"] = 1.0
     where = str(write_groups(tmp_path / "groups", [[group("a", [[scored]])]]))
     run_render(recipe(groups=where, output=str(tmp_path / "some"), keep="grounded >= 1"))
-    assert "no pair passed" not in capsys.readouterr().err
+    assert "no pair was kept" not in capsys.readouterr().err
     result = run_render(recipe(groups=where, output=str(tmp_path / "none"), keep="grounded >= 2"))
     assert result["pairs"] == 0
-    assert "synth render: no pair passed (keep 1); every text stands alone\n" in capsys.readouterr().err
+    assert "synth render: no pair was kept (dropped: keep 1); all documents are raw texts\n" in capsys.readouterr().err
 
 
 def test_mistakes(tmp_path: Path) -> None:

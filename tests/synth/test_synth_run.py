@@ -16,8 +16,8 @@ from synthkit import BOS, EOS, damage_shard, groups_of, recipe, settings, shard_
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.settings import check_settings
+from ipt_jax.core.stage import Manifest
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
-from ipt_jax.corpus.shards import Manifest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth import read_groups
 from synth.config import RunSettings, SynthesizerSettings
@@ -194,14 +194,14 @@ def test_a_damaged_shard_is_made_again_once_it_is_deleted(tmp_path: Path) -> Non
     run_synth(recipe)
     before = shard_bytes(recipe.output)
     damage_shard(recipe.output, 1)
-    with pytest.raises(UserError, match="groups-00001.*; delete this file, then run its stage again"):
+    with pytest.raises(UserError, match="groups-00001.*; delete this file, then rerun its stage"):
         list(read_groups(recipe.output))
     (Path(recipe.output) / sorted(before)[1]).unlink()
     run_synth(recipe)
     assert shard_bytes(recipe.output) == before
     manifest = Path(recipe.output) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
-    with pytest.raises(UserError, match="undo the edit or put a copy back; to begin anew, give another output"):
+    with pytest.raises(UserError, match="restore it from a backup, or write to another output"):
         run_synth(recipe)
     assert shard_bytes(recipe.output) == before
 

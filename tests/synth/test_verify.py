@@ -241,7 +241,7 @@ def test_an_engine_that_dies_costs_what_was_in_flight(groups: Path, tmp_path: Pa
     names = ["grounded", "open_closed", "options"]
     run_verify(verify_settings(groups, tmp_path / "whole", names))
     dying = {"max_num_seqs": 2, "faults": {"dies_at": 100}}
-    with pytest.raises(Fault, match="run the same command again"):
+    with pytest.raises(Fault, match="rerun the same command"):
         run_verify(verify_settings(groups, tmp_path / "out", names, synthesizer=dying))
     assert stored(tmp_path / "out") > 0
     run_verify(verify_settings(groups, tmp_path / "out", names))

@@ -20,8 +20,8 @@ from synthkit import groups_of, settings, shard_bytes, write_tokenizer
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import FileHashCache, file_digest
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, encode
-from ipt_jax.corpus.shards import Output
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth import read_groups
 from synth.config import RunSettings

@@ -1,0 +1,444 @@
+"""The output directory of a stage: ArrayRecord shards with a manifest, and the loop that makes missing shards.
+
+A stage opens an `Output`, passes one item per shard to `make_shards`, and calls `Output.finish`. Rerunning a stage
+keeps the shards that verify and makes the others.
+
+Guarantees:
+- A shard with its final name, `NAME-00000-of-00010.array_record`, is complete. It is written under a temporary name,
+  closed, reopened, counted, fsynced and renamed, and then its directory is fsynced.
+- `manifest.json` lists each shard with counts and SHA-256 and holds its own checksum. `complete` is set by `finish`.
+- One writer per directory: `.lock` is held with flock and released when the process ends.
+- The number of workers changes no byte.
+Does not guarantee: remote file systems. ArrayRecord writes to local disks only.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+import msgspec
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.executor import ExecutorName, run_units
+from ipt_jax.core.files import TEMPORARY, lock_directory, refuse_foreign, sync_directory, write_whole, writing
+from ipt_jax.core.hashing import digest, file_digest
+from ipt_jax.core.progress import Progress
+
+SCHEMA = 1
+PACKED = "group_size:1,zstd:3"  # one record per group, so that each is read and checked by itself
+UNPACKED = "group_size:1,uncompressed"  # three times as fast to read: for the loader
+Raised = type[BaseException] | None
+Item = TypeVar("Item")
+
+
+class ShardEntry(msgspec.Struct):
+    name: str
+    records: int
+    tokens: int
+    bytes: int
+    sha256: str
+    counts: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+    sides: dict[str, str] = {}  # SHA-256 of the side files, by name
+
+
+class Manifest(msgspec.Struct):
+    schema: int
+    stage: str
+    fingerprint: str
+    identity: dict[str, Any]
+    complete: bool = False
+    records: int = 0
+    tokens: int = 0
+    counts: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+    summary: dict[str, Any] = {}
+    shards: list[ShardEntry] = []
+    checksum: str = ""
+
+    def digest(self) -> str:
+        """Digest of all fields except the checksum."""
+        return digest(msgspec.to_builtins(msgspec.structs.replace(self, checksum="")))
+
+    def count(self, name: str) -> int:
+        return self.counts.get(name, 0)
+
+
+@dataclass
+class NewShard:
+    """A shard while it is written. Its writer adds to the counts; the manifest stores them."""
+
+    path: Path
+    records: int = 0
+    tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    sides: dict[str, str] = field(default_factory=dict)  # SHA-256 of each side file, by the end of its name
+
+    def side_path(self, ending: str) -> Path:
+        """Where to write the side file `NAME-00000-of-00010.ENDING`."""
+        return side_path(self.path, ending)
+
+
+def side_path(temporary: Path, ending: str) -> Path:
+    return temporary.with_name(f"{temporary.name.removesuffix(TEMPORARY)}.{ending}{TEMPORARY}")
+
+
+class Output:
+    """The one writer of a stage's directory.
+
+    `identity` holds the contents and meaning of the settings, never paths. A directory made with another identity is
+    refused, and the error names the field. Complete shards are kept, temporary files are removed.
+
+    `remake` is for stages that ask no model. Shards and side files are compared with their checksums. A damaged one is
+    reported and made again, as are all shards if the manifest was edited. Shard files that the manifest does not list
+    are removed. Without `remake` only sizes are compared, and an edited manifest is an error.
+    """
+
+    def __init__(
+        self, path: str | Path, *, stage: str, identity: dict[str, Any], shard_name: str, remake: bool = False
+    ):
+        self.path, self.shard_name, self._remake = Path(path), shard_name, remake
+        self.manifest = Manifest(SCHEMA, stage, digest(identity), identity)
+        self._entries: dict[int, ShardEntry] = {}
+
+    def __enter__(self) -> Self:
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_directory(self.path)
+            try:
+                self._resume()
+            except BaseException:
+                os.close(self._lock)
+                raise
+        return self
+
+    def __exit__(self, kind: Raised, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, UserError) and not self._entries:
+            self._withdraw()
+        os.close(self._lock)
+
+    def _withdraw(self) -> None:
+        """Removes the directory if a user error ended the run before its first shard, unless it holds other files."""
+        files = list(self.path.iterdir())
+        if all(file.name in (".lock", "manifest.json") or file.name.endswith(TEMPORARY) for file in files):
+            for file in files:
+                file.unlink(missing_ok=True)
+            self.path.rmdir()
+
+    def _resume(self) -> None:
+        if (self.path / "manifest.json").exists():
+            found = load_manifest(self.path)
+            refuse_other(self.path, found, self.manifest)
+            if found.checksum == found.digest():
+                self.manifest = found
+                self._keep_complete(found.shards)
+            elif self._remake:
+                print(f"{self.path / 'manifest.json'}: was edited; all shards are made again", file=sys.stderr)
+            else:
+                raise UserError(f"{edited(self.path)}, or write to another output")
+        else:
+            refuse_foreign(self.path)
+        for leftover in self.path.glob(f"*{TEMPORARY}"):
+            leftover.unlink()
+        if self._remake:
+            self._remove_unlisted()
+        self._save()
+
+    def _keep_complete(self, entries: list[ShardEntry]) -> None:
+        for entry in entries:
+            if found := self._damage(entry):
+                print(f"{found}; it is made again", file=sys.stderr)
+                self.manifest.complete = False
+            else:
+                self._entries[_index(entry.name)] = entry
+
+    def _damage(self, entry: ShardEntry) -> str | None:
+        found = damage(self.path, entry, checksum=self._remake)
+        for name, sha256 in entry.sides.items() if self._remake else ():
+            file = self.path / name
+            if not file.is_file():
+                found = found or f"{file}: listed in the manifest but missing"
+            elif file_digest(file) != sha256:
+                found = found or f"{file}: its bytes differ from the manifest's checksum"
+        return found
+
+    def _remove_unlisted(self) -> None:
+        """Removes copies of a shard under another number, and a shard that was renamed just before a kill."""
+        listed = {entry.name for entry in self._entries.values()}
+        for file in sorted(self.path.glob(f"{self.shard_name}-*.array_record")):
+            if file.name not in listed:
+                print(f"{file}: not listed in the manifest; it is removed", file=sys.stderr)
+                file.unlink()
+
+    def drop(self, index: int) -> None:
+        """Removes a shard from the manifest, not its file. The directory is then incomplete."""
+        del self._entries[index]
+        self.manifest.complete = False
+        self._save()
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest.complete
+
+    @property
+    def held(self) -> list[int]:
+        """The numbers of the complete shards."""
+        return sorted(self._entries)
+
+    def has(self, index: int) -> bool:
+        return index in self._entries
+
+    def entry(self, index: int) -> ShardEntry:
+        return self._entries[index]
+
+    def temporary(self, index: int) -> Path:
+        """Where shard `index` is written before `seal_file`. The name holds this process's id: a worker that survives
+        a killed run for a moment never writes into the file of the next run."""
+        return self.path / f"{self.shard_name}-{index:05d}.{os.getpid()}{TEMPORARY}"
+
+    def seal(
+        self,
+        index: int,
+        total: int,
+        records: Iterable[bytes],
+        *,
+        tokens: int = 0,
+        counts: dict[str, int] | None = None,
+        dropped: dict[str, int] | None = None,
+    ) -> None:
+        """Writes shard `index` of `total` and lists it. `counts` are summed over shards into the manifest."""
+        shard = NewShard(self.temporary(index), 0, tokens, Counter(counts), Counter(dropped))
+        with writing(self.path):
+            shard.records = write_shard(shard.path, records)
+        self.seal_file(index, total, shard)
+
+    def seal_file(self, index: int, total: int, shard: NewShard) -> None:
+        """Renames a written shard and its side files to their final names and lists the shard."""
+        found = count_records(shard.path)
+        assert found == shard.records, f"{shard.path}: wrote {shard.records} records, found {found}"
+        stem = f"{self.shard_name}-{index:05d}-of-{total:05d}"
+        checksum, size = file_digest(shard.path), shard.path.stat().st_size
+        counts, dropped = dict(sorted(shard.counts.items())), dict(sorted(shard.dropped.items()))
+        sides = {f"{stem}.{ending}": sha256 for ending, sha256 in shard.sides.items()}
+        name = f"{stem}.array_record"
+        with writing(self.path):
+            for earlier in self.path.glob(f"{stem}.*"):
+                earlier.unlink()
+            for ending in shard.sides:
+                os.replace(shard.side_path(ending), self.path / f"{stem}.{ending}")
+            os.replace(shard.path, self.path / name)
+            sync_directory(self.path)
+            self._entries[index] = ShardEntry(name, found, shard.tokens, size, checksum, counts, dropped, sides)
+            self._save()
+
+    def finish(self, summary: dict[str, Any] | None = None) -> Manifest:
+        """Marks the stage complete. `summary` is stored in the manifest for later use by the stage."""
+        if not self.complete:
+            self.manifest.complete = True
+            self.manifest.summary = summary or {}
+            self._save()
+        return self.manifest
+
+    def refuse_empty(self, what: str, cure: str) -> None:
+        """Raises UserError if no shard has a record, and removes the shards: a corrected recipe can then write here."""
+        if self.manifest.records:
+            return
+        dropped = format_counts(self.manifest.dropped)
+        for index, entry in list(self._entries.items()):
+            for name in (entry.name, *entry.sides):
+                (self.path / name).unlink()
+            self.drop(index)
+        raise UserError(f"{what} (dropped: {dropped}); {cure}")
+
+    def _save(self) -> None:
+        shards = [entry for _, entry in sorted(self._entries.items())]
+        manifest = self.manifest
+        manifest.shards = shards
+        manifest.records = sum(entry.records for entry in shards)
+        manifest.tokens = sum(entry.tokens for entry in shards)
+        manifest.counts = sum_counts(entry.counts for entry in shards)
+        manifest.dropped = sum_counts(entry.dropped for entry in shards)
+        manifest.checksum = manifest.digest()
+        with writing(self.path):
+            write_whole(self.path / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+
+
+# ---- making missing shards
+
+WriteRecords = Callable[[Item, NewShard], Iterator[bytes]]  # yields the records of a shard and fills its counts
+
+
+class ShardJob(NamedTuple, Generic[Item]):
+    """What a worker process needs to write one shard."""
+
+    write: WriteRecords[Item]
+    item: Item
+    shard: NewShard
+    options: str
+
+
+def make_shards(
+    write: WriteRecords[Item],
+    work: Sequence[tuple[Output, Sequence[Item]]],
+    size: Callable[[Item], float],
+    *,
+    unit: str,
+    label: str,
+    workers: int | None = None,
+    executor: ExecutorName = "local",
+    options: str = PACKED,
+) -> None:
+    """Makes the shards that are missing: `write` turns item `i` of an output into shard `i` of it.
+
+    `size` is the size of an item in the `unit` of the progress line. `workers` and `executor` are those of `run_units`.
+    """
+    jobs: list[ShardJob[Item]] = []
+    places: list[tuple[Output, int, int]] = []
+    for output, items in work:
+        for index, item in enumerate(items):
+            if not output.has(index):
+                jobs.append(ShardJob(write, item, NewShard(output.temporary(index).absolute()), options))
+                places.append((output, index, len(items)))
+    if not jobs:
+        return
+    total = sum(size(item) for _, items in work for item in items)
+    missing = sum(size(job.item) for job in jobs)
+    with Progress(total, unit, label, done=total - missing) as progress:
+        for at, shard in run_units(write_job, jobs, workers=workers, executor=executor):
+            output, index, shards = places[at]
+            output.seal_file(index, shards, shard)
+            progress.advance(size(jobs[at].item))
+
+
+def write_job(job: ShardJob[Item]) -> NewShard:
+    """Runs in a worker process."""
+    with writing(job.shard.path.parent):
+        job.shard.records = write_shard(job.shard.path, job.write(job.item, job.shard), job.options)
+    return job.shard
+
+
+# ---- shard files and manifests
+
+
+def write_shard(path: Path, records: Iterable[bytes], options: str = PACKED) -> int:
+    """Writes `records` to `path`, closes and fsyncs it. Returns their number. Raises OSError if the disk is full."""
+    writer = ArrayRecordWriter(str(path), options)
+    count = 0
+    try:
+        for record in records:
+            writer.write(record)
+            count += 1
+        writer.close()
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # array_record reports a failed write this way
+            raise OSError(str(error)) from error
+        raise
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return count
+
+
+def count_records(path: Path) -> int:
+    """Records in a closed ArrayRecord file. Raises OSError if the reader cannot read the file."""
+    reader = ArrayRecordReader(str(path))
+    if not reader.ok():
+        raise OSError(f"{path}: not a complete ArrayRecord file")
+    count = reader.num_records()
+    reader.close()
+    return count
+
+
+def damage(path: Path, entry: ShardEntry, *, checksum: bool = True) -> str | None:
+    """What is wrong with a listed shard: its file and, if its bytes differ, the first unreadable record."""
+    file = path / entry.name
+    if not file.is_file():
+        return f"{file}: listed in the manifest but missing"
+    with file.open("rb") as opened:  # raises if the file may not be read: that is not damage
+        size = os.fstat(opened.fileno()).st_size
+    if size != entry.bytes:
+        return f"{file}: {size} bytes, the manifest says {entry.bytes}"
+    if checksum and file_digest(file) != entry.sha256:
+        return f"{file}: its bytes differ from the manifest's checksum{first_unreadable(file)}"
+    return None
+
+
+def first_unreadable(file: Path) -> str:
+    """Names the first record that cannot be read. A damaged byte may belong to no record."""
+    reader = ArrayRecordReader(str(file))
+    if not reader.ok():
+        return ", none of its records can be read"
+    count = reader.num_records()
+    for record in range(count):
+        try:
+            reader.read([record])
+        except (RuntimeError, IndexError):
+            return f", record {record:,} of {count:,} cannot be read"
+    return f", but all {count:,} records can be read"
+
+
+def load_manifest(path: Path) -> Manifest:
+    """The manifest of a directory. The caller compares its checksum."""
+    file = path / "manifest.json"
+    try:
+        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file}: damaged ({error}); restore it from a backup, or rerun the stage into a new directory: without "
+            "the manifest the shards cannot be verified"
+        ) from error
+    if manifest.schema != SCHEMA:
+        raise UserError(f"{file}: schema {manifest.schema}, this version reads {SCHEMA}; rerun its stage")
+    return manifest
+
+
+def edited(path: Path) -> str:
+    return f"{path / 'manifest.json'}: was edited (checksum mismatch); undo the edit, restore it from a backup"
+
+
+def refuse_other(path: Path, found: Manifest, expected: Manifest) -> None:
+    """Raises UserError, naming the field, if another stage or other settings made a directory."""
+    if found.stage != expected.stage:
+        raise UserError(f"output {path}: made by stage {found.stage!r}, not {expected.stage!r}; set another output")
+    if found.fingerprint == expected.fingerprint:
+        return
+    before, now = _flat(found.identity), _flat(expected.identity)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    name = changed[0] if changed else "settings"
+    raise UserError(
+        f"output {path}: made with {name}={before.get(name)!r}, now {now.get(name)!r}; "
+        "set another output, or delete this one"
+    )
+
+
+def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
+
+
+def format_counts(counts: dict[str, int]) -> str:
+    """{'empty_text': 2, 'too_long': 1} -> 'empty_text 2, too_long 1'"""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
+
+
+def _index(name: str) -> int:
+    match = re.fullmatch(r".+-(\d{5,})-of-\d{5,}\.array_record", name)
+    assert match, name
+    return int(match.group(1))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{'corpus': {'path': 'a', 'splits': [1]}} -> {'corpus.path': 'a', 'corpus.splits.0': 1}"""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    flat = [_flat(one, f"{prefix}.{key}" if prefix else str(key)) for key, one in inner]
+    return {key: one for part in flat for key, one in part.items()} if flat else {prefix: value}
