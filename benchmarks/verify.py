@@ -28,8 +28,7 @@ from synth.engine import Engine, open_engine, synthesizer_tokenizer
 from synth.format.prompt import Prompt
 from synth.verify.engine_scores import ORDERS, Judge, ask_score, in_order
 from synth.verify.engine_scores import Case as Asked
-from synth.verify.prepared_text import PreparedText
-from synth.verify.text_scores import TEXT_SCORES, brevity
+from synth.verify.text_scores import TEXT_SCORES, PreparedText, brevity
 from synth.verify.verifier import FoundScores, read_pair
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"

@@ -1,7 +1,7 @@
-"""Scores that need the synthesizer: what it thinks of an answer, and what it answers itself.
+"""Scores that need the synthesizer: the probability that it gives an answer, and its own answer.
 
-Prompts are the synthesizer's own wire format: the text's block, then the question up to `<ANS>`; the text's tokens come
-first, so that an engine's prefix cache holds them for all pairs of a text.
+Prompts are in the synthesizer's wire format: the text's block, then the question up to `<ANS>`. The text's tokens come
+first, so that the engine's prefix cache serves all pairs of a text.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ from synth.format.wire import (
 from synth.text.words import plain_word, stem, words
 from synth.verify.text_scores import Unscored, sigmoid
 
-ORDERS = 2  # in which the options are shown
+ORDERS = 2  # of the options
 ARTICLES = frozenset(("a", "an", "the"))
-MORE_TOKENS = 16  # that a second answer may have beyond twice the first's
+MORE_TOKENS = 16  # limit of the second answer, beyond twice the tokens of the first
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What the requests of all pairs have in common."""
+    """What the requests of all pairs share."""
 
     synthesizer: SynthesizerSettings
     tokenizer: Tokenizer
@@ -45,7 +45,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Case:
-    """An accepted pair before the engine; `opened`: the tokens of its text's block, `id`: '<group>/<text>/<pair>'."""
+    """An accepted pair to score. `opened`: the tokens of its text's block. `id`: '<group>/<text>/<pair>'."""
 
     judge: Judge
     engine: Engine
@@ -55,7 +55,7 @@ class Case:
     attempt: int = 1
 
     def ask(self, before: list[int], question: str, reasoning: str | None = None) -> list[int]:
-        """The prompt that an answer's first token follows."""
+        """The prompt up to the answer's first token."""
         cue = f"{QUESTION_TAG} {question} {ANSWER_TAG}"
         if reasoning is not None:
             cue += f" {reasoning}{ANSWER_CUE.rstrip()}"
@@ -73,8 +73,8 @@ class Case:
 
 
 async def open_closed(case: Case) -> float:
-    """How much likelier the answer is with the text than without, a token: sigmoid of the difference in nats."""
-    alone = case.opened[:1]  # BOS: the question stands as if its text had never been read
+    """How much likelier the answer is with the text than without: sigmoid of the difference in nats per token."""
+    alone = case.opened[:1]  # BOS only
     prompts = {"open": case.ask(case.opened, case.pair.question), "closed": case.ask(alone, case.pair.question)}
     (with_text, tokens), (without, _) = await asyncio.gather(
         *(case.logprob(prompt, case.pair.answer, name) for name, prompt in prompts.items())
@@ -83,19 +83,19 @@ async def open_closed(case: Case) -> float:
 
 
 async def agreement(case: Case) -> float:
-    """F1 over the words of the final answer and of the one that the synthesizer gives now, greedily."""
+    """F1 of the words of the final answer and of the synthesizer's greedy answer."""
     prompt = case.ask(case.opened, case.pair.question)
     limit = 2 * len(case.judge.tokenizer.encode(case.pair.answer)) + MORE_TOKENS
     limit = min(limit, case.judge.synthesizer.max_new_tokens)
     case.refuse_long(len(prompt) + limit)
     request = GenerationRequest(f"{case.id}/agreement/{case.attempt}", prompt, max_new_tokens=limit)
     completion = await case.engine.generate(request)
-    told = case.judge.tokenizer.decode(completion.ids).partition(END_TAG)[0].strip().partition(PAIR_SEPARATOR)[0]
-    return word_f1(told.rpartition(ANSWER_CUE)[2], final_answer(case.pair))
+    answer = case.judge.tokenizer.decode(completion.ids).partition(END_TAG)[0].strip().partition(PAIR_SEPARATOR)[0]
+    return word_f1(answer.rpartition(ANSWER_CUE)[2], final_answer(case.pair))
 
 
 def word_f1(one: str, other: str) -> float:
-    """'the old mill', 'old mills' -> 1.0; articles and endings do not count."""
+    """'the old mill', 'old mills' -> 1.0: articles and endings do not count."""
     first, second = (
         Counter(stem(word) for word in words(text) if plain_word(word) not in ARTICLES) for text in (one, other)
     )
@@ -104,9 +104,9 @@ def word_f1(one: str, other: str) -> float:
 
 
 async def options(case: Case) -> float:
-    """The mean probability of the chosen option among all, over orders drawn from (seed, id); 0 for a faulty form."""
+    """The mean probability of the chosen option among all options, over orders drawn from (seed, id)."""
     chosen = gold_option(case.pair)
-    assert chosen is not None  # the form was looked at before
+    assert chosen is not None  # options that are malformed are not asked for
     orders = [draw(case.judge.seed, "options", case.id, number) for number in range(ORDERS)]
     shown = [order.sample(case.pair.options, len(case.pair.options)) for order in orders]
     shares = await asyncio.gather(*(in_order(case, order, number) for number, order in enumerate(shown)))
@@ -114,7 +114,7 @@ async def options(case: Case) -> float:
 
 
 async def in_order(case: Case, order: list[str], number: int) -> dict[str, float]:
-    """The probability of each option, shown in this order, with the end of the answer."""
+    """The probability of each option and the end of the answer, with the options in this order."""
     pair = case.pair
     question = wire_pair(question_stem(pair), "", order, pair.rationale).question
     prompt = case.ask(case.opened, question, pair.rationale)
@@ -137,7 +137,7 @@ ASKED_SCORES: dict[str, Callable[[Case], Awaitable[float]]] = {
 
 
 async def ask_score(name: str, case: Case) -> float | str:
-    """The score, or the reason why there is none."""
+    """The score, or the reason for its absence."""
     try:
         return await with_retries(lambda attempt: ASKED_SCORES[name](replace(case, attempt=attempt)))
     except Unscored as error:

@@ -1,34 +1,39 @@
-"""Scores that need a pair and its text alone, between 0 and 1, higher for better (docs/verify.md has the table).
+"""Scores that need a pair and its text only, between 0 and 1, higher for better (docs/verify.md has the table).
 
-Guaranteed: a pure function of text and pair; what cannot be judged raises `Unscored` with its reason, and a score whose
-object is missing (no name in the answer, no number asked for) is 1: nothing speaks against the pair.
+Guarantees: a score is a pure function of text and pair. A pair that cannot be judged raises `Unscored` with the reason.
+A score whose object is missing (no name in the answer, no number in the question) is 1.
 
-Whether an answer has the form that its English question asks for. Refuses only what is plainly of another kind.
-
-One score from the others: how likely is the pair right, as far as its words tell.
+`combined` estimates from the other scores how likely the pair is right:
 
     combined = answered · asked · entities · polarity · answer_type · unrepeated · min(1, 2 · language)
-    answered = sigmoid(a · grounded + b · quoted + c · brevity + d),  brevity = 1 / (1 + the final answer's words)
+    answered = sigmoid(a · grounded + b · quoted + c · brevity + d),  brevity = 1 / (1 + words of the final answer)
     asked    = sigmoid(e · question_grounded + f)
 
-A product, because each part sees faults that the others do not: one weighted sum of all, fitted on all faults at once,
-learns to forgive each (AUC for swapped answers 0.86 instead of 0.95). `answered` tells the answers of FairytaleQA's
-training split from those of other stories, `asked` its questions. `python benchmarks/verify.py --fit` makes the
-weights.
+It is a product because each part detects faults that the others miss. One weighted sum of all parts, fitted on all
+faults, is worse on each (AUC for swapped answers 0.86 instead of 0.95). `answered` separates the answers of
+FairytaleQA's training split from answers about other stories, `asked` its questions.
+`python benchmarks/verify.py --fit` fits the weights.
 """
 
-from collections import Counter
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from math import exp
+from typing import Any
 
 from ipt_jax.corpus.records import Pair
 from synth.format.parser import gold_option, plain
 from synth.format.wire import final_answer, question_stem
 from synth.text.sentences import sentences
 from synth.text.words import content_stems, content_words, is_content, is_negation, plain_word, stem, words
-from synth.verify.prepared_text import PreparedText, in_common, languages, script, turned_stems
 
+Languages = dict[str, float]  # the probability of each language, if above LEAST_SHARE
+ENOUGH_LETTERS = 1_000  # of a text, to identify its language
+LEAST_SHARE = 1e-3
+NEGATION_REACH = 3  # words after "not" that it negates
+REPEATED = 3  # words of a repetition
 AMOUNTS = frozenset("many much old long far often tall big large high heavy deep".split())
 NUMBERS = frozenset(
     """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
@@ -50,38 +55,91 @@ NO_PERSON = PERSONAL | frozenset("because by to so in if would was were had did 
 SHORT_REASON = 2  # words
 
 
-def fits_question(question: str, answer: str) -> bool:
-    asked, told = [plain_word(word) for word in words(question)], [plain_word(word) for word in words(answer)]
-    if not asked or not told:
-        return True
-    numbered = any(word[0].isdigit() for word in told)
-    match asked[0], asked[1:2]:
-        case "how", [amount] if amount in AMOUNTS:
-            return numbered or not NUMBERS.isdisjoint(told) or (amount in ("long", "often") and is_time(told))
-        case "when", _:
-            return numbered or is_time(told)
-        case (("who" | "whom" | "whose"), _):
-            return told[0] not in NO_PERSON
-        case "where", _:
-            return not PLACES.isdisjoint(told) or any(word[0].isupper() and is_content(word) for word in words(answer))
-        case "why", _:
-            return len(told) > SHORT_REASON
-    return True
-
-
-def is_time(told: list[str]) -> bool:
-    return not TIMES.isdisjoint(told)
-
-
-REPEATED = 3  # words that make a repetition when they come again
-
-
 class Unscored(Exception):
-    """The score cannot be given; the message is the reason, counted as such."""
+    """No score for this pair. The message is the reason, as it is counted."""
 
 
-def told(pair: Pair) -> str:
-    """The answer without the words that only the format puts in."""
+@cache
+def identifier() -> Any:
+    """Loads in 0.6 s, once per process."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def find_languages(text: str) -> Languages:
+    return {name: share for name, share in identifier().rank(text[:ENOUGH_LETTERS]) if share >= LEAST_SHARE}
+
+
+@lru_cache(maxsize=1 << 16)
+def script(letter: str) -> str:
+    """'a' -> 'LATIN', '谁' -> 'CJK'"""
+    return unicodedata.name(letter, "UNKNOWN").partition(" ")[0]
+
+
+class PreparedText:
+    """A text prepared once for the scores of all its pairs. Each property is computed on first use."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @cached_property
+    def words(self) -> list[str]:
+        return words(self.text)
+
+    @cached_property
+    def stems(self) -> set[str]:
+        return set(stems(self.text))
+
+    @cached_property
+    def neighbours(self) -> set[tuple[str, str]]:
+        return set(pairwise(stems(self.text)))
+
+    @cached_property
+    def lower_case(self) -> set[str]:
+        """The words that occur without a capital. They are not names."""
+        return {word for word in self.words if word[0].islower()}
+
+    @cached_property
+    def windows(self) -> list[set[str]]:
+        """The content stems of every two consecutive sentences."""
+        each = [content_stems(sentence) for sentence in sentences(self.text)]
+        return [one | other for one, other in pairwise(each)] or each
+
+    @cached_property
+    def negations(self) -> dict[str, set[bool]]:
+        return find_negations(self.words)
+
+    @cached_property
+    def languages(self) -> Languages:
+        return find_languages(self.text)
+
+    @cached_property
+    def scripts(self) -> set[str]:
+        return {script(letter) for letter in set(self.text) if letter.isalpha()}
+
+
+def stems(text: str) -> list[str]:
+    return [stem(word) for word in words(text)]
+
+
+def find_negations(of: list[str]) -> dict[str, set[bool]]:
+    """Whether each content stem is negated. ['not', 'old', …, 'old'] -> {'old': {True, False}}"""
+    found: dict[str, set[bool]] = defaultdict(set)
+    negated = -NEGATION_REACH - 1
+    for place, word in enumerate(of):
+        if is_negation(word):
+            negated = place
+        elif is_content(word):
+            found[stem(word)].add(place - negated <= NEGATION_REACH)
+    return found
+
+
+# ---- scores
+
+
+def answer_text(pair: Pair) -> str:
+    """Reasoning and answer without the words of the wire format."""
     return f"{pair.rationale or ''} {final_answer(pair)}"
 
 
@@ -90,9 +148,9 @@ def share(hits: int, all_: int) -> float:
 
 
 def grounded(text: PreparedText, pair: Pair) -> float:
-    """The share of the answer's content words that stand in the text; of reasoning and final answer, the mean.
+    """The share of the answer's content words that are in the text. The mean of reasoning and final answer.
 
-    An answer without one ('Yes.', 'He did.') says what its question says, so the question's words count.
+    An answer without content words ('Yes.', 'He did.') affirms its question, so the question's words count.
     """
     parts = [content_words(part) for part in (final_answer(pair), pair.rationale or "")]
     judged = [part for part in parts if part] or [content_words(question_stem(pair))]
@@ -102,28 +160,28 @@ def grounded(text: PreparedText, pair: Pair) -> float:
 
 
 def quoted(text: PreparedText, pair: Pair) -> float:
-    """The share of the answer's neighbouring words that are neighbours in the text; of a single word, its presence."""
-    stems = [stem(word) for word in words(told(pair))]
-    if not stems:
+    """The share of the answer's word pairs that are in the text. For one word, whether it is."""
+    answered = stems(answer_text(pair))
+    if not answered:
         raise Unscored("no_words")
-    if len(stems) == 1:
-        return float(stems[0] in text.stems)
-    return share(sum(couple in text.neighbours for couple in pairwise(stems)), len(stems) - 1)
+    if len(answered) == 1:
+        return float(answered[0] in text.stems)
+    return share(sum(couple in text.neighbours for couple in pairwise(answered)), len(answered) - 1)
 
 
 def located(text: PreparedText, pair: Pair) -> float:
-    """Two sentences in a row that hold much of question and answer: the best product of the two shares."""
-    asked, answered = content_stems(question_stem(pair)), content_stems(told(pair))
+    """The best two consecutive sentences: the share of the question's words times that of the answer's."""
+    asked, answered = content_stems(question_stem(pair)), content_stems(answer_text(pair))
     if not asked and not answered:
         raise Unscored("no_words")
-    found = (
-        (share(len(asked & near), len(asked)), share(len(answered & near), len(answered))) for near in text.windows
+    shares = (
+        share(len(asked & near), len(asked)) * share(len(answered & near), len(answered)) for near in text.windows
     )
-    return max((one * other for one, other in found), default=0.0)
+    return max(shares, default=0.0)
 
 
 def question_grounded(text: PreparedText, pair: Pair) -> float:
-    """The share of the question's content words that stand in the text."""
+    """The share of the question's content words that are in the text."""
     asked = content_stems(question_stem(pair))
     if not asked:
         raise Unscored("no_words")
@@ -131,16 +189,16 @@ def question_grounded(text: PreparedText, pair: Pair) -> float:
 
 
 def entities(text: PreparedText, pair: Pair) -> float:
-    """The share of the answer's names and numbers that stand in text or question."""
-    asked = {stem(word) for word in words(pair.question)}
-    named = [stem(word) for word in names(told(pair), text)]
-    return share(sum(name in text.stems or name in asked for name in named), len(named))
+    """The share of the answer's names and numbers that are in the text or the question."""
+    known = text.stems.union(stems(pair.question))
+    named = [stem(word) for word in names(answer_text(pair), text)]
+    return share(sum(name in known for name in named), len(named))
 
 
 def names(answer: str, text: PreparedText) -> Iterator[str]:
-    """Numbers, and capitalised words that the text has nowhere in lower case.
+    """Numbers, and capitalised words that are not in the text in lower case.
 
-    Of several sentences' first words, which are capitalised anyway, only those that another such word follows.
+    Every first word of a sentence is capitalised. With several sentences it counts only before another capital.
     """
     parts = sentences(answer)
     for found in map(words, parts):
@@ -152,50 +210,69 @@ def names(answer: str, text: PreparedText) -> Iterator[str]:
 
 
 def polarity(text: PreparedText, pair: Pair) -> float:
-    """The share of the answer's content words that the text affirms, or negates, as the answer does.
+    """The share of the answer's content words that the text negates, or does not negate, as the answer does.
 
-    A negated word must stand negated in the text; another one, where it stands there, must stand plain somewhere.
+    A negated word must be negated in the text. Another word of the text must occur there without negation.
     """
     answered = words(final_answer(pair))
-    turned = turned_stems(answered)
+    negated = {word: True in forms for word, forms in find_negations(answered).items()}
     agree = [
-        negated in text.turned.get(word, ()) or not (negated or word in text.turned)
-        for word, ways in turned.items()
-        for negated in [True in ways]
+        negation in text.negations.get(word, ()) or not (negation or word in text.negations)
+        for word, negation in negated.items()
     ]
-    negates_nothing = any(map(is_negation, answered)) and not any(True in ways for ways in turned.values())
+    negates_nothing = any(map(is_negation, answered)) and not any(negated.values())
     return share(sum(agree), len(agree) + negates_nothing)
 
 
 def answer_type(text: PreparedText, pair: Pair) -> float:
-    """1 where the answer has the form that the question asks for (who, when, where, why, how many), else 0."""
-    return float(fits_question(question_stem(pair), final_answer(pair)))
+    """1 if the answer has the form that an English question asks for (who, when, where, why, how many), else 0."""
+    return float(fits_question(words(question_stem(pair)), words(final_answer(pair))))
+
+
+def fits_question(question: list[str], answer: list[str]) -> bool:
+    """False only for an answer that is plainly of another kind."""
+    asked, answered = [plain_word(word) for word in question], [plain_word(word) for word in answer]
+    if not asked or not answered:
+        return True
+    numbered = any(word[0].isdigit() for word in answered)
+    timed = not TIMES.isdisjoint(answered)
+    match asked[0], asked[1:2]:
+        case "how", [amount] if amount in AMOUNTS:
+            return numbered or not NUMBERS.isdisjoint(answered) or (amount in ("long", "often") and timed)
+        case "when", _:
+            return numbered or timed
+        case (("who" | "whom" | "whose"), _):
+            return answered[0] not in NO_PERSON
+        case "where", _:
+            return not PLACES.isdisjoint(answered) or any(word[0].isupper() and is_content(word) for word in answer)
+        case "why", _:
+            return len(answered) > SHORT_REASON
+    return True
 
 
 def unrepeated(text: PreparedText, pair: Pair) -> float:
-    """The share of three-word runs, of question and of answer, that come once there; the lower of the two."""
-    return min(map(share_unrepeated, (pair.question, told(pair))))
-
-
-def share_unrepeated(written: str) -> float:
-    stems = [stem(word) for word in words(written)]
-    runs = Counter(zip(*(stems[start:] for start in range(REPEATED)), strict=False))
-    return share(len(runs), runs.total())
+    """The share of distinct three-word runs, in the question or in the answer, whichever is lower."""
+    shares = []
+    for written in (stems(pair.question), stems(answer_text(pair))):
+        runs = list(zip(*(written[start:] for start in range(REPEATED)), strict=False))
+        shares.append(share(len(set(runs)), len(runs)))
+    return min(shares)
 
 
 def language(text: PreparedText, pair: Pair) -> float:
-    """What the pair's likely languages share with the text's, times the share of its letters in the text's scripts."""
-    written = f"{question_stem(pair)} {told(pair)}"
+    """The overlap of the language probabilities of pair and text, times the share of letters in the text's scripts."""
+    written = f"{question_stem(pair)} {answer_text(pair)}"
     letters = [letter for letter in written if letter.isalpha()]
     if not letters or not text.scripts:
         raise Unscored("no_letters")
     known = sum(script(letter) in text.scripts for letter in letters)
-    return in_common(text.languages, languages(written)) * share(known, len(letters))
+    likely = find_languages(written)
+    common = sum(min(probability, likely.get(name, 0.0)) for name, probability in text.languages.items())
+    return common * share(known, len(letters))
 
 
 def options(text: PreparedText, pair: Pair) -> float:
-    """1 where the answer is one of two or more different options. With an engine, `synth.verify.engine_scores` goes
-    on."""
+    """1 if the answer is one of two or more different options. With an engine, synth.verify.engine_scores scores it."""
     if not pair.options:
         raise Unscored("no_options")
     different = len({plain(option) for option in pair.options}) == len(pair.options) >= 2
@@ -223,11 +300,11 @@ ANSWERED = {"grounded": 5.0, "quoted": 3.8, "brevity": 5.99, "constant": -3.98}
 ASKED = {"question_grounded": 12.28, "constant": -4.4}
 AS_THEY_ARE = ("entities", "polarity", "answer_type", "unrepeated")
 PARTS = ("grounded", "quoted", "question_grounded", "language", *AS_THEY_ARE)
-UNSURE_LANGUAGE = 0.5  # of a pair: a dozen words are enough for half of the probability, not always for more
+UNSURE_LANGUAGE = 0.5  # a pair of a dozen words has this probability of its language, not always more
 
 
 def combined(pair: Pair, parts: dict[str, float]) -> float:
-    """`parts` are the scores of `PARTS`; one that could not be given speaks neither way and is left out as 1."""
+    """`parts` are the scores of `PARTS`. An absent one counts as 1."""
     known = dict.fromkeys(PARTS, 1.0) | parts
     result = min(1.0, known["language"] / UNSURE_LANGUAGE)
     result *= sigmoid(weighted(ANSWERED, known | {"brevity": brevity(pair)})) * sigmoid(weighted(ASKED, known))
@@ -237,7 +314,7 @@ def combined(pair: Pair, parts: dict[str, float]) -> float:
 
 
 def brevity(pair: Pair) -> float:
-    """A short answer that the text does not hold may be a right summary, a long one hardly."""
+    """A short answer that is not in the text may be a correct summary. A long one rarely is."""
     return 1 / (1 + len(words(final_answer(pair))))
 
 

@@ -246,7 +246,7 @@ def test_an_edited_manifest_is_refused(tmp_path: Path, edit: Callable[[dict], No
     manifest = json.loads(file.read_text())
     edit(manifest)
     file.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest.json: was edited \(its checksum does not fit\)"):
+    with pytest.raises(UserError, match=r"manifest.json: was edited \(checksum mismatch\)"):
         build_plan(data, rows_per_step=8)
     edited = msgspec.json.decode(file.read_bytes(), type=Manifest)  # by a tool that mends the checksum too
     edited.checksum = edited.digest()

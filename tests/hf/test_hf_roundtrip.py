@@ -174,9 +174,9 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     run_export(run, tmp_path / "hf")
     run_export(run, tmp_path / "hf")  # an earlier export of the same model is replaced
     other = save_run(tmp_path / "other", LLAMA)
-    with pytest.raises(UserError, match="is no export of this model"):
+    with pytest.raises(UserError, match="is not an export of this model"):
         run_export(other, tmp_path / "hf")
-    with pytest.raises(UserError, match="is no export of this model"):
+    with pytest.raises(UserError, match="is not an export of this model"):
         run_export(run, tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "other", "run"]
 

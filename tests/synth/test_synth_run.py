@@ -301,7 +301,7 @@ def test_mistakes_are_told_and_nothing_is_written(
         ("file", "/file: .*/file is no directory; give another path"),
         ("file/x/y", "/file/x/y: .*/file is no directory; give another path"),
         ("nowhere", "/nowhere: .*/nowhere is no directory; give another path"),
-        ("occupied", "holds 'other' but no manifest of this project; give an empty directory"),
+        ("occupied", "holds 'other' but no manifest of this project; set an empty directory"),
         ("closed/x", "/closed cannot be written"),
     ],
 )

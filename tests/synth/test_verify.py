@@ -28,9 +28,8 @@ from synth.render.documents import RenderSettings
 from synth.render.run import run_render
 from synth.verify import run as verify_run
 from synth.verify.engine_scores import ASKED_SCORES, word_f1
-from synth.verify.prepared_text import PreparedText
 from synth.verify.run import VerifySettings, run_verify
-from synth.verify.text_scores import TEXT_SCORES, Unscored
+from synth.verify.text_scores import TEXT_SCORES, PreparedText, Unscored
 from synth.verify.verifier import read_pair
 
 TEXT = (
