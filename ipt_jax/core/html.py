@@ -1,74 +1,82 @@
-"""HTML and SVG as nested calls: `tag("p", "5 < 6", class_="note")`.
+"""HTML pages and SVG charts from Jinja2 templates.
 
-Every string that is not already Markup is escaped, in text and in attributes, so that a question, a file name or a
-config value can never become part of the page. `None` children and attributes vanish; `class_` loses its underscore
-and other underscores become hyphens (`stroke_width`). `whole_page` puts a body into the frame that all pages share:
-one look, and a content policy under which nothing is loaded and no script runs but the page's own.
+Guarantees: every value is escaped in text and in attributes, unless a template made it; a page is one file that loads
+nothing, and its content policy allows no script but the page's own. A line of a template that is indented continues
+the line above, so pages hold no indentation.
 """
 
 from __future__ import annotations
 
+import functools
+import html
 import re
 from base64 import b64encode
-from collections.abc import Iterable
 from hashlib import sha256
-from html import escape
 from pathlib import Path
-from string import Template
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.files import write_whole, writing
 
 HERE = Path(__file__).parent
 # control characters and lone surrogates are legal in records and illegal in HTML
 ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-VOID = {"br", "hr", "meta", "input", "line", "rect", "circle", "path", "polyline"}
 
 
-class Markup(str):
-    """Text that is already safe HTML."""
-
-    __slots__ = ()
-
-
-Child = str | int | float | Markup | None
-
-
-def safe(child: Child) -> str:
-    if child is None:
-        return ""
-    if isinstance(child, Markup):
-        return child
-    return escape(ILLEGAL.sub("\ufffd", str(child)))
+def safe(value: Any) -> Markup:
+    """A value as HTML: escaped unless it is Markup; None is empty; floats, which are coordinates, have one decimal."""
+    if isinstance(value, Markup):
+        return value
+    if isinstance(value, float):
+        value = f"{value:.1f}".removesuffix(".0")
+    return Markup("" if value is None else html.escape(ILLEGAL.sub("\ufffd", str(value))))
 
 
-def join(children: Iterable[Child]) -> Markup:
-    return Markup("".join(safe(child) for child in children))
-
-
-def tag(name: str, *children: Child, **attributes: Child) -> Markup:
-    opening = name + "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{safe(format_number(value))}"'
-        for key, value in attributes.items()
-        if value is not None
+@functools.cache
+def environment() -> Environment:
+    """Templates by path; those of this package by name."""
+    return Environment(
+        autoescape=True,
+        finalize=safe,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        loader=FunctionLoader(lambda name: re.sub(r"\n +", "", (HERE / name).read_text(encoding="utf-8"))),
     )
-    if name in VOID and not children:
-        return Markup(f"<{opening}/>")
-    return Markup(f"<{opening}>{join(children)}</{name}>")
 
 
-def format_number(value: Child) -> Child:
-    """Coordinates at a tenth of a unit: a page with thousands of points stays small."""
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
+def draw(macro: str, **values: Any) -> Markup:
+    """The output of a macro of charts.html.j2."""
+    module: Any = environment().get_template("charts.html.j2").module
+    return getattr(module, macro)(**values)
 
 
-def whole_page(title: str, body: Iterable[Child], *, style: Path | None = None, script: Path | None = None) -> str:
-    """A self-contained page. `style` adds to the common one; the policy names `script` by its hash."""
-    template = Template((HERE / "page.html").read_text(encoding="utf-8"))
-    styles = [path.read_text(encoding="utf-8") for path in (HERE / "page.css", style) if path]
-    code = script.read_text(encoding="utf-8") if script else ""
-    checksum = b64encode(sha256(code.encode()).digest()).decode()
-    return template.substitute(
-        title=safe(title),
-        style="".join(styles),
-        body=join(body),
-        allowed=f"; script-src 'sha256-{checksum}'" if code else "",
-        script=f"<script>{code}</script>\n" if code else "",
+def render_page(template: Path, **values: Any) -> str:
+    """A complete page. The template extends page.html.j2. Files NAME.css and NAME.js beside it are style and script."""
+    name = template.name.removesuffix(".html.j2")
+    styles = [HERE / "page.css", template.with_name(f"{name}.css")]
+    script = template.with_name(f"{name}.js")
+    code = script.read_text(encoding="utf-8") if script.exists() else ""
+    return (
+        environment()
+        .get_template(str(template))
+        .render(
+            style=Markup("".join(path.read_text(encoding="utf-8") for path in styles if path.exists())),
+            script=Markup(code),
+            checksum=b64encode(sha256(code.encode()).digest()).decode(),
+            **values,
+        )
     )
+
+
+def write_page(output: Path, page: str) -> int:
+    """Writes the page atomically; returns its bytes. Raises UserError for a directory or an unwritable path."""
+    if output.is_dir():
+        raise UserError(f"output {output}: is a directory; give the path of a file, such as {output / 'page.html'}")
+    data = page.encode()
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, data)
+    return len(data)

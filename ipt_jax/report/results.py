@@ -1,21 +1,20 @@
-"""The evaluation section of a report: scores with standard errors, differences question by question, and answers.
+"""The evaluation sections of a report: scores with standard errors, differences per question, and answers.
 
 Two runs that answered the same questions are compared in pairs: the standard error of their difference is that of the
-mean per-question difference, which is smaller than what the two error bars suggest when they fail on the same
-questions.
+mean per-question difference. It is smaller than the two error bars suggest when both fail on the same questions.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ipt_jax.core.html import Child, Markup, join, tag
+from ipt_jax.core.html import Markup, draw
 from ipt_jax.core.svg import Bar, score, score_bars
 from ipt_jax.report.runs import Entrant
-from ipt_jax.report.training import COLOURS, colour, swatch, table
+from ipt_jax.report.training import COLOURS, run_style
 
 METRIC_NAMES = {
     "acc": "accuracy by summed log-probability",
@@ -24,51 +23,37 @@ METRIC_NAMES = {
     "exact_match": "exact match",
     "f1": "token F1",
 }
-SHOWN = 4  # answered questions a task
+SHOWN = 4  # answered questions per task
+PROMPT = 600  # characters of a prompt, its end
 
 
-def results(entrants: Sequence[Entrant]) -> Markup | None:
-    if not entrants:
-        return None
-    tasks = list(dict.fromkeys(name for entrant in entrants for name in entrant.tasks))
-    words = "Bars show the headline metric, whiskers one standard error, the dashed line what guessing scores."
-    return join(
-        [
-            tag("h2", "Evaluation"),
-            tag("p", words, class_="note"),
-            tag("div", *(_task_card(name, entrants) for name in tasks), _all_metrics(tasks, entrants), class_="cards"),
-        ]
-    )
+def task_scores(entrants: Sequence[Entrant]) -> list[dict[str, Any]]:
+    """{name, note, chart, gaps} of each task."""
+    return [_task_scores(name, [one for one in entrants if name in one.tasks]) for name in _task_names(entrants)]
 
 
-def answers(entrants: Sequence[Entrant]) -> Markup | None:
-    """A few questions of each task with every model's answer, those first on which the models differ."""
-    tasks = list(dict.fromkeys(name for entrant in entrants for name in entrant.rows))
-    cards = [_answers_card(name, [entrant for entrant in entrants if name in entrant.rows]) for name in tasks]
-    if not cards:
-        return None
-    words = "The first questions on which the models differ, then the first of the rest."
-    return join([tag("h2", "Answers"), tag("p", words, class_="note"), tag("div", *cards, class_="cards")])
+def _task_names(entrants: Iterable[Entrant]) -> list[str]:
+    return list(dict.fromkeys(name for entrant in entrants for name in entrant.tasks))
 
 
-def _task_card(name: str, entrants: Sequence[Entrant]) -> Markup:
-    scored = [entrant for entrant in entrants if name in entrant.tasks]
-    first = scored[0].tasks[name]
-    bars = [_bar(entrant, entrant.tasks[name]) for entrant in scored]
-    metric = first["metric"]
-    cut = max(entrant.tasks[name].get("truncated") or 0 for entrant in scored)
-    note = f"{METRIC_NAMES.get(metric, metric)}, {first.get('n', 0):,} questions" + (f", {cut:,} cut" if cut else "")
-    chart = score_bars(name, bars, chance=first.get("chance"))
-    gaps = [_gap(name, scored[0], entrant) for entrant in scored[1:]]
-    return tag("div", tag("h3", name), tag("p", note, class_="note"), chart, *gaps, class_="card")
+def _task_scores(name: str, entrants: Sequence[Entrant]) -> dict[str, Any]:
+    tasks = [entrant.tasks[name] for entrant in entrants]
+    bars = [
+        Bar(one.name, one.colour % COLOURS, float(task["value"]), task.get("stderr"), int(task.get("n", 0)))
+        for one, task in zip(entrants, tasks, strict=True)
+    ]
+    first, cut = tasks[0], max(task.get("truncated") or 0 for task in tasks)
+    metric = METRIC_NAMES.get(first["metric"], first["metric"])
+    return {
+        "name": name,
+        "note": f"{metric}, {first.get('n', 0):,} questions" + (f", {cut:,} cut" if cut else ""),
+        "chart": score_bars(name, bars, chance=first.get("chance")),
+        "gaps": [gap for entrant in entrants[1:] if (gap := _gap(name, entrants[0], entrant))],
+    }
 
 
-def _bar(entrant: Entrant, task: dict[str, Any]) -> Bar:
-    return Bar(entrant.name, entrant.colour % COLOURS, float(task["value"]), task.get("stderr"), int(task.get("n", 0)))
-
-
-def _gap(name: str, first: Entrant, other: Entrant) -> Markup | None:
-    """`instruct − vanilla: +12.4 ± 1.8 points over the same 600 questions`."""
+def _gap(name: str, first: Entrant, other: Entrant) -> dict[str, Any] | None:
+    """The difference of two models over the questions that both answered; None for fewer than two questions."""
     ours, theirs = first.rows.get(name, {}), other.rows.get(name, {})
     metric = first.tasks[name]["metric"]
     shared = [key for key in ours if key in theirs and metric in ours[key] and metric in theirs[key]]
@@ -77,27 +62,27 @@ def _gap(name: str, first: Entrant, other: Entrant) -> Markup | None:
     gaps = [float(theirs[key][metric]) - float(ours[key][metric]) for key in shared]
     mean, stderr = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
     clear = abs(mean) > 2 * stderr
-    words = f"{100 * mean:+.1f} ± {100 * stderr:.1f} points"
-    return tag(
-        "p",
-        f"{other.name} − {first.name}: ",
-        tag("span", words, class_=("good" if mean > 0 else "bad") if clear else None),
-        f" over the same {len(shared):,} questions",
-        None if clear else " (within two standard errors)",
-        class_="note",
-    )
+    return {
+        "names": f"{other.name} − {first.name}",
+        "points": f"{100 * mean:+.1f} ± {100 * stderr:.1f} points",
+        "style": ("good" if mean > 0 else "bad") if clear else "",
+        "questions": len(shared),
+        "clear": clear,
+    }
 
 
-def _all_metrics(tasks: Sequence[str], entrants: Sequence[Entrant]) -> Markup:
-    rows: list[list[Child]] = []
-    for name in tasks:
-        for metric in dict.fromkeys(metric for e in entrants for metric in _metrics(e.tasks.get(name, {}))):
-            found = [_metrics(entrant.tasks.get(name, {})).get(metric) for entrant in entrants]
-            values = sorted((each["value"] for each in found if each), reverse=True)
+def all_metrics(entrants: Sequence[Entrant]) -> dict[str, Any]:
+    """{head, rows}: a table with one column per model."""
+    rows = []
+    for name in _task_names(entrants):
+        found = [_metrics(entrant.tasks.get(name, {})) for entrant in entrants]
+        for metric in dict.fromkeys(metric for each in found for metric in each):
+            values = sorted((each[metric]["value"] for each in found if metric in each), reverse=True)
             best = values[0] if len(values) > 1 and values[0] > values[1] else None
-            rows.append([f"{name}: {METRIC_NAMES.get(metric, metric)}", *(_cell(each, best) for each in found)])
-    head = ["metric", *(join([swatch(colour(entrant.colour)), entrant.name]) for entrant in entrants)]
-    return tag("div", tag("h3", "All metrics"), table(head, rows), class_="card wide")
+            label = f"{name}: {METRIC_NAMES.get(metric, metric)}"
+            rows.append([label, *(_cell(each.get(metric), best) for each in found)])
+    head = ["metric", *(draw("named", style=run_style(one.colour), words=one.name) for one in entrants)]
+    return {"head": head, "rows": rows}
 
 
 def _metrics(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -106,32 +91,33 @@ def _metrics(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return task.get("metrics") or {task["metric"]: {"value": task["value"], "stderr": task.get("stderr")}}
 
 
-def _cell(found: dict[str, Any] | None, best: float | None) -> Child:
+def _cell(found: dict[str, Any] | None, best: float | None) -> str | Markup:
     if not found:
         return "–"
     words = score(found["value"], found.get("stderr"))
-    return tag("span", words, class_="best") if found["value"] == best else words
+    return draw("span", style="best", words=words) if found["value"] == best else words
 
 
-def _answers_card(name: str, entrants: Sequence[Entrant]) -> Markup:
-    rows = [entrant.rows[name] for entrant in entrants]
-    shared = [key for key in rows[0] if all(key in each for each in rows)]
-    differing = [key for key in shared if len({each[key].get("correct") for each in rows}) > 1]
-    chosen = dict.fromkeys(differing[: SHOWN // 2] + shared)
-    turns = [_turn(key, entrants, rows) for key in list(chosen)[:SHOWN]]
-    return tag("div", tag("h3", name), *turns, class_="card")
+def answers(entrants: Sequence[Entrant]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(task, [{prompt, answer, predictions}]): a few questions per task, those first on which the models differ."""
+    found = []
+    for name in dict.fromkeys(name for entrant in entrants for name in entrant.rows):
+        models = [entrant for entrant in entrants if name in entrant.rows]
+        rows = [entrant.rows[name] for entrant in models]
+        shared = [key for key in rows[0] if all(key in each for each in rows)]
+        differing = [key for key in shared if len({each[key].get("correct") for each in rows}) > 1]
+        chosen = list(dict.fromkeys(differing[: SHOWN // 2] + shared))[:SHOWN]
+        found.append((name, [_turn(models, [each[key] for each in rows]) for key in chosen]))
+    return found
 
 
-def _turn(key: str, entrants: Sequence[Entrant], rows: Sequence[dict[str, dict[str, Any]]]) -> Markup:
-    question = rows[0][key]
-    lines = [tag("dt", "right answer"), tag("dd", question.get("answer"))]
-    for entrant, each in zip(entrants, rows, strict=True):
-        right = bool(each[key].get("correct"))
-        mark = tag("span", "✓ " if right else "✗ ", class_="good" if right else "bad")
-        lines += [
-            tag("dt", swatch(colour(entrant.colour)), " ", entrant.name),
-            tag("dd", mark, each[key].get("prediction") or "(nothing)"),
-        ]
-    prompt = str(question.get("prompt", ""))
-    shown = prompt if len(prompt) <= 600 else "… " + prompt[-600:]
-    return tag("div", tag("div", shown, class_="prompt"), tag("dl", *lines, class_="answers"), class_="turn")
+def _turn(models: Sequence[Entrant], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    prompt = str(rows[0].get("prompt", ""))
+    return {
+        "prompt": prompt if len(prompt) <= PROMPT else "… " + prompt[-PROMPT:],
+        "answer": rows[0].get("answer"),
+        "predictions": [
+            (run_style(model.colour), model.name, bool(row.get("correct")), row.get("prediction"))
+            for model, row in zip(models, rows, strict=True)
+        ],
+    }

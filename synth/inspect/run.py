@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.files import write_whole, writing
+from ipt_jax.core.html import write_page
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from ipt_jax.corpus.shards import Shards
 from synth.groups import decode_group
@@ -39,10 +39,7 @@ def run_inspect(path: Path, output: Path | None, limit: int, sample: int, reject
     if output is None:
         show_groups(Console(), groups, rejected)
     else:
-        page = html_page(groups, count_groups(shards, sample), rejected)
-        with writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(output, page.encode())
+        write_page(output, html_page(groups, count_groups(shards, sample), rejected))
     return figures(groups, len(shards), output)
 
 

@@ -15,14 +15,14 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.html import tag, whole_page
+from ipt_jax.core.html import environment, render_page, safe
 from ipt_jax.core.stage import Output
 from ipt_jax.core.svg import (
     POINTS,
     Bar,
-    BarSegment,
     Line,
     line_chart,
     score_bars,
@@ -284,28 +284,32 @@ def test_any_line_makes_a_valid_chart(values: list[float]) -> None:
 def test_bars_are_valid_and_described() -> None:
     root = ElementTree.fromstring(score_bars("t", [Bar("a", 0, 1.0, None, 1), Bar("b", 1, 0.0, 0.1, 9)], chance=0.25))
     assert root.attrib["aria-label"] == "t: a 100.0 %; b 0.0 ± 10.0 %"
-    root = ElementTree.fromstring(
-        share_bar("mix", [BarSegment("raw", "raw", 0.9, "raw: 90%"), BarSegment("x", "task", 0.1, "x")])
-    )
+    root = ElementTree.fromstring(share_bar("mix", [("k-raw", 0.9, "raw: 90%"), ("k-task", 0.1, "x")]))
     assert root.attrib["aria-label"] == "mix: raw: 90%; x"
 
 
 def test_only_what_html_forbids_is_replaced() -> None:
-    assert tag("p", "a\u00a0b\u200dc\n\t") == "<p>a\u00a0b\u200dc\n\t</p>"
-    assert tag("p", "\0\x1b\x85\ud800") == "<p>\ufffd\ufffd\ufffd\ufffd</p>"
+    assert safe("a\u00a0b\u200dc\n\t") == "a\u00a0b\u200dc\n\t"
+    assert safe("\0\x1b\x85\ud800") == "\ufffd\ufffd\ufffd\ufffd"
 
 
 def test_a_page_runs_its_own_script_or_none(tmp_path: Path) -> None:
-    assert "script" not in whole_page("t", [])
-    script = tmp_path / "own.js"
-    script.write_text("1;\n")
-    page = whole_page("<t>", [tag("p", "x")], script=script)
+    template = tmp_path / "own.html.j2"
+    template.write_text('{% extends "page.html.j2" %}\n{% block body %}\n  <p>{{ title }}</p>\n{% endblock %}\n')
+    assert "script" not in render_page(template, title="t")
+    template.with_name("own.js").write_text("1;\n")
+    template.with_name("own.css").write_text("p { color: red; }\n")
+    page = render_page(template, title="<t>")
     checksum = base64.b64encode(hashlib.sha256(b"1;\n").digest()).decode()
-    assert f"script-src 'sha256-{checksum}'" in page
-    assert "<title>&lt;t&gt;</title>" in page
+    assert f"script-src 'sha256-{checksum}'" in page and "<script>1;\n</script>" in page
+    assert "<title>&lt;t&gt;</title>" in page and "<main>\n<p>&lt;t&gt;</p>\n</main>" in page
+    assert "p { color: red; }\n</style>" in page
 
 
-def test_markup_escapes_all_but_markup() -> None:
-    assert tag("p", "<", tag("b", "&"), None, title='"', class_="x", data_y=None) == (
-        '<p title="&quot;" class="x">&lt;<b>&amp;</b></p>'
+def test_templates_escape_all_but_markup() -> None:
+    template = environment().from_string(
+        '{% macro b(x) %}<b t="{{ x }}">{{ x }}</b>{% endmacro %}{{ b(v) }}{{ n }}{{ x }}'
     )
+    assert template.render(v="<'\"&", n=None, x=7 / 3) == '<b t="&lt;&#x27;&quot;&amp;">&lt;&#x27;&quot;&amp;</b>2.3'
+    with pytest.raises(UndefinedError):
+        environment().from_string("{{ absent }}").render()
