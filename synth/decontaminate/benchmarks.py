@@ -1,8 +1,6 @@
-"""The benchmarks of a recipe as items: rows of JSON Lines, or documents of lm-eval tasks, by the fields to look for.
+"""Benchmark items of a recipe: rows of JSON Lines, or the test and validation documents of lm-eval tasks.
 
-The test and validation documents of lm-eval tasks: the one module that imports lm_eval for decontamination.
-
-Nothing is fetched: a task's data lie on this machine or in the hub's cache (HF_HUB_OFFLINE=0 allows fetching).
+Downloads nothing: the data of a task must be on this machine (HF_HUB_OFFLINE=0 allows downloads).
 """
 
 import os
@@ -10,47 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import pydantic
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.settings import Settings
 from ipt_jax.corpus.sources import find_files, read_jsonl
 from synth.decontaminate.ngram_index import BenchmarkItem
 
-
-def task_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(id, document) of every document of a task, of all tasks of a group or tag, or of a task's YAML file."""
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ.setdefault(variable, "1")
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(f"benchmark task {name}: lm_eval is not installed; run launch/setup.sh evals") from error
-    try:
-        # The index of all tasks takes seconds, and a task's own file needs none of it.
-        tasks = TaskManager(include_defaults=not Path(name).is_file()).load(name)["tasks"]
-    except Exception as error:  # whatever lm_eval and datasets raise: no such task, no data, a broken YAML file
-        raise UserError(
-            f"benchmark task {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
-            "check its name, and that its data lie on this machine"
-        ) from error
-    for task_name, task in tasks.items():
-        splits = {"test": task.test_docs if task.has_test_docs() else None}
-        splits["validation"] = task.validation_docs if task.has_validation_docs() else None
-        for split, documents in splits.items():
-            for number, document in enumerate(documents() or () if documents else ()):
-                yield f"{task_name}/{split}/{number}", dict(document)
-
-
 BINARY = (".parquet", ".arrow", ".array_record")
 
 
 class BenchmarkSettings(Settings):
-    """`path`: JSON Lines files; or `task`: an lm-eval task, group or task file. `fields` hold what to look for.
+    """Set `path` (JSON Lines files) or `task` (an lm-eval task, group or task file).
 
-    A field may lie deeper (`choices.text`); where that leads through a list of blocks (`qa.question`), each block is an
-    item. Where a field holds a list, each of its texts counts as one of the item's fields.
+    A field may be nested (`choices.text`). If its first name holds a list of blocks (`qa.question`), each block is an
+    item. Each text of a list in a field counts as a field of the item.
     """
 
     path: str | None = None
@@ -62,10 +34,10 @@ class BenchmarkSettings(Settings):
     name: str | None = None
     """Name in reports. null: the task, or the name of the file."""
 
-    @pydantic.model_validator(mode="after")
+    @model_validator(mode="after")
     def _path_or_task(self) -> Self:
         if (self.path is None) == (self.task is None):
-            raise ValueError("a benchmark is a path or a task; give one of the two")
+            raise ValueError("a benchmark is a path or a task; set one of the two")
         return self
 
     @property
@@ -74,9 +46,10 @@ class BenchmarkSettings(Settings):
 
 
 def read_items(number: int, settings: BenchmarkSettings) -> list[BenchmarkItem]:
-    """The items of benchmark `number` of the recipe. UserError where a row lacks a field, or there is none."""
+    """The items of benchmark `number` of the recipe. Raises UserError if a row lacks a field, or no row has text."""
     items = []
-    for where, row_id, row in benchmark_rows(settings):
+    rows = task_rows(settings.task) if settings.task is not None else file_rows(settings.path or "")
+    for where, row_id, row in rows:
         for item_id, block in blocks(row_id, row, settings.fields):
             texts = [text for field in settings.fields for text in field_texts(block, field, where)]
             items.append(BenchmarkItem(number, item_id, tuple(text for text in texts if text.strip())))
@@ -85,24 +58,43 @@ def read_items(number: int, settings: BenchmarkSettings) -> list[BenchmarkItem]:
     return items
 
 
-def benchmark_rows(settings: BenchmarkSettings) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(where it stands, id, row)."""
-    if settings.task is not None:
-        from synth.decontaminate.benchmarks import task_rows
-
-        for row_id, row in task_rows(settings.task):
-            yield f"benchmark task {row_id}", row_id, row
-        return
-    for path in find_files(settings.path or ""):
-        if path.is_dir() or path.suffix in BINARY:
-            raise UserError(f"benchmark {path}: not JSON Lines; give one question a line in a .jsonl file")
-        for line, row in read_jsonl(path):
+def file_rows(path: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(place for messages, id, row) of every row of JSON Lines files."""
+    for file in find_files(path):
+        if file.is_dir() or file.suffix in BINARY:
+            raise UserError(f"benchmark {file}: not JSON Lines; use a .jsonl file with one question per line")
+        for line, row in read_jsonl(file):
             named = row.get("id")
-            yield f"benchmark {path}: line {line}", f"{path.name}:{line}" if named is None else plain(named), row
+            yield f"benchmark {file}: line {line}", f"{file.name}:{line}" if named is None else plain(named), row
+
+
+def task_rows(name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(place for messages, id, document) of every document of a task, group, tag or task file."""
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ.setdefault(variable, "1")
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"benchmark task {name}: lm_eval is not installed; run launch/setup.sh evals") from error
+    try:
+        # A task's own file does not need the index of all tasks, which takes seconds.
+        tasks = TaskManager(include_defaults=not Path(name).is_file()).load(name)["tasks"]
+    except Exception as error:  # lm_eval and datasets raise many: unknown task, missing data, invalid YAML
+        raise UserError(
+            f"benchmark task {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "check its name, and that its data are on this machine"
+        ) from error
+    for task_name, task in tasks.items():
+        splits = {"test": task.test_docs if task.has_test_docs() else None}
+        splits["validation"] = task.validation_docs if task.has_validation_docs() else None
+        for split, documents in splits.items():
+            for number, document in enumerate(documents() or () if documents else ()):
+                row_id = f"{task_name}/{split}/{number}"
+                yield f"benchmark task {row_id}", row_id, dict(document)
 
 
 def blocks(row_id: str, row: dict[str, Any], fields: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The row, or one for each block of the list that a field leads through."""
+    """The row, or one row per block if the first name of a nested field holds a list."""
     heads = [field.partition(".")[0] for field in fields if "." in field]
     lists = [head for head in heads if isinstance(row.get(head), list)]
     if not lists:
@@ -112,27 +104,25 @@ def blocks(row_id: str, row: dict[str, Any], fields: list[str]) -> Iterator[tupl
         yield f"{row_id}/{number}", {**row, lists[0]: block}
 
 
-def field_texts(row: dict[str, Any], field: str, where: str) -> list[str]:
-    """The texts of a field: itself, or all that a list or a block in its place holds; none for null."""
+def field_texts(row: dict[str, Any], field: str, where: str) -> Iterator[str]:
+    """The texts in a field: its value, or all values of a list or block; none for null."""
     value: Any = row
     for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
             found = ", ".join(sorted(map(str, row))) or "none"
             raise UserError(f"{where}: no field {field!r}, found {found}; name the fields that hold its text")
         value = value[name]
-    return list(leaves(value))
+    yield from leaves(value)
 
 
 def leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for one in value:
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
             yield from leaves(one)
     elif value is not None:
         yield plain(value)
 
 
 def plain(value: Any) -> str:
-    """A value as text; JSON may spell lone surrogates, which no UTF-8 can hold."""
+    """A value as text. Lone surrogates, which JSON allows and UTF-8 does not, are replaced."""
     return str(value).encode("utf-8", "replace").decode()

@@ -1,11 +1,16 @@
-"""What is looked for: the n-grams of benchmark items, found in other texts by hash and confirmed word by word.
+"""Index of the n-grams of benchmark items: candidates are found in texts by hash and confirmed word by word.
 
-Guaranteed: a match is one of an item's runs of `ngram` words standing in the text, word for word after folding; an item
-of fewer words is looked for as a whole, and so is a shorter field of an item with several if it has `FIELD_WORDS`;
-nothing else matches, whatever the hashes do. All items that share a matched run are named, up to `ITEMS_NAMED`.
+Words are runs of letters, marks and digits after NFKC and case folding. In scripts without spaces (Chinese, Japanese,
+Thai, Lao, Khmer, Burmese, Tibetan) every character is a word.
+
+Guarantees: a match is one of an item's runs of `ngram` words, found in the text word for word. Of an item with fewer
+words, all words are one run; so are those of a shorter field of an item with several, if it has `FIELD_WORDS`. Hash
+collisions cause no match. All items that share a matched run are named, up to `ITEMS_NAMED`.
 """
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -13,15 +18,133 @@ from typing import NamedTuple, Self
 import msgspec
 import numpy as np
 
-from synth.decontaminate.ngrams import Words, read_words
-
-ITEMS_NAMED = 16  # a run that every item of a benchmark begins with would name thousands for each pair
-# Shorter answers stand in other texts by chance: FairytaleQA's questions and answers of one split, looked for in the
-# other, hit 19 of 7,769 pairs from 4 words on, 3 from 5, 1 from 6, none from 8.
+ITEMS_NAMED = 16  # a run at the start of every item of a benchmark would name thousands for each pair
+# Shorter answers occur in other texts by chance: FairytaleQA's questions and answers of one split, searched in the
+# other, match 19 of 7,769 pairs from 4 words on, 3 from 5, 1 from 6, none from 8.
 FIELD_WORDS = 8
 BUILD_STRINGS = 4096
 RUN = np.dtype([("hash", np.uint64), ("source", np.uint32), ("place", np.uint32), ("size", np.uint16)])
+LETTER_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+WORD_BASE = 0xD1342543DE82EF95
+OUTSIDE, INSIDE, ALONE = 0, 1, 2  # of words; ALONE: a word by itself
+LAST_LETTER = 0x3FFFF  # no letter is assigned beyond
+# Blocks of scripts without spaces. NFKC replaces half- and full-width forms.
+SPACELESS = (
+    (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
+    (0x1000, 0x109F),  # Burmese
+    (0x1780, 0x17FF),  # Khmer
+    (0x3005, 0x3007),  # ideographic marks
+    (0x3040, 0x30FF),  # kana
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),  # ideographs
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
+)
 MatchedItems = dict[int, str]  # the items that a text matches, each with its first run
+
+
+# ---- words and their n-grams
+
+
+class RunHashes:
+    """Hashes of runs of numbers: polynomials modulo 2^64, each from two prefix sums."""
+
+    def __init__(self, values: np.ndarray, base: int) -> None:
+        self._sums = np.zeros(len(values) + 1, np.uint64)
+        np.cumsum(values * powers(base, len(values)), out=self._sums[1:])
+        self._scales = powers(pow(base, -1, 1 << 64), len(values))
+
+    def between(self, starts: np.ndarray | slice, ends: np.ndarray | slice) -> np.ndarray:
+        return (self._sums[ends] - self._sums[starts]) * self._scales[starts]
+
+
+class Words(NamedTuple):
+    """The words of several texts in order: characters [start, end) of `folded`, and the index of the text of each."""
+
+    folded: str
+    starts: np.ndarray
+    ends: np.ndarray
+    texts: np.ndarray
+    hashes: RunHashes
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def run(self, place: int, size: int) -> tuple[str, ...]:
+        """The words [place, place + size)."""
+        starts, ends = self.starts[place : place + size].tolist(), self.ends[place : place + size].tolist()
+        return tuple(self.folded[a:b] for a, b in zip(starts, ends, strict=True))
+
+    def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(places, hashes) of all runs of `size` words within one text."""
+        count = max(0, len(self) - size + 1)
+        within = self.texts[:count] == self.texts[size - 1 :]
+        return np.flatnonzero(within), self.hashes.between(slice(0, count), slice(size, None))[within]
+
+    def ngrams_at(self, places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """`ngrams` that begin at one of `places`."""
+        places = places[places + size <= len(self)]
+        places = places[self.texts[places] == self.texts[places + size - 1]]
+        return places, self.hashes.between(places, places + size)
+
+
+def read_words(texts: Sequence[str]) -> Words:
+    folded = [fold(text) for text in texts]
+    joined = "\n".join(folded)
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    starts, ends = word_bounds(codes)
+    bounds = np.cumsum([len(text) + 1 for text in folded])
+    hashes = mixed(RunHashes(codes, LETTER_BASE).between(starts, ends))
+    return Words(joined, starts, ends, np.searchsorted(bounds, starts, side="right"), RunHashes(hashes, WORD_BASE))
+
+
+def fold(text: str) -> str:
+    """'Ａnna’s STRAẞE' -> 'anna’s strasse'"""
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+def word_bounds(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first, one past the last) character of every word."""
+    kinds = np.zeros(len(codes) + 2, np.uint8)
+    letter_kinds().take(codes, out=kinds[1:-1], mode="clip")
+    letters, within = kinds == INSIDE, kinds[1:-1] != OUTSIDE
+    joined = letters[:-1] & letters[1:]  # with the letter before
+    return np.flatnonzero(within & ~joined[:-1]), np.flatnonzero(within & ~joined[1:]) + 1
+
+
+@lru_cache(maxsize=1)
+def letter_kinds() -> np.ndarray:
+    """OUTSIDE, INSIDE or ALONE for every character; the last value is that of all characters beyond."""
+    named = [unicodedata.category(chr(code))[0] in "LMN" for code in range(LAST_LETTER)]
+    kinds = np.array([*named, False], np.uint8)
+    for first, last in SPACELESS:
+        kinds[first : last + 1] *= ALONE
+    return kinds
+
+
+def mixed(hashes: np.ndarray) -> np.ndarray:
+    """Each bit of the result depends on all bits (the finalizer of SplitMix64)."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+def powers(base: int, count: int) -> np.ndarray:
+    """base^0 … base^(count-1) modulo 2^64."""
+    return _powers(base, max(1, count - 1).bit_length())[:count]
+
+
+@lru_cache(maxsize=16)
+def _powers(base: int, bits: int) -> np.ndarray:
+    factors = np.full(1 << bits, base, np.uint64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
+
+
+# ---- the runs of benchmark items
 
 
 class BenchmarkItem(msgspec.Struct, frozen=True):
@@ -32,56 +155,37 @@ class BenchmarkItem(msgspec.Struct, frozen=True):
     fields: tuple[str, ...]
 
 
-class Bounds(NamedTuple):
-    """Runs of `ngram` words are looked for, and whole items that are shorter but have `shortest` words."""
-
-    ngram: int
-    shortest: int
-
-
 class NgramIndex(msgspec.Struct):
-    """The runs of all items, sorted by hash. Arrays as bytes, so that workers read them from one file."""
+    """The runs of all items, sorted by hash: RUN rows as bytes, so that workers read them from one file."""
 
     ngram: int
     shortest: int
     items: list[BenchmarkItem]
     names: list[str]  # of the benchmarks
-    strings: list[str]  # words between blanks
-    owners: list[int]  # each string's item
-    hashes: bytes  # uint64, sorted
-    sources: bytes  # uint32, each run's string
-    places: bytes  # uint32, its first word in there
-    sizes: bytes  # uint16, its words
-    too_short: list[int]  # items of which nothing is looked for
+    strings: list[str]  # words separated by spaces
+    owners: list[int]  # item of each string
+    runs: bytes  # RUN: `size` words from `place` on of string `source`
+    too_short: list[int]  # items without a run
 
     @classmethod
-    def build(cls, items: Sequence[BenchmarkItem], names: Sequence[str], bounds: Bounds) -> Self:
-        strings, owners, runs = list[str](), list[int](), list[np.ndarray]()
+    def build(cls, items: Sequence[BenchmarkItem], names: Sequence[str], ngram: int, shortest: int) -> Self:
+        """Runs have `ngram` words. Items with fewer words are one run if they have `shortest` words."""
+        shortest = min(shortest, ngram)
+        strings, owners, batches = list[str](), list[int](), [np.zeros(0, RUN)]
         waiting = item_strings(items)
         while batch := list(islice(waiting, BUILD_STRINGS)):
             words = read_words([text for _, text, _ in batch])
-            runs.append(find_runs(words, [is_field for *_, is_field in batch], bounds, len(strings)))
+            runs = find_runs(words, np.array([is_field for *_, is_field in batch]), ngram, shortest)
+            runs["source"] += np.uint32(len(strings))
+            batches.append(runs)
             edges = np.searchsorted(words.texts, np.arange(len(batch) + 1)).tolist()
             strings += [" ".join(words.run(a, b - a)) for a, b in zip(edges, edges[1:], strict=False)]
             owners += [owner for owner, *_ in batch]
-        found = np.concatenate([np.zeros(0, RUN), *runs])
-        found = found[np.argsort(found["hash"], kind="stable")]
-        looked_for = {owners[source] for source in np.unique(found["source"]).tolist()}
-        hashes, sources, places, sizes = (np.ascontiguousarray(found[name]).tobytes() for name in RUN.names or ())
-        short = [number for number in range(len(items)) if number not in looked_for]
-        return cls(
-            bounds.ngram,
-            bounds.shortest,
-            list(items),
-            list(names),
-            strings,
-            owners,
-            hashes,
-            sources,
-            places,
-            sizes,
-            too_short=short,
-        )
+        runs = np.concatenate(batches)
+        runs = runs[np.argsort(runs["hash"], kind="stable")]
+        indexed = {owners[source] for source in np.unique(runs["source"]).tolist()}
+        too_short = [number for number in range(len(items)) if number not in indexed]
+        return cls(ngram, shortest, list(items), list(names), strings, owners, runs.tobytes(), too_short)
 
     def save(self, path: Path) -> None:
         path.write_bytes(msgspec.msgpack.encode(self))
@@ -99,53 +203,48 @@ def item_strings(items: Iterable[BenchmarkItem]) -> Iterator[tuple[int, str, boo
             yield from ((number, field, True) for field in item.fields)
 
 
-def find_runs(words: Words, are_fields: list[bool], bounds: Bounds, first_string: int) -> np.ndarray:
-    """The runs to look for; those of a field with `ngram` words or more are among those of the joined fields."""
+def find_runs(words: Words, are_fields: np.ndarray, ngram: int, shortest: int) -> np.ndarray:
+    """RUN rows. Those of a field with `ngram` words or more are among those of the joined fields."""
     starts = np.searchsorted(words.texts, np.arange(len(are_fields)))
     counts = np.bincount(words.texts, minlength=len(are_fields))
-    whole_items = ~np.array(are_fields)
-    places, hashes = words.ngrams(bounds.ngram)
-    wanted = whole_items[words.texts[places]]
-    parts = [make_runs(words, places[wanted], hashes[wanted], bounds.ngram)]
-    for size in range(bounds.shortest, bounds.ngram):
-        wanted = (counts == size) & (whole_items | (size >= FIELD_WORDS))
-        places, hashes = words.ngrams_at(starts[wanted], size)
-        parts.append(make_runs(words, places, hashes, size))
-    runs = np.concatenate(parts)
-    runs["place"] -= starts[runs["source"]].astype(np.uint32)
-    runs["source"] += np.uint32(first_string)
+    places, hashes = words.ngrams(ngram)
+    of_items = ~are_fields[words.texts[places]]
+    found = [(places[of_items], hashes[of_items], ngram)]
+    for size in range(shortest, ngram):
+        complete = (counts == size) & (~are_fields | (size >= FIELD_WORDS))
+        found.append((*words.ngrams_at(starts[complete], size), size))
+    runs = np.zeros(sum(len(places) for places, *_ in found), RUN)
+    places, runs["hash"] = (np.concatenate([run[column] for run in found]) for column in (0, 1))
+    runs["size"] = np.repeat([size for *_, size in found], [len(places) for places, *_ in found])
+    runs["source"] = words.texts[places]
+    runs["place"] = places - starts[runs["source"]]
     return runs
 
 
-def make_runs(words: Words, places: np.ndarray, hashes: np.ndarray, size: int) -> np.ndarray:
-    runs = np.zeros(len(places), RUN)
-    runs["hash"], runs["source"], runs["place"], runs["size"] = hashes, words.texts[places], places, size
-    return runs
+# ---- search
 
 
 class Finder:
-    """Finds needles in texts. Filters turn nearly all places away before any search among the hashes."""
+    """Finds the runs of an index in texts. Filters reject nearly all places before the search among the hashes."""
 
     def __init__(self, needles: NgramIndex) -> None:
         self.needles = needles
-        self.hashes = np.frombuffer(needles.hashes, np.uint64)
-        self.sources = np.frombuffer(needles.sources, np.uint32)
-        self.places = np.frombuffer(needles.places, np.uint32)
-        self.sizes = np.frombuffer(needles.sizes, np.uint16)
-        self._long = Filter(self.hashes[self.sizes == needles.ngram])
-        short = np.flatnonzero(self.sizes < needles.ngram)
-        self._short = {size: Filter(self.hashes[self.sizes == size]) for size in np.unique(self.sizes[short]).tolist()}
+        self.runs = np.frombuffer(needles.runs, RUN)
+        self.hashes, sizes = np.ascontiguousarray(self.runs["hash"]), self.runs["size"]
+        self._long = Filter(self.hashes[sizes == needles.ngram])
+        short = np.flatnonzero(sizes < needles.ngram)
+        self._short = {size: Filter(self.hashes[sizes == size]) for size in np.unique(sizes[short]).tolist()}
         self._openings = Filter(np.array([self._opening(run) for run in short.tolist()], np.uint64))
         self._known: dict[int, dict[tuple[str, ...], list[int]]] = {}
 
     def _opening(self, run: int) -> int:
-        """The hash of a short run's first `shortest` words: what all short runs are first looked for by."""
+        """The hash of a short run's first `shortest` words. Short runs are searched by it first."""
         words = read_words([" ".join(self._words(run)[: self.needles.shortest])])
         return int(words.ngrams(self.needles.shortest)[1][0])
 
     def _words(self, run: int) -> tuple[str, ...]:
-        words = self.needles.strings[self.sources[run]].split(" ")
-        return tuple(words[self.places[run] : int(self.places[run]) + int(self.sizes[run])])
+        _, source, place, size = self.runs[run].item()
+        return tuple(self.needles.strings[source].split(" ")[place : place + size])
 
     def find(self, texts: Sequence[str]) -> list[MatchedItems]:
         """For each text the items that it matches."""
@@ -155,28 +254,27 @@ class Finder:
             runs = np.searchsorted(self.hashes, hashes)
             same = self.hashes[np.minimum(runs, len(self.hashes) - 1)] == hashes
             for place, run in zip(places[same].tolist(), runs[same].tolist(), strict=True):
-                told = words.run(place, size)
-                for item in self._owners(run).get(told, ()):
-                    found[words.texts[place]].setdefault(item, " ".join(told))
+                shared = words.run(place, size)
+                for item in self._owners(run).get(shared, ()):
+                    found[words.texts[place]].setdefault(item, " ".join(shared))
         return found
 
     def _candidates(self, words: Words) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(size, places, hashes) of what may be a needle."""
-        places, hashes = self._long.likely(*words.ngrams(self.needles.ngram))
-        yield self.needles.ngram, places, hashes
+        """(size, places, hashes) of runs that may be indexed."""
+        yield self.needles.ngram, *self._long.likely(*words.ngrams(self.needles.ngram))
         if self._short:
             openings, _ = self._openings.likely(*words.ngrams(self.needles.shortest))
             for size, known in self._short.items():
                 yield size, *known.likely(*words.ngrams_at(openings, size))
 
     def _owners(self, run: int) -> dict[tuple[str, ...], list[int]]:
-        """The items of all runs with this one's hash, by their words; kept, as one hit is seldom the last."""
+        """The items of all runs with this one's hash, by their words; cached, because hits repeat."""
         key = int(self.hashes[run])
         if key not in self._known:
             owners: dict[tuple[str, ...], list[int]] = {}
             for other in range(run, int(np.searchsorted(self.hashes, key, side="right"))):
                 items = owners.setdefault(self._words(other), [])
-                owner = self.needles.owners[self.sources[other]]
+                owner = self.needles.owners[self.runs["source"][other]]
                 if len(items) < ITEMS_NAMED and owner not in items:
                     items.append(owner)
             self._known[key] = owners
@@ -184,8 +282,7 @@ class Finder:
 
 
 class Filter:
-    """Turns away most hashes that are not in a set, by two tables of eight slots a member: one of leading bits, and for
-    what passes it one of trailing bits."""
+    """Rejects most hashes outside a set, by two tables of eight slots per member: of leading and of trailing bits."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         bits = max(10, (8 * len(hashes)).bit_length())
@@ -195,7 +292,7 @@ class Filter:
         self._trailing[hashes & self._mask] = True
 
     def likely(self, places: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those that may be in the set, and their places."""
+        """The hashes that may be in the set, and their places."""
         passed = np.flatnonzero(self._leading[hashes >> self._shift])
         passed = passed[self._trailing[hashes[passed] & self._mask]]
         return places[passed], hashes[passed]

@@ -33,7 +33,7 @@ from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.sources import plan_units, source_identity
 from synth.decontaminate.benchmarks import BenchmarkSettings, read_items
 from synth.decontaminate.clean import REMOVED, CleanItem, clean_records
-from synth.decontaminate.ngram_index import BenchmarkItem, Bounds, NgramIndex
+from synth.decontaminate.ngram_index import BenchmarkItem, NgramIndex
 from synth.groups import decode_group
 
 STAGE = "decontaminate"
@@ -77,7 +77,7 @@ def run_decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:
     check_names("benchmarks", names)
     check_directories(settings)
     items = [item for number, one in enumerate(settings.benchmarks) for item in read_items(number, one)]
-    needles = NgramIndex.build(items, names, Bounds(settings.ngram, min(settings.shortest, settings.ngram)))
+    needles = NgramIndex.build(items, names, settings.ngram, settings.shortest)
     root = Path(settings.output)
     with ExitStack() as stack:
         outputs = [stack.enter_context(open_output(settings, one, items)) for one in settings.inputs]

@@ -23,9 +23,15 @@ from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, GroupText, Pair, Segment, SynthGroup, encode
 from ipt_jax.corpus.shards import Shards, read_documents
 from synth import read_groups
-from synth.decontaminate import ngrams
-from synth.decontaminate.ngram_index import FIELD_WORDS, BenchmarkItem, Bounds, Finder, NgramIndex
-from synth.decontaminate.ngrams import SPACELESS, read_words
+from synth.decontaminate import ngram_index
+from synth.decontaminate.ngram_index import (
+    FIELD_WORDS,
+    SPACELESS,
+    BenchmarkItem,
+    Finder,
+    NgramIndex,
+    read_words,
+)
 from synth.decontaminate.run import DecontaminateSettings, run_decontaminate
 from synth.format.wire import example_segments, wire_pair
 from synth.generate.run import run_synth
@@ -98,7 +104,8 @@ def check_finder(items: list[list[str]], texts: list[str], ngram: int, shortest:
     needles = NgramIndex.build(
         [BenchmarkItem(0, str(number), tuple(fields)) for number, fields in enumerate(items)],
         ["b"],
-        Bounds(ngram, shortest),
+        ngram,
+        shortest,
     )
     runs = [plain_runs(fields, ngram, shortest) for fields in items]
     assert needles.too_short == [number for number, one in enumerate(runs) if not one]
@@ -124,12 +131,12 @@ def test_colliding_hashes_find_nothing_else(
 ) -> None:
     """With two bits of hash a word nearly everything is a candidate, and only words decide."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngrams, "mixed", lambda hashes: hashes & np.uint64(3))
+        patch.setattr(ngram_index, "mixed", lambda hashes: hashes & np.uint64(3))
         check_finder(items, texts, ngram, min(shortest, ngram))
 
 
 def test_a_run_does_not_reach_from_one_text_into_the_next() -> None:
-    finder = Finder(NgramIndex.build([BenchmarkItem(0, "i", ("one two three four",))], ["b"], Bounds(4, 4)))
+    finder = Finder(NgramIndex.build([BenchmarkItem(0, "i", ("one two three four",))], ["b"], 4, 4))
     assert finder.find(["one two", "three four"]) == [{}, {}]
     assert finder.find(["ONE two,", "one: two - three; four"]) == [{}, {0: "one two three four"}]
 
@@ -398,7 +405,9 @@ def test_mistakes_are_told(tmp_path: Path, call: Callable[[Path], Any], told: st
 def test_a_benchmark_that_is_no_json_lines_is_told(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"PAR1\xff")
     for path in (tmp_path / "b.parquet", write_records(tmp_path / "groups", "synth", [[]])):
-        with pytest.raises(UserError, match="benchmark .*: not JSON Lines; give one question a line in a .jsonl file"):
+        with pytest.raises(
+            UserError, match="benchmark .*: not JSON Lines; use a .jsonl file with one question per line"
+        ):
             source = write_rows(tmp_path / "raw.jsonl", {"id": "r", "text": "abc"})
             decontaminate(tmp_path, [{"path": source}], ROWS, benchmarks=[{"path": str(path), "fields": ["q"]}])
 
