@@ -7,14 +7,15 @@ Mistral and Llama have the same names. RoPE needs no permutation: both sides pai
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.decoder import weights
+from ipt_jax.model.decoder import abstract_params
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,12 @@ class Leaf:
 
 def leaves(config: ModelConfig) -> list[Leaf]:
     """Every parameter of a model of this configuration."""
-    table: dict[str, Any] = weights(config)
+    shapes = abstract_params(config)
     found = []
     for row in TABLE:
         if row.path == ("head",) and config.tie_embeddings:
             continue
-        weight = table
-        for key in row.path:
-            weight = weight[key]
+        param = functools.reduce(operator.getitem, row.path, shapes)
         layers = range(config.layers) if "{}" in row.name else [0]
-        found.append(Leaf(row, weight.shape, tuple(row.name.format(layer) for layer in layers)))  # type: ignore[attr-defined]
+        found.append(Leaf(row, param.shape, tuple(row.name.format(layer) for layer in layers)))  # type: ignore[attr-defined]
     return found

@@ -1,10 +1,9 @@
-"""Generation with a key-value cache: fixed shapes, rows that come and go, one jitted loop.
+"""Generation with a key-value cache: fixed shapes, continuous batching, one jitted loop.
 
-Guarantees: a row's tokens depend on its own prompt, seed, temperature and limit alone, not on its batch mates; greedy
-tokens are those of the argmax without a cache. Row b's token at position i lies at index i of its own cache lines, so
-rows of any length share a batch and a finished row's place is given to the next prompt. The loop returns to the host
-when so few rows are live that new ones should come in. The cache is float of the model's dtype:
-2 * L * rows * length * K * H numbers.
+Guarantees: a row's tokens depend only on its own prompt, seed, temperature and limit, not on the rest of the batch;
+greedy tokens are those of the argmax without a cache. Row b's token at position i is at index i of its own cache lines.
+Rows of any length share a batch, and a finished row's place goes to the next prompt. The loop returns to the host when
+few enough rows are live to admit new ones. The cache has the model's dtype: 2 * L * rows * length * K * H numbers.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from jax import Array
 
 from ipt_jax.model.attention import attend, dense
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.decoder import decoder_layer, embed, logits_of, rms_norm, rope_tables
+from ipt_jax.model.decoder import DecoderLayer, Mistral, Params, rms_norm, rope_tables, weights_of, with_weights
 
-TURNS = 64  # tokens a row between two looks at the queue
+TURNS = 64  # tokens per row before the loop returns to the host, which checks its queue
 
 
 class Rows(NamedTuple):
-    """The state of a batch of B rows that generate side by side; a place without a row is not live."""
+    """The state of a batch of B rows that generate together; a place without a row is not live."""
 
-    keys: tuple[Array, ...]  # a layer: [B, K, H, S], rotated; with S last a CPU reads them at twice the speed
-    values: tuple[Array, ...]  # a layer: [B, K, S, H]
+    keys: tuple[Array, ...]  # per layer: [B, K, H, S], rotated; with S last a CPU reads them at twice the speed
+    values: tuple[Array, ...]  # per layer: [B, K, S, H]
     output: Array  # [B, O] int32, the new tokens
     produced: Array  # [B] int32, how many of them
     last: Array  # [B] int32, the newest token, not yet in the cache
     position: Array  # [B] int32, its position
-    limit: Array  # [B] int32, how many new tokens may be made
+    limit: Array  # [B] int32, the most new tokens
     temperature: Array  # [B] float32, 0 is greedy
     seed: Array  # [B, 2] uint32
     live: Array  # [B] bool
@@ -71,23 +70,25 @@ class Arrivals(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="rows")
-def prefill(params: dict[str, Any], rows: Rows, arrivals: Arrivals, eos_id: Array, *, config: ModelConfig) -> Rows:
-    """Runs the new prompts, puts their keys and values into their places and makes the first token of each."""
+def prefill(params: Params, rows: Rows, arrivals: Arrivals, eos_id: Array, *, config: ModelConfig) -> Rows:
+    """Runs the new prompts, writes their keys and values to their places and generates the first token of each."""
+    model = Mistral.from_params(config, params)
     R, T = arrivals.tokens.shape
     places = arrivals.place
     tables = rope_tables(config, jnp.arange(T)[None])
+    stacked = {name: param[...] for name, param in weights_of(model.layers).items()}
 
-    def see(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+    def attend_and_keep(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
         out = attend(q, k, v, window=config.sliding_window)
         return out, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))  # [R, K, H, T], [R, K, T, H]
 
-    def step(x: Array, layer: dict[str, Array]) -> tuple[Array, Any]:
-        return decoder_layer(layer, config, x, tables, see)
+    def step(x: Array, weights: dict[str, Array]) -> tuple[Array, Any]:
+        return with_weights(model.layers, weights)(x, tables, attend_and_keep)
 
-    x = embed(params, arrivals.tokens, rows.keys[0].dtype)
-    x, (keys, values) = jax.lax.scan(step, x, params["layers"])  # [L, R, K, H, T], [L, R, K, T, H]
-    x = rms_norm(x[jnp.arange(R), arrivals.length - 1], params["norm"], config.norm_eps)  # [R, D]
-    first = sample(logits_of(params, config, x), arrivals.seed, jnp.zeros_like(arrivals.length), arrivals.temperature)
+    x = model.embed(arrivals.tokens)
+    x, (keys, values) = jax.lax.scan(step, x, stacked)  # [L, R, K, H, T], [L, R, K, T, H]
+    x = rms_norm(x[jnp.arange(R), arrivals.length - 1], model.norm[...], config.norm_eps)  # [R, D]
+    first = sample(model.logits(x), arrivals.seed, jnp.zeros_like(arrivals.length), arrivals.temperature)
 
     def put(old: Array, new: Array) -> Array:
         return old.at[places].set(new, mode="drop")
@@ -103,42 +104,41 @@ def prefill(params: dict[str, Any], rows: Rows, arrivals: Arrivals, eos_id: Arra
         limit=put(rows.limit, arrivals.limit),
         temperature=put(rows.temperature, arrivals.temperature),
         seed=put(rows.seed, arrivals.seed),
-        live=put(rows.live, _goes_on(first, one, arrivals.limit, eos_id)),
+        live=put(rows.live, _is_live(first, one, arrivals.limit, eos_id)),
     )
 
 
-def _goes_on(token: Array, produced: Array, limit: Array, eos_id: Array) -> Array:
+def _is_live(token: Array, produced: Array, limit: Array, eos_id: Array) -> Array:
     """eos_id -1 ends nothing."""
     return (produced < limit) & (token != eos_id)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="rows")
-def decode(params: dict[str, Any], rows: Rows, eos_id: Array, enough: Array, *, config: ModelConfig) -> Rows:
-    """Makes tokens, one a live row and turn, until at most `enough` rows are live or TURNS are over."""
-    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.layers)]  # split once a call
+def decode(params: Params, rows: Rows, eos_id: Array, enough: Array, *, config: ModelConfig) -> Rows:
+    """Generates one token per live row and turn, until at most `enough` rows are live or TURNS turns are over."""
+    model = Mistral.from_params(config, params)
+    layers = model.unstacked_layers()  # once per call, not per turn
 
-    def go_on(state: tuple[Array, Rows]) -> Array:
+    def unfinished(state: tuple[Array, Rows]) -> Array:
         return (state[1].live.sum() > enough) & (state[0] < TURNS)
 
     def turn(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
-        return state[0] + 1, _turn(params, layers, state[1], eos_id, config)
+        return state[0] + 1, _turn(model, layers, state[1], eos_id)
 
-    return jax.lax.while_loop(go_on, turn, (jnp.int32(0), rows))[1]
+    return jax.lax.while_loop(unfinished, turn, (jnp.int32(0), rows))[1]
 
 
-def _turn(
-    params: dict[str, Any], layers: list[dict[str, Array]], rows: Rows, eos_id: Array, config: ModelConfig
-) -> Rows:
-    x = embed(params, rows.last[:, None], rows.keys[0].dtype)  # [B, 1, D]
-    tables = rope_tables(config, rows.position[:, None])
+def _turn(model: Mistral, layers: list[DecoderLayer], rows: Rows, eos_id: Array) -> Rows:
+    x = model.embed(rows.last[:, None])  # [B, 1, D]
+    tables = rope_tables(model.config, rows.position[:, None])
     keys, values = [], []
     for layer, key_line, value_line in zip(layers, rows.keys, rows.values, strict=True):
-        see = partial(_see_cache, key_line, value_line, rows.position, config.sliding_window)
-        x, (key_line, value_line) = decoder_layer(layer, config, x, tables, see)
+        attend_cache = partial(_attend_cache, key_line, value_line, rows.position, model.config.sliding_window)
+        x, (key_line, value_line) = layer(x, tables, attend_cache)
         keys.append(key_line)
         values.append(value_line)
-    x = rms_norm(x[:, 0], params["norm"], config.norm_eps)  # [B, D]
-    token = sample(logits_of(params, config, x), rows.seed, rows.produced, rows.temperature)
+    x = rms_norm(x[:, 0], model.norm[...], model.config.norm_eps)  # [B, D]
+    token = sample(model.logits(x), rows.seed, rows.produced, rows.temperature)
     token = jnp.where(rows.live, token, rows.last)
     step = rows.live.astype(jnp.int32)
     write = jnp.where(rows.live, rows.produced, rows.output.shape[1])  # past the end: dropped
@@ -149,14 +149,14 @@ def _turn(
         produced=rows.produced + step,
         last=token,
         position=rows.position + step,
-        live=rows.live & _goes_on(token, rows.produced + step, rows.limit, eos_id),
+        live=rows.live & _is_live(token, rows.produced + step, rows.limit, eos_id),
     )
 
 
-def _see_cache(
+def _attend_cache(
     keys: Array, values: Array, position: Array, window: int | None, q: Array, k: Array, v: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Puts one token's k, v [B, 1, K, H] into the cache lines, then attends over what q [B, 1, N, H] may see."""
+    """Writes one token's k, v [B, 1, K, H] to the cache lines, then attends over the keys that q [B, 1, N, H] sees."""
     B, _, N, H = q.shape
     K, S = values.shape[1:3]
     row = jnp.arange(B)

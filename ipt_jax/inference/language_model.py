@@ -1,9 +1,9 @@
-"""The one door for Python users: a model that scores and generates.
+"""The Python interface: a model that scores and generates.
 
-`ipt_jax.load(path)` gives a `LanguageModel`. Guarantees: a text prompt is BOS (where the tokenizer has one) and the
-text's tokens, a list of ids is taken as it is; results are of the prompts' own type and without the EOS that closed
-them; a result does not depend on what else is in the call, apart from rounding. `BatchGenerator` is the layer below
-for callers whose prompts come one by one. Shapes are drawn from a few sizes, so that little is compiled.
+`ipt_jax.load(path)` returns a `LanguageModel`. Guarantees: a text prompt is encoded as BOS (where the tokenizer has
+one) and the text's tokens, a list of ids is used unchanged; results have the type of the prompts and no closing EOS;
+a result does not depend on the other prompts of the call, apart from rounding. `BatchGenerator` serves callers whose
+prompts arrive one by one. Inputs are padded to a few sizes, so that few programs are compiled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.hf.params import load_params
 from ipt_jax.inference import generate
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.decoder import forward, logits_of
+from ipt_jax.model.decoder import Mistral, Params, params_of
 
 PromptInput = str | list[int]
 SCORE_TOKENS = 8192  # tokens of a scoring batch, padding included
@@ -35,7 +35,7 @@ CACHE_BYTES = 512 * 2**20  # key-value cache of `LanguageModel.generate`
 
 @dataclass(frozen=True)
 class Score:
-    """Sum of the log-probabilities of a continuation's tokens, their number, and whether each was the likeliest."""
+    """Sum of the log-probabilities of a continuation's tokens, their number, and whether each is the greedy choice."""
 
     logprob: float
     tokens: int
@@ -47,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Generation:
-    """What followed a prompt: `number` is the request's; `ids` lack the EOS; `finish_reason` is stop or length."""
+    """The completion of request `number`: `ids` without EOS; `finish_reason` is stop or length."""
 
     number: int
     ids: list[int]
@@ -55,28 +55,37 @@ class Generation:
 
 
 class LanguageModel:
-    """Parameters with their configuration and, where there is one, the tokenizer. The parameters' dtype computes."""
+    """A model and its tokenizer, where there is one. Computes in the dtype of the parameters.
 
-    def __init__(self, config: ModelConfig, params: dict[str, Any], tokenizer: Tokenizer | None = None):
+    `model` is the Flax NNX module: call it, differentiate it, or update its parameters. The methods here use the
+    parameters that it holds at the time of the call.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer | None = None):
         self.config, self.tokenizer = config, tokenizer
         self.compiled = config.model_copy(update={"bos_id": None, "eos_id": None})  # what compiled code depends on
-        self.params = jax.tree.map(jnp.asarray, params)
+        self.model = Mistral.from_params(config, jax.tree.map(jnp.asarray, params))
+
+    @property
+    def params(self) -> Params:
+        """The parameters of `model` as a nested dict of arrays."""
+        return params_of(self.model)
 
     @property
     def dtype(self) -> Any:
-        return self.params["norm"].dtype
+        return self.model.norm.dtype
 
     def logits(self, tokens: Any, segment_ids: Any = None) -> np.ndarray:
-        """float32 [B, T, V] of tokens [B, T], or [T, V] of one row; compiled anew for each shape."""
+        """float32 [B, T, V] of tokens [B, T], or [T, V] of one row; compiled once per shape."""
         rows = np.atleast_2d(np.asarray(tokens, np.int32))
         segments = None if segment_ids is None else jnp.asarray(np.atleast_2d(np.asarray(segment_ids, np.int32)))
         out = np.asarray(_logits(self.params, jnp.asarray(rows), segments, config=self.compiled), np.float32)
         return out if np.ndim(tokens) == 2 else out[0]
 
     def loglikelihood(self, prompts: Sequence[PromptInput], continuations: Sequence[PromptInput]) -> list[Score]:
-        """The score of each continuation after its prompt; the two are encoded apart."""
+        """The score of each continuation after its prompt; the two are encoded separately."""
         if len(prompts) != len(continuations):
-            raise UserError(f"loglikelihood: {len(prompts)} prompts for {len(continuations)} continuations; give pairs")
+            raise UserError(f"loglikelihood: {len(prompts)} prompts for {len(continuations)} continuations; pass pairs")
         rows = [
             (self.encode(prompt), self.encode(continuation, continuing=True))
             for prompt, continuation in zip(prompts, continuations, strict=True)
@@ -145,28 +154,28 @@ class LanguageModel:
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError("this model has no tokenizer files; give token ids, or load a directory with a tokenizer")
+            raise UserError("this model has no tokenizer files; pass token ids, or load a directory with a tokenizer")
         return self.tokenizer
 
     def _fits(self, number: int, tokens: int, what: str) -> None:
         if tokens > self.config.max_positions:
             raise UserError(
-                f"request {number}: {what} make {tokens} tokens, the model's context holds {self.config.max_positions}"
+                f"request {number}: {what} have {tokens} tokens, the model's context has {self.config.max_positions}"
                 "; shorten it"
             )
 
     def _rows(self, count: int, length: int) -> int:
-        """As many rows side by side as there are prompts, up to 64 and to CACHE_BYTES."""
+        """Rows of a batch: one per prompt, up to 64 and to CACHE_BYTES."""
         c = self.config
         row_bytes = 2 * c.layers * c.kv_heads * c.head_dim * length * jnp.dtype(self.dtype).itemsize
         return min(_power_of_two(count), 64, max(1, CACHE_BYTES // row_bytes))
 
 
 class BatchGenerator:
-    """Continuous batching over fixed shapes: prompts join as others end.
+    """Continuous batching over fixed shapes: a prompt is admitted when another one ends.
 
-    `add` requests, then `step` until nothing is pending; each step returns what ended in it. A request's tokens depend
-    on its prompt, seed, temperature and limit; the batch changes at most the rounding of its logits.
+    `add` requests, then `step` until nothing is pending; each step returns the requests that ended in it. A request's
+    tokens depend on its prompt, seed, temperature and limit; the batch changes at most the rounding of its logits.
     """
 
     def __init__(
@@ -174,7 +183,7 @@ class BatchGenerator:
     ):
         self.model, self.length, self.max_new_tokens = model, max_model_len, max_new_tokens
         self.eos_id = -1 if model.config.eos_id is None or not eos else model.config.eos_id
-        self.arrivals = max(1, batch_rows // 4)  # rows of a prefill, and rows that end before the loop comes back
+        self.arrivals = max(1, batch_rows // 4)  # rows per prefill, and rows that end before the loop returns
         self.rows = generate.empty_rows(model.config, batch_rows, max_model_len, max_new_tokens, model.dtype)
         self.owner: list[int | None] = [None] * batch_rows
         self.queue: deque[tuple[int, list[int], int, int, float]] = deque()
@@ -182,13 +191,13 @@ class BatchGenerator:
 
     @property
     def pending(self) -> int:
-        """Requests that have not come back yet."""
+        """Requests that have not been returned."""
         return len(self.queue) + sum(owner is not None for owner in self.owner)
 
     def add(
         self, prompt: list[int], seed: int = 0, *, max_new_tokens: int | None = None, temperature: float = 0.0
     ) -> int:
-        """Queues a prompt and returns its number. A limit past the context's end is cut to it."""
+        """Queues a prompt and returns its number. The limit is cut to the end of the context."""
         if not 0 < len(prompt) < self.length:
             raise UserError(f"a prompt of {len(prompt)} tokens: expected 1 to {self.length - 1} (max_model_len - 1)")
         wanted = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
@@ -249,22 +258,22 @@ class BatchGenerator:
 
 
 @partial(jax.jit, static_argnames="config")
-def _logits(params: dict[str, Any], tokens: Array, segment_ids: Array | None, *, config: ModelConfig) -> Array:
-    hidden = forward(params, config, tokens, segment_ids=segment_ids, compute_dtype=params["norm"].dtype)
-    return logits_of(params, config, hidden)
+def _logits(params: Params, tokens: Array, segment_ids: Array | None, *, config: ModelConfig) -> Array:
+    return Mistral.from_params(config, params)(tokens, segment_ids=segment_ids)
 
 
 @partial(jax.jit, static_argnames="config")
 def _continuations(
-    params: dict[str, Any], tokens: Array, places: Array, targets: Array, counts: Array, *, config: ModelConfig
+    params: Params, tokens: Array, places: Array, targets: Array, counts: Array, *, config: ModelConfig
 ) -> tuple[Array, Array]:
-    """For each row of tokens [R, T]: the log-probability of targets [R, C] after `places`; are all the likeliest."""
-    hidden = forward(params, config, tokens, compute_dtype=params["norm"].dtype)
+    """For each row of tokens [R, T]: the log-probability of targets [R, C] after `places`; are all greedy tokens."""
+    model = Mistral.from_params(config, params)
+    hidden = model.hidden(tokens)
     hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)  # [R, C, D]
 
     def one(row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         states, target, count = row
-        logits = logits_of(params, config, states)  # [C, V], one row's at a time
+        logits = model.logits(states)  # [C, V], one row's at a time
         chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
         logprob = chosen - jax.nn.logsumexp(logits, axis=1)
         return jnp.where(count, logprob, 0.0).sum(), ((logits.argmax(1) == target) | ~count).all()

@@ -85,7 +85,7 @@ def attend_splash(
     return jax.lax.map(row, rows, batch_size=max(1, SPLASH_TOKENS // T)).swapaxes(1, 2)
 
 
-Attention = Callable[..., Array]  # (q, k, v, *, window, segment_ids) -> [B, T, N, H], as `attend`
+AttentionKernel = Callable[..., Array]  # (q, k, v, *, window, segment_ids) -> [B, T, N, H], as `attend`
 
 HOPPER = re.compile(r"\b(h20|h100|h200|h800|gh200)\b")  # in device kinds such as "NVIDIA H100 80GB HBM3"
 CUDNN_ROWS = 128  # tokens of a row, in multiples of it, for which cuDNN's masked backward pass is right on Hopper

@@ -23,13 +23,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ipt_jax.model.attention import Attention, attend, attend_cudnn, attend_splash
+from ipt_jax.model.attention import AttentionKernel, attend, attend_cudnn, attend_splash
 from ipt_jax.parallel.mesh import ROWS
 from ipt_jax.parallel.rules import Axes, mesh_axes
 
 Stages = tuple[tuple[tuple[int, ...], ...] | None, ...]  # of each reduce-scatter: its groups of places along fsdp
 
-KERNELS: dict[str, Attention] = {"xla": attend, "cudnn": attend_cudnn, "splash": attend_splash}
+KERNELS: dict[str, AttentionKernel] = {"xla": attend, "cudnn": attend_cudnn, "splash": attend_splash}
 
 
 class OnDevice:
@@ -91,14 +91,14 @@ class OnDevice:
         mesh = jax.sharding.get_abstract_mesh() if self.manual else self.mesh
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self._along_tensor(x.shape, axes)))
 
-    def attention(self, kernel: str) -> Attention:
+    def attention(self, kernel: str) -> AttentionKernel:
         """The kernel for a device's rows; a fused one is opaque to the partitioner and is given its heads."""
         if kernel == "xla" or self.tensor == 1:
             return KERNELS[kernel]
         return functools.partial(self._on_heads, KERNELS[kernel])
 
     def _on_heads(
-        self, kernel: Attention, q: Array, k: Array, v: Array, *, window: int | None, segment_ids: Array | None
+        self, kernel: AttentionKernel, q: Array, k: Array, v: Array, *, window: int | None, segment_ids: Array | None
     ) -> Array:
         divides = k.shape[2] % self.tensor == 0  # else every device computes all heads
         rows = None if self.manual else ROWS

@@ -1,7 +1,7 @@
-"""The learning-rate schedule, AdamW (or plain SGD), gradient clipping, and which parameters are decayed.
+"""The learning-rate schedule, AdamW (or plain SGD), and gradient clipping.
 
-Guarantees that every parameter is named in the decay table: one that is not is an error, never a default. Moments are
-float32. Clipping scales the whole gradient by its global norm before the optimizer sees it.
+Weight decay applies to the parameters that the model declares with `decay=True`. Moments are float32. Clipping scales
+all gradients by their global norm before the optimizer sees them.
 """
 
 from __future__ import annotations
@@ -14,33 +14,6 @@ import optax
 from jax import Array
 
 from ipt_jax.config import OptimizerSettings
-from ipt_jax.parallel.rules import param_name
-
-DECAYED = {
-    "embedding": True,
-    "head": True,
-    "norm": False,
-    "layers.attention_norm": False,
-    "layers.query": True,
-    "layers.key": True,
-    "layers.value": True,
-    "layers.output": True,
-    "layers.mlp_norm": False,
-    "layers.gate": True,
-    "layers.up": True,
-    "layers.down": True,
-}
-
-
-def decay_mask(params: Any) -> Any:
-    """True for each parameter that weight decay pulls to zero."""
-
-    def decayed(path: tuple[Any, ...], _: Any) -> bool:
-        name = param_name(path)
-        assert name in DECAYED, f"parameter {name} stands in no row of the decay table"
-        return DECAYED[name]
-
-    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def learning_rate(settings: OptimizerSettings, step: Array | int, total_steps: int) -> Array:
@@ -59,15 +32,15 @@ def learning_rate(settings: OptimizerSettings, step: Array | int, total_steps: i
     return settings.learning_rate * warmup * shape
 
 
-def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.GradientTransformation:
-    """What turns clipped gradients into updates."""
+def make_optimizer(settings: OptimizerSettings, total_steps: int, decay: Any) -> optax.GradientTransformation:
+    """What turns clipped gradients into updates. `decay` is a tree of bool, one per parameter."""
     direction = {
         "adamw": optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps, mu_dtype=jnp.float32),
         "sgd": optax.identity(),
     }[settings.name]
     return optax.chain(
         direction,
-        optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(settings.weight_decay, mask=decay),
         optax.scale_by_learning_rate(lambda step: learning_rate(settings, step, total_steps)),
     )
 

@@ -14,6 +14,7 @@ devices only as descriptions, so that a topology which is not here serves as wel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from ipt_jax.config import OptimizerSettings, Recipe, accumulation_steps, rows_p
 from ipt_jax.core.errors import UserError
 from ipt_jax.model.attention import CUDNN_ROWS, choose_attention, cudnn_gives_nan
 from ipt_jax.model.config import ModelConfig, param_count
-from ipt_jax.model.decoder import forward, logical_axes
+from ipt_jax.model.decoder import Execution, Mistral, Params, decay_mask, logical_axes
 from ipt_jax.parallel.fsdp import OnDevice
 from ipt_jax.parallel.mesh import batch_sharding, row_shards
 from ipt_jax.parallel.rules import bytes_per_device, place_params
@@ -56,29 +57,35 @@ class StepShape:
 
 
 def loss_of(
-    params: dict[str, Any], rows: Batch, count: Array, *, model: ModelConfig, shape: StepShape, device: OnDevice
+    params: Params, rows: Batch, count: Array, *, config: ModelConfig, shape: StepShape, device: OnDevice
 ) -> tuple[Array, dict[str, Array]]:
     """The share of a device's rows [M, T] in the mean loss over `count` targets, and its sums by kind."""
-    dtype = jnp.dtype(shape.compute_dtype)
-    # Both tables are made whole once for all rows: looking up in a table split along D would move activations.
-    table = device.gather(params["embedding"].astype(dtype), ("vocab", "embed"))
-    head = table.T if model.tie_embeddings else device.gather(params["head"].astype(dtype), ("embed", "vocab"))
-    hidden = forward(
-        {**params, "embedding": table}, model, rows["tokens"],
+    dtype, axes = jnp.dtype(shape.compute_dtype), logical_axes(config)
+    # Both tables are gathered once for all rows: looking up in a table split along D would move activations.
+    tables: Params = {
+        name: device.gather(params[name].astype(dtype), axes[name]) for name in ("embedding", "head") if name in params
+    }
+    model = Mistral.from_params(config, {**params, **tables})
+    head = model.output_projection()
+    hidden = model.hidden(
+        rows["tokens"],
         segment_ids=rows["segment_ids"] if shape.separate_documents else None,
         positions=rows["positions"] if shape.separate_documents else None,
-        compute_dtype=dtype, remat=shape.remat, mlp_chunk=shape.mlp_chunk, unroll=shape.unroll,
-        attention=device.attention(shape.attention), constrain=device.constrain, gather=device.gather,
+        execution=Execution(
+            compute_dtype=dtype, remat=shape.remat, mlp_chunk=shape.mlp_chunk, unroll=shape.unroll,
+            attention=device.attention(shape.attention), constrain=device.constrain, gather=device.gather,
+        ),
     )  # [M, T, D]  # fmt: skip
     with jax.named_scope("loss"):
         objective, sums = cross_entropy(
-            hidden, head, rows["targets"], rows["loss_mask"], rows["kinds"], chunk=shape.loss_chunk, z_loss=shape.z_loss
-        )
+            hidden, head, rows["targets"], rows["loss_mask"], rows["kinds"],
+            chunk=shape.loss_chunk, z_loss=shape.z_loss,
+        )  # fmt: skip
     return objective / count, sums
 
 
 def gradients(
-    params: dict[str, Any], batch: Batch, *, model: ModelConfig, shape: StepShape, mesh: Mesh, shardings: dict[str, Any]
+    params: Params, batch: Batch, *, config: ModelConfig, shape: StepShape, mesh: Mesh, shardings: dict[str, Any]
 ) -> tuple[Any, dict[str, Array]]:
     """Gradients of the mean loss over the whole batch [A, M, T], and its sums by kind.
 
@@ -86,15 +93,16 @@ def gradients(
     (see OnDevice), not left to the partitioner. What lies along `tensor` is.
     """
     count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
-    device = OnDevice(mesh, model.hidden_size)
-    axes = logical_axes(model)
+    device = OnDevice(mesh, config.hidden_size)
+    axes = logical_axes(config)
+    gradient = jax.grad(functools.partial(loss_of, config=config, shape=shape, device=device), has_aux=True)
 
-    def of_device(params: dict[str, Any], batch: Batch, count: Array) -> tuple[Any, dict[str, Array]]:
+    def of_device(params: Params, batch: Batch, count: Array) -> tuple[Any, dict[str, Array]]:
         # Scanned layers cast their own slices: whole cast weights would be copied into the loop slice by slice.
         weights = _cast_matrices(params, axes, shape.compute_dtype) if shape.unroll else params
 
         def of_rows(rows: Batch) -> tuple[Any, dict[str, Array]]:
-            grads, sums = jax.grad(loss_of, has_aux=True)(weights, rows, count, model=model, shape=shape, device=device)
+            grads, sums = gradient(weights, rows, count)
             return jax.tree.map(lambda grad: grad.astype(jnp.float32), grads), sums
 
         def add(total: Any, rows: Batch) -> tuple[Any, None]:
@@ -118,20 +126,20 @@ def gradients(
     return on_mesh(params, batch, count)
 
 
-def _cast_matrices(params: dict[str, Any], axes: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _cast_matrices(params: Params, axes: dict[str, Any], dtype: str) -> Params:
     """Matrices in the compute dtype; norms stay float32."""
     return jax.tree.map(lambda w, names: w if "norm" in names else w.astype(dtype), params, axes)
 
 
-def visible_pairs(batch: Batch, model: ModelConfig, shape: StepShape) -> Array:
+def visible_pairs(batch: Batch, config: ModelConfig, shape: StepShape) -> Array:
     """(query, key) pairs that attention cannot avoid in this batch: its part of the model FLOPs."""
     place = batch["positions"] if shape.separate_documents else jnp.arange(batch["tokens"].shape[-1])
-    seen = place + 1 if model.sliding_window is None else jnp.minimum(place + 1, model.sliding_window)
+    seen = place + 1 if config.sliding_window is None else jnp.minimum(place + 1, config.sliding_window)
     return jnp.where(batch["segment_ids"] > 0, seen, 0).sum(dtype=jnp.float32)  # int32 ends at 1,023 rows of 2,048
 
 
 def make_step(
-    model: ModelConfig,
+    config: ModelConfig,
     settings: OptimizerSettings,
     optimizer: optax.GradientTransformation,
     total_steps: int,
@@ -142,7 +150,7 @@ def make_step(
     """The step for these settings; not yet jitted."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = gradients(state.params, batch, model=model, shape=shape, mesh=mesh, shardings=shardings.params)
+        grads, sums = gradients(state.params, batch, config=config, shape=shape, mesh=mesh, shardings=shardings.params)
         with jax.named_scope("optimizer"):
             norm = optax.global_norm(grads)
             grads = clip(grads, norm, settings.clip_norm)
@@ -154,7 +162,7 @@ def make_step(
             "grad_norm": norm,
             "learning_rate": learning_rate(settings, state.step, total_steps),
             "tokens": (batch["segment_ids"] > 0).sum(),
-            "pairs": visible_pairs(batch, model, shape),
+            "pairs": visible_pairs(batch, config, shape),
         }
         return TrainState(state.step + 1, params, moments), metrics
 
@@ -210,7 +218,7 @@ def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: i
         z_loss=recipe.train.z_loss,
         unroll=device.platform in ("cuda", "gpu") and recipe.train.remat != "full",
     )
-    optimizer = make_optimizer(recipe.optimizer, total_steps)
+    optimizer = make_optimizer(recipe.optimizer, total_steps, decay_mask(model))
     state = abstract_state(model, optimizer)
     placement = place_params(logical_axes(model), state.params, mesh)
     fallbacks = fallbacks + placement.notes

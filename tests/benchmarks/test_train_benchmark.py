@@ -12,7 +12,7 @@ import pytest
 from extras import ROOT
 from trainkit import model_of, worst
 
-from ipt_jax.model.decoder import forward, head_of, init_params
+from ipt_jax.model.decoder import Mistral, init_params
 from ipt_jax.train.loss import cross_entropy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -39,9 +39,11 @@ def test_naive_step_and_ours_agree(loop: bool) -> None:
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 40))
 
     def ours(params: dict[str, Any]) -> jax.Array:
-        hidden, ones = forward(params, model, tokens), jnp.ones(tokens.shape, jnp.int32)
+        merged, ones = Mistral.from_params(model, params), jnp.ones(tokens.shape, jnp.int32)
         mask = jnp.arange(40) < jnp.full((2, 1), 39)
-        total, _ = cross_entropy(hidden, head_of(params, model), np.roll(tokens, -1, 1), mask, ones, chunk=16)
+        total, _ = cross_entropy(
+            merged.hidden(tokens), merged.output_projection(), np.roll(tokens, -1, 1), mask, ones, chunk=16
+        )
         return total / mask.sum()
 
     def theirs(params: dict[str, Any]) -> jax.Array:

@@ -163,7 +163,7 @@ def test_gradients_equal_autograd(name: str, rule: str, tmp_path: Path) -> None:
     batch = random_batch(4, 32, config.vocab_size)
     train = {"batch_tokens": 4 * 32, "microbatch": 2, "loss_chunk": 32}
     program = program_of(recipe_of(data={"cross_document": rule}, train=train), config)
-    shapes = {"model": config, "shape": program.shape, "mesh": program.mesh, "shardings": program.shardings.params}
+    shapes = {"config": config, "shape": program.shape, "mesh": program.mesh, "shardings": program.shardings.params}
     options = {"xla_backend_optimization_level": 0}
     run = jax.jit(functools.partial(gradients, **shapes), compiler_options=options)
     ours, _ = run(params, place(program, batch))

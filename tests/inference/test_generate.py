@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ipt_jax.core.errors import UserError
@@ -154,9 +158,30 @@ def test_mistakes_are_told(worded: LanguageModel) -> None:
         model.generate(["text"], 4)
     with pytest.raises(UserError, match="prompt 0 has no tokens"):
         model.loglikelihood([[]], [[4]])
-    with pytest.raises(UserError, match="context holds 160"):
+    with pytest.raises(UserError, match="context has 160"):
         model.generate([[5] * 150], 11)
     with pytest.raises(UserError, match="1 prompts for 2 continuations"):
         worded.loglikelihood(["a"], ["b", "c"])
     with pytest.raises(UserError, match="max_new_tokens is 0"):
         model.generate([[5]], 0)
+
+
+def test_the_model_is_a_flax_module() -> None:
+    """`load(path).model` is called, differentiated and updated by flax.nnx; `logits` and `generate` see the update."""
+    loaded = language_model(layers=1)
+    tokens = jnp.arange(1, 13).reshape(2, 6)
+    np.testing.assert_allclose(loaded.model(tokens), loaded.logits(tokens), atol=1e-5)
+    assert loaded.model.layers.attention.query.axes == ("layers", "embed", "q_heads", "head_dim")
+    optimizer = nnx.Optimizer(loaded.model, optax.sgd(1.0), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> jax.Array:
+        loss, grads = nnx.value_and_grad(lambda model: jnp.square(model(tokens)).mean())(model)
+        optimizer.update(model, grads)
+        return loss
+
+    before = loaded.logits(tokens)
+    first, second = step(loaded.model, optimizer), step(loaded.model, optimizer)
+    assert second < first
+    np.testing.assert_allclose(first, np.square(before).mean(), rtol=1e-5)
+    np.testing.assert_allclose(loaded.model(tokens), loaded.logits(tokens), atol=1e-5)

@@ -16,7 +16,7 @@ from trainkit import model_of, place, program_of, random_batch, recipe_of
 
 from ipt_jax.model import decoder
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.decoder import abstract_params, forward, logits_of
+from ipt_jax.model.decoder import Mistral, abstract_params
 from ipt_jax.model.flops import model_flops, model_flops_per_token, peak_flops, visible_pairs
 from ipt_jax.train import step
 from ipt_jax.train.step import gradients
@@ -59,7 +59,7 @@ def test_a_forward_pass_holds_a_third(model: ModelConfig, monkeypatch: pytest.Mo
     monkeypatch.setattr(decoder, "attend", whole_square)
 
     def logits(params: Any, tokens: jax.Array) -> jax.Array:
-        return logits_of(params, model, forward(params, model, tokens))
+        return Mistral.from_params(model, params)(tokens)
 
     jaxpr = jax.make_jaxpr(logits)(abstract_params(model), jax.ShapeDtypeStruct((3, 10), jnp.int32))
     assert 3 * product_flops(jaxpr) == model_flops(model, 3 * 10, 3 * 10 * 10)
@@ -72,7 +72,7 @@ def test_the_step_holds_all_of_it(model: ModelConfig, accumulation: int, monkeyp
     monkeypatch.setattr(decoder, "attend", whole_square)
     program = program_of(recipe_of(train={"microbatch": ROWS // accumulation, "loss_chunk": 32}), model)
     assert program.shape.accumulation == accumulation and program.shape.remat == "none"
-    shapes = {"model": model, "shape": program.shape, "mesh": program.mesh, "shardings": program.shardings.params}
+    shapes = {"config": model, "shape": program.shape, "mesh": program.mesh, "shardings": program.shardings.params}
     jaxpr = jax.make_jaxpr(functools.partial(gradients, **shapes))(program.state.params, program.batch)
     assert product_flops(jaxpr) == model_flops(model, ROWS * LENGTH, ROWS * LENGTH * LENGTH)
 
@@ -80,7 +80,7 @@ def test_the_step_holds_all_of_it(model: ModelConfig, accumulation: int, monkeyp
 def test_recomputation_is_not_counted() -> None:
     """A step that recomputes its layers holds more products than MFU counts."""
     program = program_of(recipe_of(train={"remat": "full"}), model_of())
-    shapes = {"model": program.model, "shape": program.shape, "mesh": program.mesh}
+    shapes = {"config": program.model, "shape": program.shape, "mesh": program.mesh}
     run = functools.partial(gradients, **shapes, shardings=program.shardings.params)
     jaxpr = jax.make_jaxpr(run)(program.state.params, program.batch)
     assert product_flops(jaxpr) > 1.2 * ROWS * LENGTH * model_flops_per_token(program.model, LENGTH)

@@ -19,7 +19,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.hf.config import resolve_model
 from ipt_jax.model import attention
 from ipt_jax.model.config import PRESETS, ModelConfig, ModelSettings, param_count
-from ipt_jax.model.decoder import Mistral, abstract_params, forward, init_params, logical_axes, logits_of, params_of
+from ipt_jax.model.decoder import Execution, Mistral, abstract_params, init_params, logical_axes, params_of
 
 SMALL = ModelConfig(
     vocab_size=61, hidden_size=32, layers=2, q_heads=4, kv_heads=2, head_dim=12, intermediate_size=40,
@@ -89,8 +89,8 @@ def test_documents_of_a_row_do_not_leak(block: int, monkeypatch: pytest.MonkeyPa
     outside = (segments != 2)[..., None]
 
     def loss(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = forward(params, SMALL, tokens, segment_ids=segments, positions=positions)
-        logits = jnp.where(outside, logits_of(params, SMALL, hidden), 0.0)
+        model = Mistral.from_params(SMALL, params)
+        logits = jnp.where(outside, model(tokens, segment_ids=segments, positions=positions), 0.0)
         return jnp.square(logits).sum(), logits
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -104,7 +104,7 @@ def test_documents_of_a_row_do_not_leak(block: int, monkeypatch: pytest.MonkeyPa
 def test_without_segments_documents_do_see_each_other() -> None:
     params = init_params(SMALL, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (1, 48), 0, 61)
-    run = jax.jit(lambda tokens: forward(params, SMALL, tokens))
+    run = jax.jit(lambda tokens: Mistral.from_params(SMALL, params).hidden(tokens))
     assert jnp.abs(run(tokens) - run(tokens.at[0, 0].add(1)))[0, -1].max() > 1e-6
 
 
@@ -114,7 +114,7 @@ def test_remat_changes_memory_alone(remat: str) -> None:
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 61)
 
     def loss(params: Any, remat: str) -> jax.Array:
-        return jnp.square(forward(params, SMALL, tokens, remat=remat)).mean()
+        return jnp.square(Mistral.from_params(SMALL, params).hidden(tokens, execution=Execution(remat=remat))).mean()
 
     run = jax.jit(jax.grad(loss), static_argnums=1)
     kept, again = (run(params, how) for how in ("none", remat))
@@ -124,7 +124,10 @@ def test_remat_changes_memory_alone(remat: str) -> None:
 def test_bfloat16_stays_near_float32() -> None:
     params = init_params(SMALL, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 61)
-    run = jax.jit(lambda dtype: forward(params, SMALL, tokens, compute_dtype=dtype), static_argnums=0)
+    run = jax.jit(
+        lambda dtype: Mistral.from_params(SMALL, params).hidden(tokens, execution=Execution(compute_dtype=dtype)),
+        static_argnums=0,
+    )
     half, full = run(jnp.bfloat16), run(jnp.float32)
     assert half.dtype == jnp.bfloat16
     assert jnp.abs(half - full).max() / jnp.abs(full).max() < 0.1

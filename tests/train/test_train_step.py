@@ -14,7 +14,7 @@ from trainkit import host, model_of, place, program_of, random_batch, recipe_of,
 
 from ipt_jax.config import Recipe, accumulation_steps, rows_per_step
 from ipt_jax.core.errors import UserError
-from ipt_jax.model.decoder import forward, logits_of
+from ipt_jax.model.decoder import Mistral
 from ipt_jax.train.metrics import check_finite, loss_metrics
 from ipt_jax.train.step import gradients
 
@@ -37,7 +37,7 @@ def test_loss_is_the_mean_over_all_targets() -> None:
     recipe, model, batch = recipe_of(), model_of(), random_batch(ROWS, LENGTH, 104)
     program = program_of(recipe, model)
     state = start(program)
-    logits = logits_of(state.params, model, forward(state.params, model, jnp.asarray(batch["tokens"])))
+    logits = Mistral.from_params(model, state.params)(jnp.asarray(batch["tokens"]))
     losses = np.asarray(-jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0])
     before = jax.tree.leaves((state.params, state.optimizer))
     _, metrics = program.step(state, place(program, batch))
@@ -169,7 +169,7 @@ def test_layers_written_out_give_the_gradients_of_the_scan(remat: str | tuple[st
     both = [
         jax.jit(
             functools.partial(
-                gradients, model=model, shape=dataclasses.replace(program.shape, unroll=unroll), mesh=program.mesh,
+                gradients, config=model, shape=dataclasses.replace(program.shape, unroll=unroll), mesh=program.mesh,
                 shardings=program.shardings.params,
             )
         )(state.params, batch)
