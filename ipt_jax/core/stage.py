@@ -13,7 +13,6 @@ Does not guarantee: remote file systems. ArrayRecord writes to local disks only.
 """
 
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,7 +45,7 @@ class ShardEntry(msgspec.Struct):
     sha256: str
     counts: dict[str, int] = {}
     dropped: dict[str, int] = {}
-    sides: dict[str, str] = {}  # SHA-256 of the side files, by name
+    side_files: dict[str, str] = msgspec.field(default_factory=dict, name="sides")  # SHA-256, by name
 
 
 class Manifest(msgspec.Struct):
@@ -80,15 +79,11 @@ class NewShard:
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    sides: dict[str, str] = field(default_factory=dict)  # SHA-256 of each side file, by the end of its name
+    side_files: dict[str, str] = field(default_factory=dict)  # SHA-256, by the end of the name
 
     def side_path(self, ending: str) -> Path:
         """Where to write the side file `NAME-00000-of-00010.ENDING`."""
-        return side_path(self.path, ending)
-
-
-def side_path(temporary: Path, ending: str) -> Path:
-    return temporary.with_name(f"{temporary.name.removesuffix(TEMPORARY)}.{ending}{TEMPORARY}")
+        return self.path.with_name(f"{self.path.name.removesuffix(TEMPORARY)}.{ending}{TEMPORARY}")
 
 
 class Output:
@@ -154,21 +149,11 @@ class Output:
 
     def _keep_complete(self, entries: list[ShardEntry]) -> None:
         for entry in entries:
-            if found := self._damage(entry):
+            if found := damage(self.path, entry, checksum=self._remake, side_files=self._remake):
                 print(f"{found}; it is made again", file=sys.stderr)
                 self.manifest.complete = False
             else:
-                self._entries[_index(entry.name)] = entry
-
-    def _damage(self, entry: ShardEntry) -> str | None:
-        found = damage(self.path, entry, checksum=self._remake)
-        for name, sha256 in entry.sides.items() if self._remake else ():
-            file = self.path / name
-            if not file.is_file():
-                found = found or f"{file}: listed in the manifest but missing"
-            elif file_digest(file) != sha256:
-                found = found or f"{file}: its bytes differ from the manifest's checksum"
-        return found
+                self._entries[int(entry.name.rsplit("-", 3)[1])] = entry
 
     def _remove_unlisted(self) -> None:
         """Removes copies of a shard under another number, and a shard that was renamed just before a kill."""
@@ -227,16 +212,16 @@ class Output:
         stem = f"{self.shard_name}-{index:05d}-of-{total:05d}"
         checksum, size = file_digest(shard.path), shard.path.stat().st_size
         counts, dropped = dict(sorted(shard.counts.items())), dict(sorted(shard.dropped.items()))
-        sides = {f"{stem}.{ending}": sha256 for ending, sha256 in shard.sides.items()}
+        side_files = {f"{stem}.{ending}": sha256 for ending, sha256 in shard.side_files.items()}
         name = f"{stem}.array_record"
         with writing(self.path):
             for earlier in self.path.glob(f"{stem}.*"):
                 earlier.unlink()
-            for ending in shard.sides:
+            for ending in shard.side_files:
                 os.replace(shard.side_path(ending), self.path / f"{stem}.{ending}")
             os.replace(shard.path, self.path / name)
             sync_directory(self.path)
-            self._entries[index] = ShardEntry(name, found, shard.tokens, size, checksum, counts, dropped, sides)
+            self._entries[index] = ShardEntry(name, found, shard.tokens, size, checksum, counts, dropped, side_files)
             self._save()
 
     def finish(self, summary: dict[str, Any] | None = None) -> Manifest:
@@ -253,7 +238,7 @@ class Output:
             return
         dropped = format_counts(self.manifest.dropped)
         for index, entry in list(self._entries.items()):
-            for name in (entry.name, *entry.sides):
+            for name in (entry.name, *entry.side_files):
                 (self.path / name).unlink()
             self.drop(index)
         raise UserError(f"{what} (dropped: {dropped}); {cure}")
@@ -357,8 +342,13 @@ def count_records(path: Path) -> int:
     return count
 
 
-def damage(path: Path, entry: ShardEntry, *, checksum: bool = True) -> str | None:
+def damage(path: Path, entry: ShardEntry, *, checksum: bool = True, side_files: bool = False) -> str | None:
     """What is wrong with a listed shard: its file and, if its bytes differ, the first unreadable record."""
+    for name, sha256 in entry.side_files.items() if side_files else ():
+        if not (path / name).is_file():
+            return f"{path / name}: listed in the manifest but missing"
+        if file_digest(path / name) != sha256:
+            return f"{path / name}: its bytes differ from the manifest's checksum"
     file = path / entry.name
     if not file.is_file():
         return f"{file}: listed in the manifest but missing"
@@ -429,12 +419,6 @@ def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 def format_counts(counts: dict[str, int]) -> str:
     """{'empty_text': 2, 'too_long': 1} -> 'empty_text 2, too_long 1'"""
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
-
-
-def _index(name: str) -> int:
-    match = re.fullmatch(r".+-(\d{5,})-of-\d{5,}\.array_record", name)
-    assert match, name
-    return int(match.group(1))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

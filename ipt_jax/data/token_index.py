@@ -24,7 +24,7 @@ import numpy as np
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import file_digest
-from ipt_jax.core.stage import Manifest, ShardEntry, side_path
+from ipt_jax.core.stage import Manifest, NewShard, ShardEntry
 from ipt_jax.corpus.records import Parent
 from ipt_jax.data.shared_cache import SharedCache, in_threads
 
@@ -156,12 +156,12 @@ WAITING_ROWS = 4096  # documents whose rows wait in memory
 
 
 class TokenIndexWriter:
-    """The side files of the shard at `temporary`, a row a document in their order."""
+    """The side files of `shard`, one row per document in their order."""
 
-    def __init__(self, temporary: Path):
-        self._index = _Column(side_path(temporary, "index.npy"), INDEX)
-        self._parents = _Column(side_path(temporary, "parents.npy"), PARENTS)
-        self._chars = _Column(side_path(temporary, "chars.npy"), np.dtype(np.uint8))
+    def __init__(self, shard: NewShard):
+        self._index = _Column(shard.side_path("index.npy"), INDEX)
+        self._parents = _Column(shard.side_path("parents.npy"), PARENTS)
+        self._chars = _Column(shard.side_path("chars.npy"), np.dtype(np.uint8))
         self._rows: list[tuple[int, int, int, int]] = []
         self._parent_rows: list[tuple[int, int, int]] = []
         self._kept: list[np.ndarray] = []
@@ -239,4 +239,4 @@ class _Column:
 
 def index_digests(manifest: Manifest) -> dict[str, str]:
     """SHA-256 of each side file by name, as planning looks for it in the manifest's summary."""
-    return {name: value for entry in manifest.shards for name, value in entry.sides.items()}
+    return {name: value for entry in manifest.shards for name, value in entry.side_files.items()}

@@ -33,9 +33,9 @@ class Written(NamedTuple):
 
 def token_pages(documents: Iterable[Written], shard: NewShard) -> Iterator[bytes]:
     """The records of a shard. Writes its side files meanwhile."""
-    side = TokenIndexWriter(shard.path)
+    side = TokenIndexWriter(shard)
     yield from _pages(documents, side)
-    shard.sides = side.close()
+    shard.side_files = side.close()
 
 
 def _pages(documents: Iterable[Written], side: TokenIndexWriter) -> Iterator[bytes]:

@@ -1,1 +1,1 @@
-"""`synth collect`: question-answering data sets become tuning documents."""
+"""`synth collect`: writes tuning documents from question-answering data sets."""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 from pydantic import Field
 
 from ipt_jax.core.errors import UserError
@@ -27,13 +28,10 @@ from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.format.parser import parse_completion, question_key, rejected
 from synth.format.wire import context_block, example_segments, pair_text, pairs_text, shown, wire_pair
 
-FIELDS = {"question", "answer", "options", "rationale"}
 BATCH = 1000  # examples tokenized at once by the tokenizer's threads
 
 
 class CollectInput(Settings):
-    """One or more data sets. Each file is a data set unless `name` joins them."""
-
     path: str
     """File, directory or glob. Each file is a data set."""
     adapter: Literal["generic"] = "generic"
@@ -104,8 +102,7 @@ def run_collect(settings: CollectSettings) -> dict[str, Any]:
         manifest = output.finish()
     return {
         "documents": manifest.records,
-        "contexts": manifest.count("contexts"),
-        "pairs": manifest.count("pairs"),
+        **{name: manifest.count(name) for name in ("contexts", "pairs")},
         "tokens": manifest.tokens if tokenizer else None,
         "dropped": manifest.dropped,
         "datasets": len(manifest.shards),
@@ -118,7 +115,7 @@ def find_data_sets(settings: CollectSettings) -> list[DataSet]:
     for source in settings.inputs:
         paths = find_files(source.path)
         for path in paths:
-            if path.is_dir() or not path.name.endswith(JSONL) and not _is_packed(path):
+            if path.is_dir() or not path.name.removesuffix(".gz").removesuffix(".zst").endswith(JSONL):
                 raise UserError(f"input {path}: not JSON Lines; write rows {{id, context, qa}} to a .jsonl file")
         groups = [(source.name, paths)] if source.name else [(path.name.split(".")[0], [path]) for path in paths]
         found += [DataSet(name, source.adapter, files) for name, files in groups]
@@ -131,10 +128,6 @@ def find_data_sets(settings: CollectSettings) -> list[DataSet]:
     if not kept:
         raise UserError("exclude: no data set is left; remove one from the list")
     return kept
-
-
-def _is_packed(path: Path) -> bool:
-    return path.name.removesuffix(".gz").removesuffix(".zst").endswith(JSONL)
 
 
 class ChosenContexts(NamedTuple):
@@ -181,41 +174,47 @@ def read_examples(data_set: DataSet, dropped: Counter[str]) -> Iterator[tuple[in
                 yield position, example
 
 
-def _example(row: dict[str, Any], where: str, default_id: str, dropped: Counter[str]) -> Example | str:
+class QuestionAnswer(msgspec.Struct):
+    """A pair of the generic adapter. Unknown fields are counted."""
+
+    question: str
+    answer: str
+    options: list[str] | None = None
+    rationale: str | None = None
+
+
+class QaRow(msgspec.Struct):
+    """A row of the generic adapter."""
+
+    context: str
+    qa: list[QuestionAnswer]
+    id: Any = None
+
+
+def _example(values: dict[str, Any], where: str, default_id: str, dropped: Counter[str]) -> Example | str:
     """The row as an example, or the reason to drop it."""
-    context, questions = row.get("context"), row.get("qa")
-    if not isinstance(context, str) or not isinstance(questions, list):
-        wrong = "qa, a list" if isinstance(context, str) else "context, a text"
-        raise UserError(f"{where}: expected {wrong}; a row is {{id, context, qa: [{{question, answer}}]}}")
-    if not context.strip():
+    try:
+        row = msgspec.convert(values, QaRow)
+    except msgspec.ValidationError as error:
+        fields = "{id, context, qa: [{question, answer, options, rationale}]}"
+        raise UserError(f"{where}: {error}; write rows {fields}") from error
+    if not row.context.strip():
         return "empty_context"
     pairs: dict[tuple[str, ...], Pair] = {}
-    for entry in questions:
-        pair = read_back(_pair(entry, where))
-        dropped.update(f"ignored_field_{name}" for name in entry.keys() - FIELDS)
+    for given, entry in zip(row.qa, values["qa"], strict=True):
+        dropped.update(f"ignored_field_{name}" for name in entry.keys() - set(QuestionAnswer.__struct_fields__))
+        options, rationale = [option.strip() for option in given.options or []], given.rationale
+        pair = wire_pair(given.question.strip(), given.answer.strip(), options, rationale and rationale.strip())
+        pair = read_back(pair)
         if not pair.accepted:
             dropped[f"pair_{pair.reason}"] += 1
         elif pairs.setdefault(question_key(pair), pair) is not pair:
             dropped["pair_duplicate_question"] += 1
     if not pairs:
         return "no_pairs"
-    if _has_lone_surrogate(context + pairs_text(list(pairs.values()))):
-        return "lone_surrogate"
-    row_id = row.get("id")
-    return Example(str(default_id if row_id is None else row_id), context.strip(), list(pairs.values()))
-
-
-def _pair(entry: Any, where: str) -> Pair:
-    """One entry of the generic adapter's `qa` in the wire format."""
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("question", "answer")):
-        raise UserError(f"{where}: a pair needs question and answer, both texts, found {str(entry)[:80]!r}")
-    options, rationale = entry.get("options"), entry.get("rationale")
-    if options is not None and not (isinstance(options, list) and all(isinstance(one, str) for one in options)):
-        raise UserError(f"{where}: options is {str(options)[:80]!r}, expected a list of texts")
-    if rationale is not None and not isinstance(rationale, str):
-        raise UserError(f"{where}: rationale is {str(rationale)[:80]!r}, expected a text")
-    stripped = [option.strip() for option in options or []]
-    return wire_pair(entry["question"].strip(), entry["answer"].strip(), stripped, rationale and rationale.strip())
+    if any("\ud800" <= letter <= "\udfff" for letter in row.context + pairs_text(list(pairs.values()))):
+        return "lone_surrogate"  # JSON may hold one, UTF-8 cannot
+    return Example(str(default_id if row.id is None else row.id), row.context.strip(), list(pairs.values()))
 
 
 def read_back(pair: Pair) -> Pair:
@@ -228,11 +227,6 @@ def read_back(pair: Pair) -> Pair:
     if len(parsed) == 1 and (not parsed[0].accepted or (parsed[0] == pair and plain)):
         return parsed[0]
     return rejected("nested_tag", pair.question, pair.answer)
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    """JSON may hold lone surrogates. UTF-8 cannot."""
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def document_records(

@@ -1,1 +1,1 @@
-"""`synth decontaminate`: pairs and texts that share words with benchmarks are found, listed and kept out."""
+"""`synth decontaminate`: finds pairs and texts that overlap with benchmark data, and excludes them."""

@@ -23,7 +23,7 @@ from ipt_jax.corpus.records import Document, Pair, SynthGroup, encode
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.sources import Unit, read_unit
-from synth.decontaminate.ngram_index import BenchmarkItem, Finder, MatchedItems, NgramIndex
+from synth.decontaminate.ngram_index import Finder, MatchedItems, NgramIndex
 from synth.format.parser import reject
 from synth.format.wire import ANSWER_CUE, COT_CUE, OPTIONS_CUE, final_answer, question_stem
 from synth.groups import CONTAMINATED, contaminated_places, decode_group
@@ -33,7 +33,7 @@ FORMAT = re.compile("</?CON>|<QUE>|<ANS>|</END>|" + "|".join(map(re.escape, (OPT
 
 
 class ComparedText(NamedTuple):
-    """A document, a group's text or a pair, in one or more wordings."""
+    """A document, a group's text or a pair, in one or more wordings. `place`: of the text, then of the pair."""
 
     kind: str
     place: tuple[int, ...]
@@ -68,56 +68,44 @@ def wordings(pair: Pair) -> tuple[str, ...]:
 
 
 def clean(
-    record: CheckedRecord,
-    found: Sequence[tuple[ComparedText, MatchedItems]],
-    items: Sequence[BenchmarkItem],
-    names: Sequence[str],
-    counts: Counter[str],
+    record: CheckedRecord, found: Sequence[tuple[ComparedText, MatchedItems]], needles: NgramIndex, counts: Counter[str]
 ) -> Cleaned:
-    """`found`: each text of the record with the items that it matches. `names` are those of the benchmarks."""
-    for part, _ in found:
-        counts[f"{part.kind}s"] += 1
-    hits = {part.place: matched for part, matched in found if matched}
-    if not hits:
+    """`found`: each text of the record with the items that it matches."""
+    counts.update(f"{text.kind}s" for text, _ in found)
+    matched = {text.place: items for text, items in found if items}
+    if not matched:
         return Cleaned(record, [])
-    removed = {part: why for part, _ in found if (why := reasons(part, hits))}
-    for part, why in removed.items():
-        counts[f"{part.kind}s_removed"] += 1
-        for benchmark in {items[item].benchmark for item in why}:
-            counts[f"removed.{names[benchmark]}.{part.kind}s"] += 1
-    matches = [
-        match_line(record, part, items[item], names, run) for part, matched in found for item, run in matched.items()
-    ]
-    places = {part.place for part in removed}
-    return Cleaned(None if isinstance(record, Document) else mark(record, places), matches)
+    removed = set()
+    for text, _ in found:
+        # The items for which a text is removed: its own, and for a pair those of the pair's text.
+        if items := matched.get(text.place[:1], {}) | matched.get(text.place, {}):
+            removed.add(text.place)
+            counts[f"{text.kind}s_removed"] += 1
+            for benchmark in {needles.items[item].benchmark for item in items}:
+                counts[f"removed.{needles.names[benchmark]}.{text.kind}s"] += 1
+    matches = [match_line(record, text, needles, item, run) for text, items in found for item, run in items.items()]
+    return Cleaned(None if isinstance(record, Document) else mark(record, removed), matches)
 
 
-def reasons(part: ComparedText, hits: dict[tuple[int, ...], MatchedItems]) -> MatchedItems:
-    """The items for which a text is removed: its own, and for a pair those of the pair's text."""
-    return {**hits.get(part.place[:1], {}), **hits.get(part.place, {})}
-
-
-def match_line(
-    record: CheckedRecord, part: ComparedText, item: BenchmarkItem, names: Sequence[str], run: str
-) -> dict[str, Any]:
+def match_line(record: CheckedRecord, text: ComparedText, needles: NgramIndex, item: int, run: str) -> dict[str, Any]:
     """One line of the list of matches."""
-    line: dict[str, Any] = {"record": record.id, "kind": part.kind}
+    line: dict[str, Any] = {"record": record.id, "kind": text.kind}
     if isinstance(record, SynthGroup):
-        line["text"] = record.texts[part.place[0]].raw_id
-    if part.kind == "pair":
-        line["pair"] = part.place[1]
-    return {**line, "benchmark": names[item.benchmark], "item": item.id, "words": run}
+        line["text"] = record.texts[text.place[0]].raw_id
+    if text.kind == "pair":
+        line["pair"] = text.place[1]
+    found = needles.items[item]
+    return {**line, "benchmark": needles.names[found.benchmark], "item": found.id, "words": run}
 
 
 def mark(group: SynthGroup, removed: set[tuple[int, ...]]) -> SynthGroup:
     """The group with the pairs at these places rejected, and the texts at these places listed in its metadata."""
-
-    def mark_pair(pair: Pair, place: tuple[int, int]) -> Pair:
-        return reject(pair, "contaminated") if place in removed else pair
-
     texts = []
     for place, text in enumerate(group.texts):
-        pairs = [mark_pair(pair, (place, number)) for number, pair in enumerate(text.pairs)]
+        pairs = [
+            reject(pair, "contaminated") if (place, number) in removed else pair
+            for number, pair in enumerate(text.pairs)
+        ]
         texts.append(msgspec.structs.replace(text, pairs=pairs))
     places = sorted({place[0] for place in removed if len(place) == 1} | contaminated_places(group))
     meta = {**group.meta, CONTAMINATED: places} if places else group.meta
@@ -151,7 +139,7 @@ def clean_records(needles: Path, needles_digest: str, item: CleanItem, shard: Ne
                 yield encode(cleaned.record)
         file.flush()
         os.fsync(file.fileno())
-    shard.sides = {REMOVED: file_digest(listing)}
+    shard.side_files = {REMOVED: file_digest(listing)}
 
 
 @lru_cache(maxsize=1)
@@ -196,4 +184,4 @@ def clean_batch(
         for text in texts:
             matches = [next(found) for _ in text.wordings]
             matched.append((text, {item: run for one in matches for item, run in one.items()}))
-        yield clean(record, matched, finder.needles.items, finder.needles.names, counts)
+        yield clean(record, matched, finder.needles, counts)

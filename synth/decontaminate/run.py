@@ -28,6 +28,7 @@ from ipt_jax.core.files import TEMPORARY, writing
 from ipt_jax.core.hashing import digest, file_digest
 from ipt_jax.core.settings import Settings
 from ipt_jax.core.stage import Output, load_manifest, make_shards, sum_counts
+from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.row_reader import SourceSettings
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.sources import plan_units, source_identity
@@ -81,13 +82,17 @@ def run_decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:
     root = Path(settings.output)
     with ExitStack() as stack:
         outputs = [stack.enter_context(open_output(settings, one, items)) for one in settings.inputs]
+        work = [
+            (output, [CleanItem(unit, one, one.label, output.shard_name == "groups") for unit in plan_units(one)])
+            for one, output in zip(settings.inputs, outputs, strict=True)
+        ]
         file = (root / NEEDLES).absolute()
         with writing(root):
             needles.save(file)
         try:
             make_shards(
                 partial(clean_records, file, file_digest(file)),
-                [(output, list_items(one, output)) for one, output in zip(settings.inputs, outputs, strict=True)],
+                work,
                 lambda item: item.unit.size / 2**20,
                 unit="MB",
                 label="synth decontaminate",
@@ -129,7 +134,7 @@ def check_directories(settings: DecontaminateSettings) -> None:
 
 
 def open_output(settings: DecontaminateSettings, source: DecontaminateInput, items: list[BenchmarkItem]) -> Output:
-    """The output of one input. Its identity: contents of the input, and words of the benchmarks by name."""
+    """The output of one input, identified by the contents of the input and the words of the benchmarks."""
     words: dict[str, list[Any]] = {one.label: [] for one in settings.benchmarks}
     for item in items:
         words[settings.benchmarks[item.benchmark].label].append([item.id, *item.fields])
@@ -148,18 +153,10 @@ def holds_groups(source: DecontaminateInput) -> bool:
     if not (Path(source.path) / "manifest.json").is_file():
         return False
     shards = Shards(source.path)
-    if not len(shards):
-        return False
     try:
-        decode_group(shards[0], shards)
+        return len(shards) > 0 and isinstance(decode_group(shards[0], shards), SynthGroup)
     except UserError:
         return False
-    return True
-
-
-def list_items(source: DecontaminateInput, output: Output) -> list[CleanItem]:
-    groups = output.shard_name == "groups"
-    return [CleanItem(unit, source, source.label, groups) for unit in plan_units(source)]
 
 
 def join_matches(root: Path, outputs: list[Output]) -> dict[str, set[str]]:
@@ -169,7 +166,7 @@ def join_matches(root: Path, outputs: list[Output]) -> dict[str, set[str]]:
     with writing(root), joined.open("wb") as file:
         for output in outputs:
             for entry in output.manifest.shards:
-                with (output.path / next(iter(entry.sides))).open("rb") as listing:
+                with (output.path / next(iter(entry.side_files))).open("rb") as listing:
                     for line in listing:
                         match = json.loads(line)
                         matched.setdefault(match["benchmark"], set()).add(match["item"])

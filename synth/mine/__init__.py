@@ -1,1 +1,1 @@
-"""`synth mine`: pairs by rules instead of a synthesizer, the baseline that the paper compares with (its Table 4)."""
+"""`synth mine`: pairs from rules instead of a synthesizer, the baseline in Table 4 of the paper."""

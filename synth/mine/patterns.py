@@ -1,8 +1,8 @@
-"""The rules of `synth mine`: what in a text can be asked without a model, after AdaptLLM (arXiv 2309.09530).
+"""The rules of `synth mine`, which find pairs in a text without a model, after AdaptLLM (arXiv 2309.09530).
 
-A rule finds places in a text; a template (mine.yaml) makes a question of each. Rules read English cues and
-sentence ends, know nothing of meaning, and find nothing in most sentences. Every answer stands in the text, but for the
-names of relations between sentences.
+A rule finds places in a text, and a template (mine.yaml) turns each into a question. Rules read English cues and
+sentence ends. They match few sentences. Every answer is part of the text, except the names of relations between
+sentences.
 """
 
 import re
@@ -18,12 +18,12 @@ from ipt_jax.core.settings import parse_yaml
 from ipt_jax.corpus.records import Pair
 from synth.format.wire import wire_pair
 from synth.render.layout import fill_words
-from synth.text.sentences import SENTENCE_END
+from synth.text.sentences import sentences
 
-RULES = 1  # goes up whenever a rule finds other places: outputs of other rules are other data
+RULES = 1  # raised when a rule changes; part of the identity
 TEMPLATES = Path(__file__).parent / "mine.yaml"
 Pattern = Literal["cloze", "title", "definition", "connective", "summary", "words", "paraphrase", "completion"]
-SHORTEST, LONGEST = 6, 50  # words of a sentence that is worth a question
+SHORTEST, LONGEST = 6, 50  # words of a good sentence
 BLANK = "____"
 OPTIONS = 4
 FOLLOWS, OPPOSES, ADDS = "It follows from the first.", "It goes against the first.", "It adds to the first."
@@ -58,16 +58,24 @@ STOP = frozenset(
 
 
 class ParsedText(NamedTuple):
-    """A text as the rules see it; `good` are the numbers of the sentences that are worth a question."""
+    """A text as the rules read it. `good`: the numbers of the sentences that rules use."""
 
     text: str
     title: str | None
     sentences: list[str]
     good: list[int]
 
+    def shuffled(self, rng: Random) -> Iterator[tuple[int, str]]:
+        """(number, sentence) of the good sentences in random order."""
+        yield from ((number, self.sentences[number]) for number in rng.sample(self.good, len(self.good)))
+
+    def before(self, number: int) -> str | None:
+        """The sentence before, if it is good."""
+        return self.sentences[number - 1] if number and is_good(self.sentences[number - 1]) else None
+
 
 class Find(NamedTuple):
-    """What a rule found: the template's variant, its placeholders, and the answer."""
+    """What a rule found: the variant of its template, the placeholders, and the answer."""
 
     variant: str
     fields: dict[str, str]
@@ -76,27 +84,20 @@ class Find(NamedTuple):
 
 
 def read(text: str) -> ParsedText:
-    sentences, last = [], 0
-    for match in SENTENCE_END.finditer(text):
-        sentences.append(text[last : match.end()].strip())
-        last = match.end()
-    sentences = [one for one in (*sentences, text[last:].strip()) if one]
     first, line_break, rest = text.strip().partition("\n")
     short = 1 <= len(first.split()) <= 15 and not first.rstrip().endswith((".", "!", ":", ",", ";"))
     title = first.strip() if line_break and short and len(rest.split()) >= 30 else None
-    sentences = [one for one in sentences if one != title]
-    return ParsedText(text, title, sentences, [number for number, one in enumerate(sentences) if is_good(one)])
+    parts = [one for one in map(str.strip, sentences(text)) if one != title]
+    return ParsedText(text, title, parts, [number for number, one in enumerate(parts) if is_good(one)])
 
 
 def is_good(sentence: str) -> bool:
-    """Whether a sentence is whole, as far as its marks tell, and neither short nor long."""
-    words = sentence.count(" ") + 1
-    return SHORTEST <= words <= LONGEST and sentence[0].isupper() and sentence[-1] in '.!?"”’'
+    """Whether a sentence has a capital, an end mark and a usual length."""
+    return SHORTEST <= sentence.count(" ") + 1 <= LONGEST and sentence[0].isupper() and sentence[-1] in '.!?"”’'
 
 
 def cloze(parsed: ParsedText, rng: Random) -> Iterator[Find]:
-    for number in shuffled(parsed.good, rng):
-        sentence = parsed.sentences[number]
+    for _, sentence in parsed.shuffled(rng):
         found = [match for match in KEY_WORD.finditer(sentence) if match.start() and match.group() not in STOP]
         found = [match for match in found if sentence.count(match.group()) == 1]
         if not found:
@@ -123,24 +124,23 @@ def title(parsed: ParsedText, rng: Random) -> Iterator[Find]:
 
 
 def definition(parsed: ParsedText, rng: Random) -> Iterator[Find]:
-    for number in shuffled(parsed.good, rng):
-        match = DEFINITION.fullmatch(parsed.sentences[number])
+    for _, sentence in parsed.shuffled(rng):
+        match = DEFINITION.fullmatch(sentence)
         if match and not POINTING & set(match["term"].casefold().split()):
             yield Find("free", {"term": match["term"]}, sentence_of(match["what"]))
 
 
 def connective(parsed: ParsedText, rng: Random) -> Iterator[Find]:
-    for number in shuffled(parsed.good, rng):
-        sentence = parsed.sentences[number]
+    for number, sentence in parsed.shuffled(rng):
         if because := BECAUSE.fullmatch(sentence):
             effect, cause = because["effect"], because["cause"]
             if rng.random() < 0.5:
                 yield Find("cause", {"effect": effect}, f"Because {cause}.")
             else:
                 yield Find("effect", {"cause": upper(cause)}, sentence_of(effect))
-        elif (cue := OPENING.match(sentence)) and number and is_good(parsed.sentences[number - 1]):
-            sides = {"first": parsed.sentences[number - 1], "second": upper(sentence[cue.end() :])}
-            yield Find("relation", sides, RELATION_OF[cue[1]], rng.sample(sorted(RELATIONS), len(RELATIONS)))
+        elif (cue := OPENING.match(sentence)) and (first := parsed.before(number)):
+            pair = {"first": first, "second": upper(sentence[cue.end() :])}
+            yield Find("relation", pair, RELATION_OF[cue[1]], rng.sample(sorted(RELATIONS), len(RELATIONS)))
 
 
 def summary(parsed: ParsedText, rng: Random) -> Iterator[Find]:
@@ -155,24 +155,22 @@ def summary(parsed: ParsedText, rng: Random) -> Iterator[Find]:
 
 
 def words(parsed: ParsedText, rng: Random) -> Iterator[Find]:
-    for number in shuffled(parsed.good, rng):
-        sentence = parsed.sentences[number]
+    for _, sentence in parsed.shuffled(rng):
         known = list(dict.fromkeys(word for word in LONG_WORD.findall(sentence) if word.lower() not in STOP))
         if len(known) >= 3:
             yield Find("free", {"words": ", ".join(rng.sample(known, 3))}, sentence)
 
 
 def paraphrase(parsed: ParsedText, rng: Random) -> Iterator[Find]:
-    for number in shuffled(parsed.good, rng):
-        cue = REPHRASING.match(parsed.sentences[number])
-        if cue and number and is_good(parsed.sentences[number - 1]):
-            told = upper(parsed.sentences[number][cue.end() :])
-            yield Find("free", {"first": parsed.sentences[number - 1]}, told)
+    for number, sentence in parsed.shuffled(rng):
+        if (cue := REPHRASING.match(sentence)) and (first := parsed.before(number)):
+            yield Find("free", {"first": first}, upper(sentence[cue.end() :]))
 
 
 def completion(parsed: ParsedText, rng: Random) -> Iterator[Find]:
     good = set(parsed.good)
-    for number in shuffled(sorted(number for number in good if number + 1 in good), rng):
+    followed = [number for number in parsed.good if number + 1 in good]
+    for number in rng.sample(followed, len(followed)):
         yield Find("free", {"first": parsed.sentences[number]}, parsed.sentences[number + 1])
 
 
@@ -189,10 +187,6 @@ FINDERS: dict[Pattern, Rule] = {
 }
 
 
-def shuffled(numbers: list[int], rng: Random) -> list[int]:
-    return rng.sample(numbers, len(numbers))
-
-
 def sentence_of(words: str) -> str:
     return upper(words).rstrip(",") + "."
 
@@ -207,11 +201,11 @@ def load_templates() -> dict[str, list[str]]:
 
 
 def rules_digest() -> str:
-    """What stands in for a synthesizer's weights: the rules' number and the templates."""
+    """Identifies rules and templates. Stored in place of the digest of a synthesizer's weights."""
     return digest({"rules": RULES, "templates": load_templates()})
 
 
 def ask(pattern: Pattern, find: Find, rng: Random) -> Pair:
-    """The pair on the wire; whether the parser accepts it is another matter: a text may spell the format's tags."""
+    """The pair in the wire format. The parser may reject it: a text may contain tags of the format."""
     question = fill_words(rng.choice(load_templates()[f"{pattern}.{find.variant}"]), find.fields)
     return wire_pair(question, find.answer, list(find.options))

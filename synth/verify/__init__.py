@@ -1,1 +1,1 @@
-"""Scores on pairs: what each says stands in docs/verify.md."""
+"""Scores of pairs, described in docs/verify.md."""
