@@ -34,8 +34,9 @@ from synth.engine import Completion, Engine, GenerationRequest, synthesizer_toke
 from synth.engine.base import Places
 from synth.engine.scripted import ScriptedEngine, quote_pairs
 from synth.format.wire import pairs_text
+from synth.generate.few_shot import make_chain
 from synth.generate.group_store import GroupStore
-from synth.generate.run import fill, make_chain, open_output, run_identity
+from synth.generate.run import fill_here, open_output, run_identity
 from synth.generate.scheduler import in_flight
 from synth.generate.work_list import list_work
 
@@ -91,7 +92,7 @@ def measure(folder: Path, name: str, texts: int, rounds: int, latency: float) ->
             engine = CannedEngine(tokenizer, settings.synthesizer.max_num_seqs, latency)
         else:
             engine = ScriptedEngine(settings.synthesizer, tokenizer)
-        memory = asyncio.run(watched(fill(engine, settings, chain, store), store, texts))
+        memory = asyncio.run(watched(fill_here(engine, settings, chain, store), store, texts))
         used.append(time.process_time())
         store.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -41,10 +41,9 @@ from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
 from synth.engine import GenerationRequest
 from synth.engine.scripted import ScriptedEngine
-from synth.generate.grouping import Place, Shard
 from synth.generate.journal import HEADER, Journal
 from synth.generate.run import WORK, run_identity, run_synth
-from synth.generate.work_list import UNIT_BYTES, ListedUnit, WorkList, list_work, save_work
+from synth.generate.work_list import UNIT_BYTES, ListedUnit, Place, Shard, WorkList, list_work, save_work
 from synth.miniworld.write import save_tokenizer, train_tokenizer
 
 ROW = 2000  # bytes of a line

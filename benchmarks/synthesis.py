@@ -48,11 +48,10 @@ from synth.config import RunSettings
 from synth.engine import Completion, GenerationRequest, open_engine, synthesizer_tokenizer
 from synth.engine.scripted import common_prefix
 from synth.format.wire import context_block, pairs_text
-from synth.generate.few_shot import Chain
+from synth.generate.few_shot import Chain, load_seed_examples, make_chain
 from synth.generate.group_store import GroupStore
-from synth.generate.run import fill, make_chain, open_output, run_identity
+from synth.generate.run import fill_here, open_output, run_identity
 from synth.generate.scheduler import in_flight
-from synth.generate.seed_examples import load_seed_examples
 from synth.generate.work_list import list_work
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +125,7 @@ async def chains(engine: Any, settings: RunSettings, chain: Chain) -> Run:
     recorder = Recorder(engine)
     with tempfile.TemporaryDirectory(prefix="ipt-chains-") as folder, open_output(f"{folder}/groups", {}) as output:
         store = GroupStore(output, list_work(settings, engine.tokenizer, chain.fingerprint), settings.groups_per_shard)
-        run = await timed(lambda: fill(recorder, settings, chain, store), engine)
+        run = await timed(lambda: fill_here(recorder, settings, chain, store), engine)
         store.close()
     run.requests = recorder.requests
     return run

@@ -1,23 +1,63 @@
-"""Reading the SynthGroups that `synth run`, `synth mine` and `synth verify` write.
+"""Few-shot groups: forming them from texts, reading them from shards, counting their pairs.
 
-Guaranteed: groups come in shard order, one at a time, whatever the directory's size; checksums are compared first; a
-directory of other records is refused in one line.
+Guaranteed: the texts of a group depend on the order of the texts and the settings alone. Groups are read in shard
+order, one at a time, checksums first; a directory of other records is refused.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
-from ipt_jax.corpus.records import Pair, SynthGroup, decode
+from ipt_jax.corpus.records import Document, Pair, SynthGroup, decode
 from ipt_jax.corpus.shards import Shards
+from synth.format.truncate import Span
 
-CONTAMINATED = "contaminated_texts"  # in a group's metadata: places of texts that a benchmark shares words with
+ID_LETTERS = 24  # 96 bits: enough for billions of groups
+CONTAMINATED = "contaminated_texts"  # in a group's metadata: places of texts that overlap with a benchmark
+AnyText = TypeVar("AnyText")
+
+
+class Group(NamedTuple):
+    """Group `number` of a run, from 0, before synthesis."""
+
+    number: int
+    id: str
+    texts: list[Document]
+    spans: list[Span]
+
+
+def make_group(number: int, texts: list[Document], spans: list[Span] | None = None) -> Group:
+    """The id follows from the ids of the texts, and from their spans if a text was split. Default: complete texts."""
+    spans = spans or [full_span(text) for text in texts]
+    keys = [text.id if span == full_span(text) else [text.id, *span] for text, span in zip(texts, spans, strict=True)]
+    return Group(number, digest(keys)[:ID_LETTERS], texts, spans)
+
+
+def full_span(text: Document) -> Span:
+    return 0, len(text.text)
+
+
+def group_key(text: Document, grouping: str) -> str:
+    """Texts of one key may share a group: those of one source, or all."""
+    return text.source if grouping == "source" else ""
+
+
+def neighbours(texts: Iterable[AnyText], rounds: int, key: Callable[[AnyText], str]) -> Iterator[list[AnyText]]:
+    """Runs of `rounds` texts of one key in the order in which they fill, then the short rest of each key."""
+    waiting: dict[str, list[AnyText]] = {}
+    for text in texts:
+        place = key(text)
+        waiting.setdefault(place, []).append(text)
+        if len(waiting[place]) == rounds:
+            yield waiting.pop(place)
+    yield from waiting.values()
 
 
 def read_groups(path: str | Path, *, verify: bool = True) -> Iterator[SynthGroup]:
-    """Iterates over the SynthGroups of a stage's output directory. `verify` reads every byte once before the first."""
+    """Iterates over the SynthGroups of a stage's output. `verify`: compare all checksums before the first group."""
     shards = Shards(path, verify=verify)
     for record in shards:
         yield decode_group(record, shards)
@@ -37,17 +77,18 @@ def groups_digest(shards: Shards) -> str:
 
 
 def decode_group(record: bytes, shards: Shards) -> SynthGroup:
-    """One record of `shards`; UserError naming the directory and its stage when it is no group."""
+    """One record of `shards`. Raises UserError, naming the directory and its stage, if it is not a group."""
     try:
         return decode(record, SynthGroup)
     except UserError as error:
         raise UserError(
-            f"{shards.path}: stage {shards.manifest.stage!r} wrote no groups; give what synth run, mine or verify wrote"
+            f"{shards.path}: stage {shards.manifest.stage!r} wrote no groups; set it to the output of synth run, mine "
+            "or verify"
         ) from error
 
 
 def contaminated_places(group: SynthGroup) -> set[int]:
-    """The texts that `synth decontaminate` marked: they make no document."""
+    """The texts that `synth decontaminate` marked. They are excluded from rendering."""
     return set(group.meta.get(CONTAMINATED, ()))
 
 

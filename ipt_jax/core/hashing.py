@@ -25,6 +25,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def hash64(text: str) -> bytes:
+    """Eight bytes of BLAKE2b. Among n different texts, two share a hash with probability n² / 2⁶⁵."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with Path(path).open("rb") as file:

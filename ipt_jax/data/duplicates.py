@@ -5,7 +5,6 @@ share a hash with probability 1e-3); what is the first is decided by the order o
 workers changes nothing. Holds some 24 bytes a document meanwhile.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ipt_jax.core.executor import ExecutorName, run_units
+from ipt_jax.core.hashing import hash64
 from ipt_jax.core.progress import Progress
 from ipt_jax.corpus.records import Document
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
@@ -38,7 +38,7 @@ def usable(rows: Iterable[Document | Dropped], dropped: Counter[str]) -> Iterato
 def hash_unit(task: HashTask) -> np.ndarray:
     """The hash of each usable document's text, in order. Runs in a worker process."""
     documents = usable(read_unit(task.unit, task.source), Counter())
-    hashes = (hashlib.blake2b(one.text.encode(), digest_size=8).digest() for one in documents)
+    hashes = (hash64(one.text) for one in documents)
     return np.frombuffer(b"".join(hashes), np.uint64)
 
 

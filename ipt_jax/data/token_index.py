@@ -14,7 +14,6 @@ Rows go to temporary files in blocks; closing them writes the number of rows int
 """
 
 import bisect
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.hashing import file_digest
+from ipt_jax.core.hashing import file_digest, hash64
 from ipt_jax.core.stage import Manifest, NewShard, ShardEntry
 from ipt_jax.corpus.records import Parent
 from ipt_jax.data.shared_cache import SharedCache, in_threads
@@ -35,7 +34,7 @@ SMALL_BYTES = 1 << 25  # index files of a directory that are together no larger 
 
 
 def id_key(document_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hash64(document_id), "little")
 
 
 def document_count(counted: Manifest | ShardEntry) -> int:

@@ -1,7 +1,7 @@
 """The growing prompt of one few-shot group, as token ids.
 
-The prompt of round r + 1 is the prompt of round r, the tokens that came back up to the last accepted `</END>`, and
-EOS, unchanged, so that an engine's prefix cache hits.
+The prompt of round r + 1 is the prompt of round r, the completion's tokens up to the last accepted `</END>`, and EOS,
+unchanged, so that an engine's prefix cache hits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Prompt:
-    """The growing prompt of one few-shot group: closed examples, oldest first, then the open one.
+    """Closed examples, oldest first, then the open one. `examples` are those before the group's first text.
 
-    An example that kept no pair is left out of the prompts after it: shown, it would teach to write none.
+    An example without accepted pairs is excluded from later prompts: it would teach the model to write none.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, examples: Sequence[list[int]] = ()) -> None:
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise UserError(
                 f"tokenizer {tokenizer.path}: no BOS or no EOS token; the synthesizer's format needs both, "
@@ -33,76 +33,79 @@ class Prompt:
         self.tokenizer = tokenizer
         self.bos_id: int = tokenizer.bos_id
         self.eos_id: int = tokenizer.eos_id
-        self.examples: list[list[int]] = []
+        self.examples = list(examples)
         self.current: list[int] = []
 
     def start_example(self, text: str) -> list[int]:
         return [self.bos_id, *self.tokenizer.encode(context_block(text))]
 
-    def add_example(self, text: str, pairs: Sequence[Pair]) -> None:
-        """A seed example, written by hand or taken from tuning data."""
-        answers = self.tokenizer.encode(pairs_text(pairs), continuing=True)
-        self.examples.append([*self.start_example(text), *answers, self.eos_id])
+    def example(self, text: str, pairs: Sequence[Pair]) -> list[int]:
+        """A complete example, BOS to EOS."""
+        return [*self.start_example(text), *self.tokenizer.encode(pairs_text(pairs), continuing=True), self.eos_id]
 
     def open(self, text: str, max_tokens: int | None = None) -> list[int]:
-        """The prompt that asks for this text's pairs; the oldest examples go first when it would exceed max_tokens."""
+        """The prompt for this text's pairs. Drops the oldest examples if it would exceed max_tokens."""
         self.current = self.start_example(text)
         while max_tokens is not None and self.examples and self.token_count > max_tokens:
             self.examples.pop(0)
         return [token for example in self.examples for token in example] + self.current
 
-    def close(self, completion_ids: Sequence[int], pairs: Sequence[Pair]) -> bool:
-        """Takes in what came back for the open text; True when a rejected pair was cut out (the cache hit is lost)."""
-        kept, cut = keep_accepted(self.tokenizer, completion_ids, pairs)
+    def close(self, completion_ids: Sequence[int], pairs: Sequence[Pair]) -> int:
+        """Appends the completion; returns how many of its kept tokens a prefix cache cannot reuse.
+
+        Tokens after a removed rejected pair have moved, so their cached keys and values do not fit.
+        """
+        kept = keep_accepted(self.tokenizer, completion_ids, pairs)
         if kept:
             self.examples.append([*self.current, *kept, self.eos_id])
         self.current = []
-        return cut
+        both = zip(kept, completion_ids, strict=False)
+        return len(kept) - next((place for place, (a, b) in enumerate(both) if a != b), len(kept))
 
     @property
     def token_count(self) -> int:
         return sum(len(example) for example in self.examples) + len(self.current)
 
 
-def keep_accepted(tokenizer: Tokenizer, completion_ids: Sequence[int], pairs: Sequence[Pair]) -> tuple[list[int], bool]:
-    """The completion's tokens up to the last accepted `</END>`, and whether a rejected pair had to be cut out.
+def keep_accepted(tokenizer: Tokenizer, completion_ids: Sequence[int], pairs: Sequence[Pair]) -> list[int]:
+    """The completion's tokens up to the last accepted `</END>`, without rejected pairs.
 
-    `pairs` is what `parse_completion` made of the decoded completion: record i ends at the i-th `</END>`. The tokens
-    before the first rejected pair stay as they are; accepted pairs after it are encoded anew behind them.
+    `pairs` is the result of `parse_completion` on the decoded completion: record i ends at the i-th `</END>`. The
+    tokens before the first rejected pair stay unchanged; accepted pairs after it are encoded again.
     """
     leading = next((place for place, pair in enumerate(pairs) if not pair.accepted), len(pairs))
     later = [pair for pair in pairs[leading:] if pair.accepted]
-    kept, tail, exact = tokens_to_end(tokenizer, completion_ids, leading)
+    kept, tail = tokens_to_end(tokenizer, completion_ids, leading)
     if not later:
-        return kept, not exact
+        return kept
     separator = PAIR_SEPARATOR.removeprefix(tail) if leading else ""
-    return kept + tokenizer.encode(separator + pairs_text(later), continuing=True), True
+    return kept + tokenizer.encode(separator + pairs_text(later), continuing=True)
 
 
-def tokens_to_end(tokenizer: Tokenizer, ids: Sequence[int], ends: int) -> tuple[list[int], str, bool]:
-    """The fewest first tokens whose text holds `ends` closing tags; the blank text behind the last one; exactness.
+def tokens_to_end(tokenizer: Tokenizer, ids: Sequence[int], ends: int) -> tuple[list[int], str]:
+    """The fewest first tokens whose text has `ends` closing tags, and the blank text after the last tag.
 
-    One token may hold '>' and the blank line after it. One that holds '>' and the next pair's first letters cannot be
-    kept: then the text is encoded anew and the answer is inexact.
+    One token may hold '>' and the blank line after it. If one holds '>' and the next pair's first letters, the text up
+    to the tag is encoded again.
     """
     if ends == 0:
-        return [], "", True
+        return [], ""
     ids = list(ids)
 
-    def held(size: int) -> int:
+    def tags(size: int) -> int:
         return tokenizer.decode(ids[:size]).count(END_TAG)
 
-    behind = 1  # from the end, where the last of them most often stands
-    while behind < len(ids) and held(len(ids) - behind) >= ends:
-        behind *= 2
-    before = max(0, len(ids) - behind)  # too few; and half of `behind` less are enough
-    size = bisect_left(range(len(ids)), ends, before + 1, len(ids) - behind // 2, key=held)
+    rest = 1  # tokens after the last tag: it is most often near the end
+    while rest < len(ids) and tags(len(ids) - rest) >= ends:
+        rest *= 2
+    before = max(0, len(ids) - rest)  # too few; half of `rest` less are enough
+    size = bisect_left(range(len(ids)), ends, before + 1, len(ids) - rest // 2, key=tags)
     text = tokenizer.decode(ids[:size])
     stop = text.rfind(END_TAG) + len(END_TAG)
     tail = text[stop:]
     if tail.strip():
-        return tokenizer.encode(text[:stop].lstrip(), continuing=True), "", False
-    return ids[:size], tail, True
+        return tokenizer.encode(text[:stop].lstrip(), continuing=True), ""
+    return ids[:size], tail
 
 
 def context_tokens(text: str, tokenizer: Tokenizer) -> int:

@@ -25,12 +25,11 @@ from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
 from synth.engine import Engine, open_engine, synthesizer_tokenizer
 from synth.format.wire import pairs_text
-from synth.generate.few_shot import Chain
+from synth.generate.few_shot import Chain, make_chain
 from synth.generate.group_store import failed_texts, tally
-from synth.generate.grouping import Group, Place, Text, group_texts, make_group, neighbours, read_texts
-from synth.generate.run import make_chain
 from synth.generate.scheduler import run_groups
-from synth.groups import rejection_counts
+from synth.generate.work_list import Place, Text, read_texts
+from synth.groups import Group, group_key, make_group, neighbours, rejection_counts
 
 ROUNDS = (1, 2, 3)
 FULL = 4  # groups for each place of the engine, below which its filling and emptying weigh on the speed
@@ -110,8 +109,11 @@ async def run_trials(engine: Engine, chain: Chain, settings: RunSettings, sample
         with Progress(sum(map(len, sample.texts.values())), "texts", "synth run: estimate") as progress:
             await run_trial(engine, chain, [warm_up])
             for rounds, texts in sample.texts.items():
-                together = neighbours(texts, rounds, lambda text: text.key(settings))
-                groups = [group_texts(*one) for one in enumerate(together)]
+                together = neighbours(texts, rounds, lambda text: group_key(text.document, settings.grouping))
+                groups = [
+                    make_group(number, [text.document for text in group], [text.span for text in group])
+                    for number, group in enumerate(together)
+                ]
                 trials[rounds] = await run_trial(engine, chain, groups, progress)
     finally:
         await engine.close()
@@ -128,9 +130,7 @@ async def run_trial(engine: Engine, chain: Chain, groups: list[Group], progress:
             progress.advance(len(group.texts))
 
     started = time.monotonic()
-    stopped_by = await run_groups(engine, chain, iter(groups), put)
-    if stopped_by is not None:
-        raise KeyboardInterrupt
+    await run_groups(engine, chain, iter(groups), put)
     return trial._replace(seconds=time.monotonic() - started)
 
 

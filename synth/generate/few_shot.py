@@ -1,31 +1,37 @@
-"""One few-shot group: a coroutine that asks for its texts' pairs one after the other (design decision 8).
+"""One few-shot group: a coroutine that asks for the pairs of its texts, one text after the other (design decision 8).
 
-Guaranteed: prompt and answer fit the model's length, counted with the synthesizer's own tokens; a text too long alone
-is cut at a sentence end and its span recorded; a history too long loses its oldest examples; whatever the model writes,
-or fails to write, becomes a record. Groups know nothing of each other, so nothing waits for a round to end.
+Guaranteed: prompt and answer fit the model's length, counted with the synthesizer's tokens; a text too long for a
+prompt is cut at a sentence end and its span recorded; a history too long loses its oldest examples; every answer or
+failure of the model is recorded. Groups are independent of each other: no request waits for a round to end.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from ipt_jax.core.errors import Fault
+from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.hashing import digest
-from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup
+from ipt_jax.core.seeding import uniform
+from ipt_jax.corpus.records import Document, GroupText, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
-from synth.config import SynthesizerSettings
+from synth.collect.run import DataSet, read_examples
+from synth.config import RunSettings, SynthesizerSettings
 from synth.engine import Completion, Engine, GenerationRequest, RequestFailed, with_retries
 from synth.format.parser import parse_completion
 from synth.format.prompt import Prompt, context_tokens
 from synth.format.truncate import Span, fit_text, surely_fits
-from synth.generate.grouping import Group, whole
-from synth.verify.verifier import Verifier
+from synth.groups import Group, full_span
+from synth.verify.verifier import Verifier, make_verifier
 
-MEND = "mend the cause, and run again with --retry-failed"
-HOPELESS = 50  # texts that failed before any was answered: what fails them would fail all
-TOLD = 5  # failures that are told one by one
+RERUN = "fix the cause and rerun with --retry-failed"
+LEAST_TEXT_TOKENS = 16  # a prompt with less room for a text is a mistake in the recipe
+ENOUGH_PAIRS = 4  # of a seed example: more do not make it better
+HOPELESS = 50  # failed texts before the first answer: all would fail
+REPORTED = 5  # failures that are reported one by one
 log = logging.getLogger(__name__)
 
 
@@ -36,16 +42,16 @@ class Failures:
         self.texts, self.reasons, self.answered, self.last = 0, Counter[str](), False, ""
 
     def add(self, text: str, failure: RequestFailed) -> None:
-        """Tells of it, the more seldom the more there were. Raises Fault when nothing but failures has come."""
+        """Reports the failure, later ones less often. Raises Fault if many requests failed and none was answered."""
         self.texts += 1
         self.reasons[failure.reason] += 1
         self.last = f", the last: {failure}"
-        if self.texts <= TOLD:
-            log.warning("%s: failed, kept without pairs: %s", text, failure)
+        if self.texts <= REPORTED:
+            log.warning("%s: failed, stored without pairs: %s", text, failure)
         elif self.texts.bit_count() == 1:  # 8, 16, 32, …
             log.warning("%d texts have failed (%s)%s", self.texts, counted(self.reasons), self.last)
         if self.texts >= HOPELESS and not self.answered:
-            raise Fault(f"no request was answered and {self.texts} texts have failed{self.last}; {MEND}")
+            raise Fault(f"no request was answered and {self.texts} texts have failed{self.last}; {RERUN}")
 
 
 def counted(reasons: Mapping[str, int]) -> str:
@@ -54,7 +60,7 @@ def counted(reasons: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Chain:
-    """What all groups of a run have in common: the model's name and contents, the budget, the examples shown first."""
+    """What all groups of a run share: the model's name and contents, the budget, the seed examples."""
 
     synthesizer: SynthesizerSettings
     tokenizer: Tokenizer
@@ -67,9 +73,8 @@ class Chain:
     failures: Failures = field(default_factory=Failures)
 
     async def run(self, engine: Engine, group: Group) -> SynthGroup:
-        """The group's record. A text of which nothing fits the budget is left out and counted."""
-        prompt = Prompt(self.tokenizer)
-        prompt.examples = list(self.examples)
+        """The group's record. A text of which nothing fits the budget is dropped and counted."""
+        prompt = Prompt(self.tokenizer, self.examples)
         texts: list[GroupText] = []
         meta = {"number": group.number, "texts_cut": 0, "texts_split": 0, "examples_dropped": 0}
         meta |= {"cache_lost_tokens": 0, "recoded_tokens": 0, "no_room": 0}
@@ -79,16 +84,16 @@ class Chain:
                 meta["no_room"] += 1
                 continue
             meta["texts_cut"] += span != part
-            meta["texts_split"] += part != whole(text)
+            meta["texts_split"] += part != full_span(text)
             texts.append(await self.ask(engine, prompt, group.id, text, span, number, meta))
         answer = SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
         return await self.verifier.run(engine, answer) if self.verifier else answer
 
     def fit(self, text: str, part: Span) -> Span | None:
-        """As much of the part as a prompt of its own can hold; None where not even one character can."""
+        """The beginning of the part that a prompt of its own can hold. None if not even one character fits."""
         limit = self.synthesizer.max_prompt_tokens
         asked = text[slice(*part)]
-        if surely_fits(asked, self.tokenizer, limit):  # spares encoding most texts twice
+        if surely_fits(asked, self.tokenizer, limit):  # saves encoding most texts twice
             return part
         size = fit_text(asked, self.tokenizer, limit)[1]
         if size < len(asked) and context_tokens(asked[:size], self.tokenizer) > limit:
@@ -105,7 +110,7 @@ class Chain:
         number: int,
         meta: dict[str, int],
     ) -> GroupText:
-        """One round: asks for the text's pairs and takes the accepted ones into the prompt."""
+        """One round: asks for the pairs of a text and appends the accepted ones to the prompt."""
         context = text.text[slice(*span)]
         shown = len(prompt.examples)
         prompt_ids = prompt.open(context, self.synthesizer.max_prompt_tokens)
@@ -113,7 +118,7 @@ class Chain:
         completion = await self.generate(engine, prompt_ids, group_id, number)
         meta["recoded_tokens"] += len(completion.ids) if completion.recoded else 0
         pairs = parse_completion(self.tokenizer.decode(completion.ids), finished=completion.finish_reason == "stop")
-        meta["cache_lost_tokens"] += close(prompt, completion.ids, pairs)
+        meta["cache_lost_tokens"] += prompt.close(completion.ids, pairs)
         return GroupText(
             raw_id=text.id,
             start=span[0],
@@ -129,7 +134,7 @@ class Chain:
         )
 
     async def generate(self, engine: Engine, prompt_ids: list[int], group_id: str, number: int) -> Completion:
-        """The engine's completion; when it failed every time, an empty one that was finished by the failure."""
+        """The engine's completion; after failed retries an empty one, with the failure as its finish reason."""
         request = GenerationRequest(
             f"{group_id}/{number}",
             prompt_ids,
@@ -150,21 +155,47 @@ class Chain:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        return {
-            **self.synthesizer.model_dump(include={"max_model_len", "max_new_tokens", "temperature"}),
-            "seed": self.seed,
-        }
+        fields = self.synthesizer.model_dump(include={"max_model_len", "max_new_tokens", "temperature"})
+        return {**fields, "seed": self.seed}
 
 
-def close(prompt: Prompt, completion_ids: list[int], pairs: list[Pair]) -> int:
-    """Closes the open example; the number of its kept tokens that a prefix cache cannot reuse.
+def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any]) -> Chain:
+    room = settings.synthesizer.max_prompt_tokens - context_tokens("", tokenizer)
+    if room < LEAST_TEXT_TOKENS:
+        raise UserError(
+            f"synthesizer.max_model_len: {settings.synthesizer.max_model_len} less max_new_tokens leaves a text {room} "
+            f"tokens, expected {LEAST_TEXT_TOKENS} or more; raise max_model_len"
+        )
+    return Chain(
+        synthesizer=settings.synthesizer,
+        tokenizer=tokenizer,
+        seed=settings.seed,
+        examples=load_seed_examples(settings, tokenizer),
+        name=Path(settings.synthesizer.model).resolve().name,
+        weights=identity["synthesizer"]["weights"],
+        fingerprint=digest(identity),
+        verifier=make_verifier(settings.verify, settings.synthesizer, settings.seed) if settings.verify else None,
+    )
 
-    Tokens behind a rejected pair that was cut out have moved, so their cached keys and values no longer fit.
+
+def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer) -> list[list[int]]:
+    """The token ids of each seed example, BOS to EOS. Raises UserError if too few rows of the file fit.
+
+    They open every group of a run, so an untuned model can serve and the prefix cache holds them once. Drawn from
+    (seed, id) among the rows short enough to leave a text its share of the prompt, rows with several pairs first
+    (SmolLM2-135M, three draws of three FairytaleQA rows: 43 pairs on 76 sections, and 18 by uniform draws).
     """
-    opened, before = len(prompt.current), len(prompt.examples)
-    prompt.close(completion_ids, pairs)
-    if len(prompt.examples) == before:
-        return 0
-    kept = prompt.examples[-1][opened:-1]
-    same = next((i for i, (a, b) in enumerate(zip(kept, completion_ids, strict=False)) if a != b), len(kept))
-    return len(kept) - same
+    if settings.seed_examples is None:
+        return []
+    path, count = settings.seed_examples.path, settings.seed_examples.count
+    share = settings.synthesizer.max_prompt_tokens // (count + 1)
+    rows = [example for _, example in read_examples(DataSet("seeds", "generic", [Path(path)]), Counter())]
+    rows.sort(key=lambda one: (-min(len(one.pairs), ENOUGH_PAIRS), uniform(settings.seed, "seed_examples", one.id)))
+    examples = (Prompt(tokenizer).example(row.context, row.pairs) for row in rows)
+    fitting = list(islice((example for example in examples if len(example) <= share), count))
+    if len(fitting) < count:
+        raise UserError(
+            f"seed_examples {path}: count is {count}, but {len(fitting)} of {len(rows)} rows with pairs have at most "
+            f"{share} tokens, the room of an example in a prompt; lower count or raise max_model_len"
+        )
+    return fitting

@@ -1,53 +1,51 @@
-"""Where finished groups go: a spool for each open shard, and from a full spool the sealed shard.
+"""The groups of an output: a journal for each open shard, sealed to a shard when it is full.
 
-Guaranteed: what `put` has taken survives the death of this process; no group is held twice; a shard holds its groups in
-corpus order. A run's figures are sums over its records, so that a resumed run's equal an undisturbed one's.
-
-`synth run --retry-failed`: groups that hold a failed text are taken out of an output, and the run fills the gaps.
-
-A shard with failures becomes a spool of its good groups, from which it is sealed anew when the others have been asked
-again. Each step is whole or absent: the spool gets its name when it is complete and synced, only then the shard is
-struck off the manifest. A kill before that leaves the shard as it was, one after it what any run goes on from. The disk
-must hold the shards concerned once more, uncompressed.
+Guaranteed: a group that `put` has stored survives the death of this process; no group is stored twice; a shard holds
+its groups in corpus order. The figures of a run are sums over its records, so they do not depend on interruptions.
 """
 
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import TEMPORARY, sync_directory, writing
+from ipt_jax.core.progress import Progress
 from ipt_jax.core.stage import Output, damage
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import read_shard
 from synth.engine import FAILURES
 from synth.generate.journal import Journal
 from synth.generate.work_list import WorkList
-from synth.groups import count_verdicts
+from synth.groups import count_verdicts, counts_under, rejection_counts
 from synth.verify.verifier import tally_scores
 
 DROPPED = "dropped."
 DETAILS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens", "recoded_tokens")  # of a group's meta
+NAMED_REASONS = 3  # in the progress line
+REFRESH_SECONDS = 0.5
 
 
 class GroupStore:
-    """The groups of one output; `counts` are the sums over all that are held, sealed or not."""
+    """The groups of one output; `counts` are the sums over all stored groups, sealed or not."""
 
     def __init__(self, output: Output, work_list: WorkList, groups_per_shard: int) -> None:
         self.output, self.work_list, self.groups_per_shard = output, work_list, groups_per_shard
         self.shards = -(-work_list.groups // groups_per_shard)
         self.counts: Counter[str] = Counter()
         self._open: dict[int, OpenShard] = {}
-        for shard in range(self.shards):
-            if output.has(shard):
-                self.counts.update(output.entry(shard).counts)
-        for path in sorted((output.path / "spool").glob("*.spool")):
+        for shard in output.held:
+            self.counts.update(output.entry(shard).counts)
+        for path in journals(output):
             self.resume(int(path.stem))
 
     def resume(self, shard: int) -> None:
-        """Takes over the spool that a run before, or a worker, left; seals it when it is full."""
-        if self.output.has(shard):
+        """Opens the journal of an earlier run or a worker, and seals it if it is full."""
+        if self.output.has(shard):  # a kill came between sealing and unlinking
             self.journal_path(shard).unlink()
             return
         self._open[shard] = OpenShard(self.journal_path(shard))
@@ -55,16 +53,13 @@ class GroupStore:
         self._seal_if_full(shard)
 
     def release(self) -> None:
-        """Lets go of all spools, so that workers can go on with them."""
+        """Closes all journals, so that workers can open them."""
         for shard in list(self._open):
             self.counts.subtract(self._open[shard].counts)
             self._open.pop(shard).journal.close()
 
     def journal_path(self, shard: int) -> Path:
         return journal_path(self.output, shard)
-
-    def size(self, shard: int) -> int:
-        return min(self.groups_per_shard, self.work_list.groups - shard * self.groups_per_shard)
 
     @property
     def open_shards(self) -> list[int]:
@@ -82,12 +77,14 @@ class GroupStore:
         self._seal_if_full(shard)
 
     def _seal_if_full(self, shard: int) -> None:
-        held, size = self._open[shard], self.size(shard)
+        held = self._open[shard]
+        size = min(self.groups_per_shard, self.work_list.groups - shard * self.groups_per_shard)
         if len(held.journal) < size:
             return
         counts = dict(sorted(held.counts.items()))
-        dropped = {name.removeprefix(DROPPED): counts.pop(name) for name in list(counts) if name.startswith(DROPPED)}
-        if shard == 0:  # what fell out before there were groups is booked once
+        dropped = counts_under(counts, DROPPED)
+        counts = {name: count for name, count in counts.items() if not name.startswith(DROPPED)}
+        if shard == 0:  # rows that were dropped before groups were formed are counted once
             dropped = dict(Counter(dropped) + Counter(self.work_list.dropped))
         records = (held.journal.read(place) for place in range(size) if place not in held.empty)
         self.output.seal(shard, self.shards, records, counts=counts, dropped=dropped)
@@ -99,10 +96,14 @@ class GroupStore:
             held.journal.close()
 
     def remove_journals(self) -> None:
-        """Nothing is left in them once every shard is sealed."""
+        """Removes their folder, which is empty once every shard is sealed."""
         assert not self.open_shards, self.open_shards
         if (self.output.path / "spool").is_dir():
             (self.output.path / "spool").rmdir()
+
+
+def journals(output: Output) -> list[Path]:
+    return sorted((output.path / "spool").glob("*.spool"))
 
 
 def journal_path(output: Output, shard: int) -> Path:
@@ -110,7 +111,7 @@ def journal_path(output: Output, shard: int) -> Path:
 
 
 class OpenShard:
-    """A spool, the sums over its groups, and the places of those none of whose texts fitted: counted, and no record."""
+    """A journal and the sums over its groups. `empty`: places of groups without texts, counted but not stored."""
 
     def __init__(self, path: Path) -> None:
         self.journal = Journal(path)
@@ -120,7 +121,7 @@ class OpenShard:
             self._count(place, decode(self.journal.read(place), SynthGroup))
 
     def append(self, place: int, group: SynthGroup) -> Counter[str]:
-        """The group's figures."""
+        """Stores the group; returns its figures."""
         self.journal.append(place, encode(group))
         return self._count(place, group)
 
@@ -133,7 +134,7 @@ class OpenShard:
 
 
 def tally(group: SynthGroup) -> Counter[str]:
-    """The figures of one group; those of its metadata that are drops come under 'dropped.'."""
+    """The figures of one group. Drops of its metadata are named 'dropped.REASON'."""
     counts = Counter(groups=1 if group.texts else 0, texts=len(group.texts))
     for text in group.texts:
         counts["prompt_tokens"] += text.prompt_tokens
@@ -148,48 +149,100 @@ def tally(group: SynthGroup) -> Counter[str]:
     return counts
 
 
-def take_out_failed(output: Output, groups_per_shard: int) -> int:
-    """Opens every shard with failed texts up again, without the groups that hold one; the number of these."""
-    taken = 0
-    for path in sorted((output.path / "spool").glob("*.spool")):
-        if not output.has(int(path.stem)):  # else a kill came between sealing and unlinking; the next Store removes it
-            journal = Journal(path)
-            taken += keep_good(output, path, map(journal.read, journal), groups_per_shard)
-            journal.close()
-    for shard in output.held:
-        if failed_texts(output.entry(shard).counts):
-            taken += reopen(output, shard, groups_per_shard)
-    return taken
-
-
-def failed_texts(counts: dict[str, int]) -> dict[str, int]:
-    """Of the counts of a shard or a run, the texts that failed, by reason."""
+def failed_texts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Of the counts of a shard or a run, the failed texts by reason."""
     return {reason: counts[f"finished.{reason}"] for reason in FAILURES if counts.get(f"finished.{reason}")}
 
 
-def reopen(output: Output, shard: int, groups_per_shard: int) -> int:
-    """Makes a sealed shard an open one; the number of groups that it lost."""
-    if damaged := damage(output.path, output.entry(shard)):
-        raise UserError(f"{damaged}; put the file back from a copy, or delete it and run again")
-    file = output.path / output.entry(shard).name
-    taken = keep_good(output, journal_path(output, shard), read_shard(file), groups_per_shard)
-    output.drop(shard)
-    with writing(file):
-        file.unlink()
-    return taken
+# ---- progress
+
+
+class RunProgress:
+    """Shows the figures of all stored groups and the speed of this call. Cheap enough to call for every group."""
+
+    def __init__(self, store: GroupStore, **fixed: object) -> None:
+        self._progress = Progress(store.work_list.texts, "texts", "synth run", done=store.counts["texts"])
+        self._counts, self._fixed = store.counts, fixed
+        self._texts = store.counts["texts"]
+        self._tokens = store.counts["completion_tokens"]
+        self._began = self._shown = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        return self
+
+    def refresh(self) -> None:
+        if time.monotonic() - self._shown >= REFRESH_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        new, seconds = self._counts["completion_tokens"] - self._tokens, max(self._shown - self._began, 1e-9)
+        speed = {"new_tokens_per_second": round(new / seconds)}
+        self._progress.advance(self._counts["texts"] - self._texts, **figures(self._counts), **speed, **self._fixed)
+        self._texts = self._counts["texts"]
+
+    def __exit__(
+        self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._show()
+        self._progress.__exit__(error, value, trace)
+
+
+def figures(counts: Counter[str]) -> dict[str, object]:
+    """Rejected pairs as shares of all pairs, cached tokens as a share of all prompt tokens."""
+    rejected = rejection_counts(counts)
+    pairs = counts["pairs"] + rejected.total()
+    reasons = ", ".join(f"{name} {count / pairs:.0%}" for name, count in rejected.most_common(NAMED_REASONS))
+    return {
+        "pairs": counts["pairs"],
+        "pairs_per_text": f"{counts['pairs'] / max(1, counts['texts']):.2f}",
+        "rejected": reasons or "none",
+        "cached": f"{counts['cached_prompt_tokens'] / max(1, counts['prompt_tokens']):.0%}",
+    }
+
+
+# ---- `synth run --retry-failed`
+
+
+def remove_failed(output: Output, groups_per_shard: int) -> int:
+    """Reopens every shard with failed texts, without the groups that hold one; returns the number of these groups.
+
+    A shard becomes a journal of its good groups and is sealed again after the others were retried. Each step is atomic:
+    a journal gets its name when it is complete and synced, and the shard is removed from the manifest after that. A
+    kill leaves the shard, or a journal that any run resumes. The disk must hold these shards once more, uncompressed.
+    """
+    removed = 0
+    for path in journals(output):
+        if not output.has(int(path.stem)):  # else a kill came between sealing and unlinking
+            journal = Journal(path)
+            removed += keep_good(output, path, map(journal.read, journal), groups_per_shard)
+            journal.close()
+    for shard in output.held:
+        entry = output.entry(shard)
+        if not failed_texts(entry.counts):
+            continue
+        if damaged := damage(output.path, entry):
+            raise UserError(f"{damaged}; restore the file from a copy, or delete it and rerun")
+        file = output.path / entry.name
+        removed += keep_good(output, journal_path(output, shard), read_shard(file), groups_per_shard)
+        output.drop(shard)
+        with writing(file):
+            file.unlink()
+    return removed
 
 
 def keep_good(output: Output, path: Path, records: Iterable[bytes], groups_per_shard: int) -> int:
-    """Makes the spool `path`, whole or not at all, of those records that hold no failed text; the number of others."""
+    """Writes the journal `path`, atomically, of the records without failed texts; returns the number of the others."""
     temporary = output.path / f"{path.name}{TEMPORARY}"
     with writing(path):
         temporary.unlink(missing_ok=True)
         path.parent.mkdir(exist_ok=True)
-    journal, taken = Journal(temporary), 0
+    journal, removed = Journal(temporary), 0
     for record in records:
         group = decode(record, SynthGroup)
         if any(text.finish_reason in FAILURES for text in group.texts):
-            taken += 1
+            removed += 1
         else:
             journal.append(group.meta["number"] % groups_per_shard, record)
     journal.sync()
@@ -197,4 +250,4 @@ def keep_good(output: Output, path: Path, records: Iterable[bytes], groups_per_s
     with writing(path):
         os.replace(temporary, path)
         sync_directory(path.parent)
-    return taken
+    return removed

@@ -1,11 +1,11 @@
-"""`executor: ray`: one engine a Ray actor, a shard at a time, on the cluster of RAY_ADDRESS or on this machine alone.
+"""`executor: ray`: one engine per Ray actor, on the cluster of RAY_ADDRESS or on this machine.
 
-An actor takes the GPUs of one engine where the cluster has any (`tensor_parallel_size` of them), else one CPU. It fills
-the shard's spool; the driver seals. Groups and bytes are those of `executor: local`. Corpus, model and output must lie
-on a file system that all nodes share.
+An actor takes `tensor_parallel_size` GPUs if the cluster has any, else one CPU. It fills the journal of one shard at a
+time; the driver seals it. Groups and bytes are those of `executor: local`. Corpus, model and output must be on a file
+system that all nodes share.
 
-An actor that is lost, alone or with its node, costs its unfinished groups: another one takes its shard's spool over, as
-soon as the lock on it is free. Each loss is told; too many in a row, with no shard done between them, end the run.
+An actor that is lost, alone or with its node, costs its unfinished groups: another actor takes over the journal of its
+shard when the lock on it is free. Each loss is reported; too many in a row without a finished shard end the run.
 """
 
 import logging
@@ -19,21 +19,21 @@ from ipt_jax.corpus.records import SynthGroup, encode
 from synth.config import RunSettings
 from synth.engine import Engine, EngineDied, open_engine
 from synth.generate.few_shot import Chain
-from synth.generate.group_store import GroupStore
-from synth.generate.grouping import Group
+from synth.generate.group_store import GroupStore, RunProgress
 from synth.generate.journal import Journal
-from synth.generate.run_progress import RunProgress
 from synth.generate.scheduler import run_groups
 from synth.generate.work_list import WorkList, form_groups
+from synth.groups import Group
 
-LOSSES = 3  # in a row, an engine's; a node takes all of its engines with it
-# A node that is cut off ends its actors after a minute, and their locks with them.
-LOST_LOCK_SECONDS = 150.0
+LOSSES = 3  # in a row, per engine: a lost node takes all of its engines with it
+LOST_LOCK_SECONDS = 150.0  # a node that is cut off ends its actors, and their locks, after a minute
 log = logging.getLogger(__name__)
 
 
 def with_absolute_paths(settings: RunSettings) -> RunSettings:
-    """Actors have a working directory of their own."""
+    """With `executor: ray`: actors have another working directory."""
+    if settings.executor != "ray":
+        return settings
     corpus = settings.corpus.model_copy(update={"path": os.path.abspath(settings.corpus.path)})
     synthesizer = settings.synthesizer.model_copy(update={"model": os.path.abspath(settings.synthesizer.model)})
     changed = {"corpus": corpus, "synthesizer": synthesizer, "output": os.path.abspath(settings.output)}
@@ -41,17 +41,17 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
 
 
 class Worker:
-    """An engine and the work list, by which the corpus is read from each shard's own place on."""
+    """An actor: an engine and the work list, from which it reads the texts of a shard."""
 
     def __init__(self, settings: RunSettings, chain: Chain, work: WorkList) -> None:
         self.settings, self.chain, self.work = settings, chain, work
         self.engine: Engine | None = None
 
     def is_up(self) -> None:
-        """Returns when the actor has found its place."""
+        """Returns when the actor has started."""
 
     async def fill(self, shard: int, path: Path) -> int:
-        """Completes the shard's spool; returns the shard."""
+        """Completes the shard's journal; returns the shard."""
         if self.engine is None:
             self.engine = open_engine(self.settings.synthesizer, self.chain.tokenizer)
         first = shard * self.settings.groups_per_shard
@@ -70,7 +70,7 @@ class Worker:
 
 
 def fill_with_ray(settings: RunSettings, chain: Chain, store: GroupStore) -> None:
-    """Hands the open shards to actors, each the next when it is done with one, and seals what comes back."""
+    """Fills the open shards by actors, one shard at a time each, and seals them."""
     ray = connect()
     store.release()
     crew = WorkerPool(ray, settings, chain, store)
@@ -85,7 +85,7 @@ def fill_with_ray(settings: RunSettings, chain: Chain, store: GroupStore) -> Non
 
 
 class WorkerPool:
-    """Actors with an engine each, and the shards that they fill; lost ones are replaced."""
+    """Actors with an engine each and the shards that they fill. Lost actors are replaced."""
 
     def __init__(self, ray: Any, settings: RunSettings, chain: Chain, store: GroupStore) -> None:
         self.ray, self.settings, self.chain, self.store = ray, settings, chain, store
@@ -94,13 +94,13 @@ class WorkerPool:
         self.actor, self.work = ray.remote(**resources)(Worker), ray.put(store.work_list)
         self.size = min(places, len(self.shards))
         self.lost = self.lost_in_a_row = 0
-        self.running: dict[Any, tuple[Any, int | None]] = {}  # by what is waited for: the actor, its shard
+        self.running: dict[Any, tuple[Any, int | None]] = {}  # by pending call: the actor, its shard
         for _ in range(self.size):
             self._start()
 
     @property
     def is_busy(self) -> bool:
-        """Whether shards are open. An actor that waits for a place then is not waited for."""
+        """Whether shards are open. Actors that have not started are not waited for."""
         return bool(self.shards) or any(shard is not None for _, shard in self.running.values())
 
     def _start(self) -> None:
@@ -108,7 +108,7 @@ class WorkerPool:
         self.running[actor.is_up.remote()] = (actor, None)
 
     def next_done(self) -> int | None:
-        """Waits for the next of the actors, and gives it a shard; the shard that it has filled, if it has."""
+        """Waits for an actor and assigns it a shard. Returns the shard that it has filled, if any."""
         (done,), _ = self.ray.wait(list(self.running), num_returns=1)
         actor, shard = self.running.pop(done)
         try:
@@ -118,23 +118,23 @@ class WorkerPool:
             return None
         except self.ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, EngineDied) or self.settings.synthesizer.engine == "openai":
-                raise error.cause from None  # its message; Ray would bury it in a traceback
+                raise error.cause from None  # without Ray's traceback
             self._replace(actor, shard, error.cause)
             return None
         if shard is not None:
             self.lost_in_a_row = 0
-        self._give_shard(actor)
+        self._assign(actor)
         return shard
 
-    def _give_shard(self, actor: Any) -> None:
+    def _assign(self, actor: Any) -> None:
         if self.shards:
             shard = self.shards.popleft()
             self.running[actor.fill.remote(shard, self.store.journal_path(shard))] = (actor, shard)
-        else:  # makes room for one that takes a lost shard over; the watchdog ends what the engine has started
+        else:  # makes room for one that takes over a lost shard; the watchdog ends the engine's processes
             self.ray.kill(actor)
 
     def _replace(self, actor: Any, shard: int | None, error: Exception) -> None:
-        """Starts another actor, and puts the lost one's shard before all others."""
+        """Starts another actor. The lost one's shard is next."""
         self.lost += 1
         self.lost_in_a_row += 1
         if shard is not None:
@@ -144,7 +144,7 @@ class WorkerPool:
             raise EngineDied(f"{self.lost} engines were lost, the last {self.lost_in_a_row} in a row ({reason})")
         where = "without a shard" if shard is None else f"at shard {shard}"
         log.warning("lost engine %d %s, another is started: %s", self.lost, where, reason)
-        self.ray.kill(actor)  # it may live on behind a network that is down
+        self.ray.kill(actor)  # it may be alive on a node that is cut off
         self._start()
 
     def end(self) -> None:
@@ -153,13 +153,13 @@ class WorkerPool:
 
 
 def engine_places(ray: Any, settings: RunSettings) -> tuple[dict[str, int], int]:
-    """What an engine takes of the cluster, and for how many there is room."""
+    """The resources of one engine, and the number of engines that the cluster can run."""
     found = ray.cluster_resources()
     kind = "GPU" if found.get("GPU") and settings.synthesizer.engine not in ("scripted", "openai") else "CPU"
     each = settings.synthesizer.tensor_parallel_size if kind == "GPU" else 1
     places = int(found.get(kind, 0)) // each
     if not places:
-        raise UserError(f"executor ray: {found.get(kind, 0)} {kind}s in the cluster, an engine takes {each}; add nodes")
+        raise UserError(f"executor ray: {found.get(kind, 0)} {kind}s in the cluster, an engine needs {each}; add nodes")
     return ({"num_gpus": each} if kind == "GPU" else {"num_cpus": each}), places
 
 

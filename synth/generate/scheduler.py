@@ -1,10 +1,8 @@
-"""Keeps many groups going on one engine, a bounded number at a time, and hands each on as soon as it is whole.
+"""Keeps many groups in flight on one engine, a bounded number at a time, and passes each on when it is complete.
 
-One group has one request at a time. There are more groups than the engine has places, so that a queue always waits in
-front of it and no place stands empty while an answer is read and the next prompt is built; a group that goes on is
-served before one that begins, so its prefix is still in the cache. The corpus is read as groups are taken. SIGINT and
-SIGTERM let what is whole be stored and give up the rest; anything that an engine raises but `RequestFailed` ends the
-drive.
+A group has one request at a time. There are more groups than the engine has places, so that requests always wait and no
+place is idle while an answer is parsed and the next prompt is built. Later rounds are served before first ones, so
+their prefixes are still in the cache. The corpus is read as groups are taken.
 """
 
 import asyncio
@@ -17,75 +15,64 @@ from typing import Any, Protocol, TypeVar
 from ipt_jax.corpus.records import SynthGroup
 from synth.engine import Engine
 
-GroupInput = TypeVar("GroupInput")  # what becomes a group: texts, or a group without scores
+GroupInput = TypeVar("GroupInput")  # texts, or a group without scores
 Held = TypeVar("Held", contravariant=True)
 Put = Callable[[GroupInput, SynthGroup], None]
 
 
 class Answers(Protocol[Held]):
-    """What makes a group of an item: a chain asks for pairs, a verifier for scores."""
+    """Makes a group of an item: a chain asks for pairs, a verifier for scores."""
 
     async def run(self, engine: Engine, item: Held, /) -> SynthGroup: ...
 
 
 async def run_groups(
     engine: Engine, chain: Answers[GroupInput], groups: Iterator[GroupInput], put: Put[GroupInput]
-) -> signal.Signals | None:
-    """Answers all groups; the signal that ended it before that, if one did."""
-    with signals() as stop:
-        return await answer_all(engine, chain, groups, put, stop)
+) -> None:
+    """Answers all groups. Any exception but `RequestFailed` ends it, and so do SIGINT and SIGTERM.
 
+    They raise KeyboardInterrupt and SystemExit here; complete groups have been put, others are cancelled.
+    """
 
-async def answer_all(
-    engine: Engine,
-    chain: Answers[GroupInput],
-    groups: Iterator[GroupInput],
-    put: Put[GroupInput],
-    stop: asyncio.Future[signal.Signals],
-) -> signal.Signals | None:
-    tasks = [asyncio.create_task(answer(engine, chain, groups, put)) for _ in range(in_flight(engine.places))]
-    done = asyncio.gather(*tasks)
-    either: set[asyncio.Future[Any]] = {done, stop}
-    try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if stop.done():  # whatever else is wrong by now: Ctrl-C in a terminal reaches an engine's processes too
-            return stop.result()
-        done.result()
-        return None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(done, *tasks, return_exceptions=True)
+    async def answer() -> None:
+        for group in groups:  # one iterator, shared by all tasks
+            put(group, await chain.run(engine, group))
+
+    with stop_signal() as stop:
+        tasks = [asyncio.create_task(answer()) for _ in range(in_flight(engine.places))]
+        done = asyncio.gather(*tasks)
+        either: set[asyncio.Future[Any]] = {done, stop}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():  # first: Ctrl-C in a terminal also ends an engine's processes, and requests fail
+                raise KeyboardInterrupt if stop.result() == signal.SIGINT else SystemExit(128 + stop.result())
+            done.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(done, *tasks, return_exceptions=True)
 
 
 def in_flight(places: int) -> int:
-    """How many groups there are at once: half as many again as the engine works on, four more at least."""
+    """Number of concurrent groups: 1.5 times the engine's places, at least four more."""
     return places + max(4, places // 2)
 
 
-async def answer(
-    engine: Engine, chain: Answers[GroupInput], groups: Iterator[GroupInput], put: Put[GroupInput]
-) -> None:
-    """One group after the other, from an iterator that many share."""
-    for group in groups:
-        put(group, await chain.run(engine, group))
-
-
 @contextmanager
-def signals() -> Iterator[asyncio.Future[signal.Signals]]:
-    """Done when SIGINT or SIGTERM has come. Only a main thread may listen; elsewhere it stays open."""
+def stop_signal() -> Iterator[asyncio.Future[signal.Signals]]:
+    """Done after SIGINT or SIGTERM. Outside the main thread no signals arrive, and it stays pending."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[signal.Signals] = loop.create_future()
-    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    for name in heard:
-        loop.add_signal_handler(name, set_once, stop, name)
+
+    def set_once(name: signal.Signals) -> None:
+        if not stop.done():
+            stop.set_result(name)
+
+    names = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    for name in names:
+        loop.add_signal_handler(name, set_once, name)
     try:
         yield stop
     finally:
-        for name in heard:
+        for name in names:
             loop.remove_signal_handler(name)
-
-
-def set_once(stop: asyncio.Future[signal.Signals], name: signal.Signals) -> None:
-    if not stop.done():
-        stop.set_result(name)

@@ -27,8 +27,7 @@ from ipt_jax.corpus.sources import Unit, plan_units, read_unit, source_identity
 from synth.collect.run import read_back
 from synth.config import CorpusSettings
 from synth.format.parser import question_key, reject
-from synth.generate.grouping import ID_LETTERS, group_key, neighbours
-from synth.groups import count_verdicts, counts_under, rejection_counts
+from synth.groups import ID_LETTERS, count_verdicts, counts_under, group_key, neighbours, rejection_counts
 from synth.mine.patterns import FINDERS, Find, Pattern, ask, read, rules_digest
 
 PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn

@@ -5,7 +5,6 @@ pure function of groups and recipe.
 """
 
 import asyncio
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -134,40 +133,31 @@ def score_with_engine(verifier: Verifier, shards: Shards, output: Output) -> Non
     with Progress(len(shards), "groups", "synth verify", done=done) as progress:
         engine = open_engine(verifier.judge.synthesizer, verifier.judge.tokenizer)
         try:
-            stopped_by = asyncio.run(ask_shards(engine, verifier, shards, output, progress))
+            asyncio.run(ask_shards(engine, verifier, shards, output, progress))
         except EngineDied as error:
             raise Fault(f"{error}; finished groups are stored, rerun the same command to resume") from error
-    if stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
-    if stopped_by is not None:
-        raise SystemExit(128 + stopped_by)
 
 
-async def ask_shards(
-    engine: Engine, verifier: Verifier, shards: Shards, output: Output, progress: Progress
-) -> signal.Signals | None:
-    """Fills the journal of each missing shard and seals it. Returns the signal that stopped it, if one did."""
+async def ask_shards(engine: Engine, verifier: Verifier, shards: Shards, output: Output, progress: Progress) -> None:
+    """Fills the journal of each missing shard and seals it."""
     try:
         for shard in range(len(shards.paths)):
             if output.has(shard):
                 continue
             journal = Journal(output.path / "spool" / f"{shard:05d}.spool")
             try:
-                stopped_by = await fill_journal(journal, engine, verifier, shards, shard, progress)
-                if stopped_by is not None:
-                    return stopped_by
+                await fill_journal(journal, engine, verifier, shards, shard, progress)
                 seal(output, shard, shards, journal)
             finally:
                 journal.close()
         (output.path / "spool").rmdir()
-        return None
     finally:
         await engine.close()
 
 
 async def fill_journal(
     journal: Journal, engine: Engine, verifier: Verifier, shards: Shards, shard: int, progress: Progress
-) -> signal.Signals | None:
+) -> None:
     progress.advance(len(journal))
 
     def put(placed: PlacedGroup, group: SynthGroup) -> None:
@@ -176,7 +166,7 @@ async def fill_journal(
 
     groups = (PlacedGroup(place, decode_group(record, shards)) for place, record in enumerate(shards.stream(shard)))
     missing = (placed for placed in groups if placed.place not in journal)
-    return await run_groups(engine, PlacedVerifier(verifier), missing, put)
+    await run_groups(engine, PlacedVerifier(verifier), missing, put)
 
 
 def seal(output: Output, shard: int, shards: Shards, journal: Journal) -> None:

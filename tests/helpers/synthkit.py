@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as JsonTokenizer
 from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
-from synth.generate.grouping import Group
 from synth.generate.work_list import form_groups, list_work
+from synth.groups import Group
 
 BOS, EOS = 1, 2
 WORDS = ["river", "mill", "Anna", "stone", "bread", "walks", "sees", "the", "old", "green", "hill", "and", "boat"]

@@ -20,9 +20,9 @@ from synth.config import FaultSettings, SynthesizerSettings
 from synth.engine import Completion, GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 from synth.generate.few_shot import Chain
-from synth.generate.grouping import Group
 from synth.generate.run import run_synth
 from synth.generate.scheduler import in_flight, run_groups
+from synth.groups import Group
 
 
 class Watched(ScriptedEngine):
@@ -56,8 +56,8 @@ def groups(count: int, rounds: int) -> Iterator[Group]:
         yield Group(number, str(number), documents, [(0, len(text)) for text in texts])
 
 
-def run(engine: Watched, work: Iterator[Group], put: Callable[[Group, SynthGroup], None]) -> signal.Signals | None:
-    return asyncio.run(run_groups(engine, engine.chain, work, put))
+def run(engine: Watched, work: Iterator[Group], put: Callable[[Group, SynthGroup], None]) -> None:
+    asyncio.run(run_groups(engine, engine.chain, work, put))
 
 
 def test_more_groups_than_places_and_no_more_read_than_that(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_more_groups_than_places_and_no_more_read_than_that(tmp_path: Path) -> N
             ahead = max(ahead, read[0] - len(stored))
             yield group
 
-    assert run(engine, reader(), lambda group, _: stored.append(group.number)) is None
+    run(engine, reader(), lambda group, _: stored.append(group.number))
     assert sorted(stored) == list(range(60))
     assert (engine.most, ahead) == (15, 15)
 
@@ -97,10 +97,11 @@ def test_a_signal_keeps_what_is_whole_and_the_rest_can_be_done_later(tmp_path: P
         if len(stored) == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert run(engine, groups(40, rounds=3), put) == signal.SIGTERM
+    with pytest.raises(SystemExit, match="143"):
+        run(engine, groups(40, rounds=3), put)
     assert 7 <= len(stored) < 40
     assert engine.asked == 0
-    assert run(engine, (group for group in groups(40, rounds=3) if group.number not in stored), put) is None
+    run(engine, (group for group in groups(40, rounds=3) if group.number not in stored), put)
     assert stored == dict.fromkeys(range(40), 3)
 
 

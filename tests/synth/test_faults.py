@@ -87,7 +87,7 @@ def test_failed_groups_alone_are_asked_again(tmp_path: Path, capsys: pytest.Capt
     with asked:
         result = run_synth(settings(tmp_path, grouping=grouping), retry_failed=True)
     assert asked.groups == failing
-    assert f"{len(failing)} groups with failed texts are asked again" in capsys.readouterr().err
+    assert f"{len(failing)} groups with failed texts are retried" in capsys.readouterr().err
     assert {**result, "seconds": 0} == {**expected, "seconds": 0}
     assert shard_bytes(tmp_path / "groups") == shard_bytes(undisturbed.output)
 
@@ -173,7 +173,7 @@ def test_engine_that_dies_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert died.returncode == 1
     (line,) = [line for line in died.stderr.splitlines() if line.startswith("fault: ")]
     stored = len(spooled_texts(tmp_path / "groups")) + 3 * 3 * len(shard_bytes(tmp_path / "groups"))
-    assert f"; {stored} of 60 texts are stored in {tmp_path}/groups; run the same command again to go on" in line
+    assert f"; {stored} of 60 texts are stored in {tmp_path}/groups; rerun the same command to resume" in line
     assert "Traceback" not in died.stderr and 0 < stored < 60
     again = command(tmp_path)
     assert again.returncode == 0, again.stderr
@@ -189,8 +189,8 @@ def test_run_in_which_every_text_fails_ends_in_one_line(tmp_path: Path, texts: i
     failing = command(tmp_path, texts=texts, synthesizer__faults={"error": 1.0})
     assert failing.returncode == 1
     (line,) = [line for line in failing.stderr.splitlines() if line.startswith("fault: ")]
-    assert f"{told}, the last: scripted error; mend the cause, and run again with --retry-failed" in line
-    assert "Traceback" not in failing.stderr and failing.stderr.count("kept without pairs") == 5
+    assert f"{told}, the last: scripted error; fix the cause and rerun with --retry-failed" in line
+    assert "Traceback" not in failing.stderr and failing.stderr.count("stored without pairs") == 5
     assert "16 texts have failed (error 16), the last: scripted error" in failing.stderr
     assert command(tmp_path, synthesizer__faults={"error": 1.0}).returncode == 1
     again = command(tmp_path, "--retry-failed")

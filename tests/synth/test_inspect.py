@@ -72,7 +72,7 @@ def test_read_groups(groups: Path) -> None:
 
 def test_other_records_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "documents", [encode(Document("d", "s", "raw", [Segment("T")]))])
-    with pytest.raises(UserError, match="wrote no groups; give what synth run"):
+    with pytest.raises(UserError, match="wrote no groups; set it to the output of synth run"):
         list(synth.read_groups(path))
 
 

@@ -110,7 +110,7 @@ def test_prompt_equals_the_tuning_rows_tokens(tokenizer: Tokenizer) -> None:
         continuing = segment.text.startswith("<QUE>")
         row += control[segment.control] if segment.control else tokenizer.encode(segment.text, continuing=continuing)
     prompt = Prompt(tokenizer)
-    prompt.add_example("The hall.", pairs)
+    prompt.examples.append(prompt.example("The hall.", pairs))
     opened = prompt.open("Next.")
     assert opened[: len(row)] == row
     assert opened[len(row) :] == prompt.start_example("Next.")
@@ -135,8 +135,8 @@ def test_rejected_pair_inside_is_cut_out(tokenizer: Tokenizer) -> None:
     completion = tokenizer.encode(text, continuing=True)
     pairs = parse_completion(text, False)
     assert [pair.reason for pair in pairs] == [None, "no_answer", None, "truncated"]
-    kept, cut = keep_accepted(tokenizer, completion, pairs)
-    assert cut
+    kept = keep_accepted(tokenizer, completion, pairs)
+    assert kept != completion[: len(kept)]
     assert tokenizer.decode(kept).strip() == "<QUE> a <ANS> b </END>\n\n<QUE> c <ANS> d </END>"
     first = len(tokenizer.encode("<QUE> a <ANS> b </END>", continuing=True)) - 1
     assert kept[:first] == completion[:first]
@@ -147,15 +147,14 @@ def test_token_that_spans_two_pairs_is_encoded_anew(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path, ["<s>", "</s>"], lines=["</END>\n\n<QUE> "])
     text = "<QUE> a <ANS> b </END>\n\n<QUE> cut"
     completion = tokenizer.encode(text, continuing=True)
-    kept, cut = keep_accepted(tokenizer, completion, parse_completion(text, False))
-    assert cut
+    kept = keep_accepted(tokenizer, completion, parse_completion(text, False))
+    assert kept != completion[: len(kept)]
     assert tokenizer.decode(kept) == "<QUE> a <ANS> b </END>"
 
 
 def test_rejected_first_pair_leaves_no_blank_line(tokenizer: Tokenizer) -> None:
     text = "<QUE> no answer </END>\n\n<QUE> c <ANS> d </END>"
-    kept, cut = keep_accepted(tokenizer, tokenizer.encode(text, continuing=True), parse_completion(text, True))
-    assert cut
+    kept = keep_accepted(tokenizer, tokenizer.encode(text, continuing=True), parse_completion(text, True))
     assert kept == tokenizer.encode("<QUE> c <ANS> d </END>", continuing=True)
 
 
@@ -169,7 +168,7 @@ def test_example_without_pairs_is_not_shown_again(tokenizer: Tokenizer) -> None:
 def test_oldest_example_goes_first(tokenizer: Tokenizer) -> None:
     prompt = Prompt(tokenizer)
     for name in ("One", "Two"):
-        prompt.add_example(name, [wire_pair("Who?", "Ann")])
+        prompt.examples.append(prompt.example(name, [wire_pair("Who?", "Ann")]))
     whole = len(prompt.open("Three."))
     shorter = prompt.open("Three.", max_tokens=whole - 1)
     assert "One" not in tokenizer.decode(shorter)
@@ -235,11 +234,9 @@ def test_kept_tokens_are_the_accepted_pairs(tiny: Tokenizer, mistral: Tokenizer,
         completion = tokenizer.encode("".join(parts), continuing=True)
         text = tokenizer.decode(completion)
         pairs = parse_completion(text, True)
-        kept, cut = keep_accepted(tokenizer, completion, pairs)
+        kept = keep_accepted(tokenizer, completion, pairs)
         accepted = [pair for pair in pairs if pair.accepted]
         assert parse_completion(tokenizer.decode(kept), True) == accepted
-        if not cut:
-            assert kept == completion[: len(kept)]
 
 
 @pytest.mark.extra
@@ -249,7 +246,7 @@ def test_the_fewest_tokens_are_kept(tiny: Tokenizer, mistral: Tokenizer, whole: 
     for tokenizer in (tiny, mistral):
         ids = tokenizer.encode(text, continuing=True)
         fewest = next(n for n in range(len(ids)) if tokenizer.decode(ids[:n]).count("</END>") == whole)
-        assert keep_accepted(tokenizer, ids, parse_completion(text, False)) == (ids[:fewest], False)
+        assert keep_accepted(tokenizer, ids, parse_completion(text, False)) == ids[:fewest]
 
 
 @pytest.mark.parametrize("build", [lambda n: "A sentence. " * (n // 12), lambda n: "x" * n, lambda n: "\n" * n])

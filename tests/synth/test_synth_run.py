@@ -23,8 +23,8 @@ from synth import read_groups
 from synth.config import RunSettings, SynthesizerSettings
 from synth.engine import Completion, GenerationRequest, RequestFailed
 from synth.generate.few_shot import Chain
-from synth.generate.grouping import make_group
 from synth.generate.run import run_synth, summarize
+from synth.groups import make_group
 
 
 class Recorder:
@@ -264,7 +264,7 @@ def test_seed_examples_from_a_file(tmp_path: Path) -> None:
     run_synth(recipe)
     shown = min(text.prompt_tokens - len(text.text) for group in read_groups(recipe.output) for text in group.texts)
     assert shown > 2 * len(" <CON> text 0 </CON>\n\n<QUE> who? <ANS> 0 </END>")
-    with pytest.raises(UserError, match="10 examples are asked for, 9 of 10 rows with pairs have at most"):
+    with pytest.raises(UserError, match="count is 10, but 9 of 10 rows with pairs have at most"):
         run_synth(settings(tmp_path, seed_examples={**seeds, "count": 10}, output=str(tmp_path / "other")))
 
 
@@ -298,9 +298,9 @@ def test_mistakes_are_told_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("file", "/file: .*/file is no directory; give another path"),
-        ("file/x/y", "/file/x/y: .*/file is no directory; give another path"),
-        ("nowhere", "/nowhere: .*/nowhere is no directory; give another path"),
+        ("file", "/file: .*/file is not a directory; use another path"),
+        ("file/x/y", "/file/x/y: .*/file is not a directory; use another path"),
+        ("nowhere", "/nowhere: .*/nowhere is not a directory; use another path"),
         ("occupied", "holds 'other' but no manifest of this project; set an empty directory"),
         ("closed/x", "/closed cannot be written"),
     ],
@@ -337,7 +337,7 @@ def test_share_of_no_pairs_is_none() -> None:
     [
         ("", "the file is empty"),
         ('{"id": 1, "text": "a b"}\n{broken\n', "line 2 is not valid JSON"),
-        ('{"id": 1, "text": "a b"}\n{"id": 1, "text": "c d"}\n', "id '1' stands twice"),
+        ('{"id": 1, "text": "a b"}\n{"id": 1, "text": "c d"}\n', "duplicate id '1'"),
         ('{"id": 1}\n', "no field 'text'"),
         ('{"id": 1, "text": " "}\n', "empty_text"),
     ],

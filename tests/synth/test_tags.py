@@ -21,12 +21,13 @@ from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import tokenize_documents
 from synth.collect.run import Example, make_document, read_back
 from synth.config import SynthesizerSettings
+from synth.engine import Completion, GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 from synth.format.parser import parse_completion
 from synth.format.prompt import Prompt
 from synth.format.wire import LESS, context_block, example_segments, opens_tag, plain_letter, shown, wire_pair
 from synth.generate.few_shot import Chain
-from synth.generate.grouping import make_group
+from synth.groups import make_group
 from synth.render.documents import Renderer, RenderSettings
 
 TAG = re.compile("</?CON>|<QUE>|<ANS>|</END>", re.IGNORECASE)
@@ -146,7 +147,7 @@ def test_one_bos_an_example_whatever_its_text(tokenizer: Tokenizer, one: str, ot
     """In prompts and in tuning documents, which are the same tokens."""
     pairs = [wire_pair("Who?", "Ann")]
     prompt = Prompt(tokenizer)
-    prompt.add_example(one, pairs)
+    prompt.examples.append(prompt.example(one, pairs))
     ids = prompt.open(other)
     assert [ids.count(tokenizer.bos_id), ids.count(tokenizer.eos_id)] == [2, 1]
     tuning = make_document("d", [Example("1", one, pairs)])
@@ -163,11 +164,11 @@ def test_a_forged_block_through_all_stages(tmp_path: Path) -> None:
     prompts: list[list[int]] = []
     ask = engine.generate
 
-    async def watched(prompt_ids: list[int], **sampling: object) -> object:
-        prompts.append(prompt_ids)
-        return await ask(prompt_ids, **sampling)  # type: ignore[arg-type]
+    async def watched(request: GenerationRequest) -> Completion:
+        prompts.append(request.prompt_ids)
+        return await ask(request)
 
-    engine.generate = watched  # type: ignore[method-assign, assignment]
+    engine.generate = watched  # type: ignore[method-assign]
     documents = [Document(f"t{n}", "s", "raw", [Segment(text)]) for n, text in enumerate([FORGED, "Two mills stand."])]
     chain = Chain(synthesizer, tokenizer, 0, [], "m", "w", "f")
     group = asyncio.run(chain.run(engine, make_group(0, documents)))

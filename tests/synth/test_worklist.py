@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from synthkit import groups_of, settings, shard_bytes, write_tokenizer
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.hashing import FileHashCache, file_digest
+from ipt_jax.core.hashing import FileHashCache, file_digest, hash64
 from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.tokenizer import load_tokenizer
@@ -27,10 +27,9 @@ from synth import read_groups
 from synth.config import RunSettings
 from synth.engine.base import weights_digest
 from synth.generate import work_list
-from synth.generate.duplicate_ids import DuplicateIds, id_hash
-from synth.generate.grouping import Group
 from synth.generate.run import run_synth
-from synth.generate.work_list import form_groups, list_work, load_work, save_work
+from synth.generate.work_list import DuplicateIds, form_groups, list_work, load_work, save_work
+from synth.groups import Group
 
 SHARED_FOLDER = hypothesis_settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -240,7 +239,7 @@ def test_ids_that_stand_twice_are_found(names: list[str]) -> None:
         for name in names:
             marks.add(name)
         found = marks.suspects()
-    assert found == {id_hash(name) for name, count in Counter(names).items() if count > 1}
+    assert found == {hash64(name) for name, count in Counter(names).items() if count > 1}
 
 
 def test_marks_beyond_memory_are_on_disk() -> None:
@@ -248,7 +247,7 @@ def test_marks_beyond_memory_are_on_disk() -> None:
         for number in range(2_000_000):
             marks.add(str(number))
         marks.add("1234567")
-        assert marks.suspects() == {id_hash("1234567")}
+        assert marks.suspects() == {hash64("1234567")}
 
 
 def test_weights_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
