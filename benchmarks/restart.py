@@ -44,7 +44,7 @@ from synth.engine.scripted import ScriptedEngine
 from synth.generate.journal import HEADER, Journal
 from synth.generate.run import WORK, run_identity, run_synth
 from synth.generate.work_list import UNIT_BYTES, ListedUnit, Place, Shard, WorkList, list_work, save_work
-from synth.miniworld.write import save_tokenizer, train_tokenizer
+from synth.miniworld.write import write_tokenizer
 
 ROW = 2000  # bytes of a line
 FILE_ROWS = 500_000
@@ -266,7 +266,7 @@ def kill_and_restart(folder: Path, run_seconds: float) -> dict[str, Any]:
 
 def measure(folder: Path, texts: int, measured: int, run_seconds: float) -> dict[str, Any]:
     words = (row(number).decode() for number in range(0, 2000, 7))
-    save_tokenizer(train_tokenizer(words, 2000), folder / "model")
+    write_tokenizer(words, 2000, folder / "model")
     result: dict[str, Any] = {"lists": [], "digests": None}
     for count, name in ((measured // 10, "tenth"), (measured, "whole")):
         write_corpus(folder / name, count)

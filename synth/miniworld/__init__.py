@@ -1,7 +1,6 @@
-"""An invented world to try the whole pipeline on: articles, QA data sets, instructions, held-out questions, a judge.
+"""A synthetic world to try the complete pipeline on: articles, QA data sets, instructions, held-out questions, a judge.
 
-Everything about entity k follows from (seed, k) by arithmetic: nothing is stored, any number of articles streams out in
-constant memory, and `judge` can look every fact up again.
+Everything about entity k is computed from (seed, k). `judge` can look up every fact.
 """
 
 from synth.miniworld.questions import judge

@@ -1,11 +1,14 @@
-"""Articles: which facts an article tells, and in which words.
+"""Texts of the mini-world: articles that tell its facts, and general instructions that need no facts.
 
-An article is framed by its genre, tells two facts of one entity, then facts of the entities that these lead
-to, each sentence in one of at least eight wordings. All choices come from (seed, article).
+An article has a frame of its genre. It tells two facts of one entity, then facts of the entities that these lead to,
+each sentence in one of at least eight wordings. Instructions are small tasks on words and numbers. They stand for the
+instruction data in domain recipes (OpenOrca in the paper); no name of any province occurs in them. All choices are
+drawn from (seed, index).
 """
 
 import random
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ipt_jax.core.seeding import draw
 from synth.miniworld.world import PROVINCE, Entity, Fact, Split, World, attributes, province_entities, words
@@ -28,29 +31,24 @@ class Article(NamedTuple):
     sentences: list[Sentence]  # those that tell a fact, in the order of the text
 
 
-def article_id(split: Split, index: int) -> str:
-    return f"{split}-{index:06d}"
-
-
 def write_article(world: World, split: Split, index: int, genre: str | None = None) -> Article:
-    """Article `index`; `genre` is what a tuning data set asks for, most of the time."""
+    """Article `index`. `genre`: the genre of most articles of its tuning data set."""
     rng = draw(world.seed, "article", split, index)
-    genres = list(words()["genres"])
+    genres = words()["genres"]
     if genre is None or rng.random() >= OWN_GENRE_SHARE:
-        genre = rng.choice(genres)
+        genre = rng.choice(list(genres))
     sentences = [Sentence(fact, _say(world, fact, rng)) for fact in choose_facts(world, split, index, rng)]
-    frame = words()["genres"][genre]
-    parts = [rng.choice(frame["open"]), *(sentence.text for sentence in sentences)]
+    parts = [rng.choice(genres[genre]["open"]), *(sentence.text for sentence in sentences)]
     if rng.random() < FILLER_SHARE:
         parts.insert(rng.randint(2, len(parts)), rng.choice(words()["prose"]["filler"]))
-    parts.append(rng.choice(frame["close"]))
-    return Article(article_id(split, index), genre, " ".join(parts), sentences)
+    parts.append(rng.choice(genres[genre]["close"]))
+    return Article(f"{split}-{index:06d}", genre, " ".join(parts), sentences)
 
 
 def choose_facts(world: World, split: Split, index: int, rng: random.Random) -> list[Fact]:
-    """Two facts of the article's entity, then facts of entities that they lead to; MAX_FACTS at most."""
+    """Two facts of the article's entity, then facts of entities that they lead to, at most MAX_FACTS."""
     entities = province_entities(world.province(split, index))
-    visits = rng.randrange(4 * PROVINCE)  # tuning articles begin anywhere in what raw ones tell one after another
+    visits = rng.randrange(4 * PROVINCE)  # a tuning article starts anywhere in the round that raw articles follow
     visit, place = divmod(index, world.provinces) if split == "article" else (visits, 0)
     focus = entities[(visit + place) * 7 % PROVINCE]  # 20 visits meet all; neighbours differ in kind
     facts = _facts_from(focus, start=2 * (visit // PROVINCE), count=2)
@@ -62,7 +60,7 @@ def choose_facts(world: World, split: Split, index: int, rng: random.Random) -> 
 
 
 def _facts_from(entity: Entity, start: int, count: int) -> list[Fact]:
-    """`count` facts of `entity` from the `start`-th on, round and round: repeated visits tell all of them."""
+    """`count` facts of `entity` from the `start`-th on, in a circle, so that repeated visits tell all of them."""
     names = attributes(entity.kind)
     return [Fact(entity, names[(start + step) % len(names)]) for step in range(count)]
 
@@ -73,3 +71,36 @@ def _say(world: World, fact: Fact, rng: random.Random) -> str:
     if rng.random() < LEAD_SHARE:
         clause = rng.choice(words()["prose"]["lead"]) + clause
     return f"{clause[0].upper()}{clause[1:]}."
+
+
+# Tasks on a few different words: the fewest and the most words, and the response.
+WORD_TASKS: dict[str, tuple[int, int, Callable[[list[str]], str]]] = {
+    "repeat": (2, 5, " ".join),
+    "reverse": (2, 4, lambda chosen: " ".join(reversed(chosen))),
+    "sort": (2, 4, lambda chosen: " ".join(sorted(chosen))),
+    "count": (2, 7, lambda chosen: str(len(chosen))),
+    "first": (2, 5, lambda chosen: chosen[0]),
+    "last": (2, 5, lambda chosen: chosen[-1]),
+}
+
+
+def write_instruction(seed: int, index: int) -> dict[str, Any]:
+    """Row {id, task, prompt, response}."""
+    rng = draw(seed, "instruction", index)
+    prompts, values = words()["instructions"], words()["values"]
+    task = list(prompts)[index % len(prompts)]
+    if task in WORD_TASKS:
+        fewest, most, respond = WORD_TASKS[task]
+        plain = [*values["trade"], *values["product"], *values["animal"], *values["prize"]]
+        chosen = rng.sample(plain, rng.randint(fewest, most))
+        asked, response = " ".join(chosen), respond(chosen)
+    elif task == "add":
+        left, right = rng.randint(1, 20), rng.randint(1, 20)
+        asked, response = f"{left} plus {right}", str(left + right)
+    else:  # odd_one_out
+        chosen = rng.sample(values["animal"], 3)
+        response = rng.choice([word for word in values["product"] if word not in values["animal"]])
+        chosen.append(response)
+        rng.shuffle(chosen)
+        asked = ", ".join(chosen)
+    return {"id": f"instruction-{index:06d}", "task": task, "prompt": prompts[task].format(asked), "response": response}

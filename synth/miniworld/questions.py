@@ -1,7 +1,7 @@
-"""Questions about the world's facts: the tuning data sets, the held-out tasks, and the judge that knows the truth.
+"""Questions about the world's facts: tuning data sets, held-out tasks, and the judge of answers.
 
-A question is one of two forms a kind of fact, so the judge reads every well-formed one back to (entity, attribute) and
-compares the answer with the world's own; what a synthesizer asks in other words is `unknown_question`, never `right`.
+A fact has two forms of question, so the judge maps every well-formed question back to (entity, attribute) and compares
+the answer with the world's. A question in other words is `unknown_question`, never `right`.
 """
 
 import random
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.seeding import draw
 from synth.format.wire import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
-from synth.miniworld.articles import Article, Sentence, write_article
+from synth.miniworld.articles import Article, write_article
 from synth.miniworld.world import (
     CHOICES,
     KINDS,
@@ -23,15 +23,14 @@ from synth.miniworld.world import (
     Split,
     World,
     closed_values,
-    fact_type,
     held_out_places,
     province_entities,
     words,
 )
 
-Verdict = Literal["right", "wrong", "unknown_question"]
+Judgement = Literal["right", "wrong", "unknown_question"]
 TUNING_CHOICES = 3
-RATIONALE_PAIRS = 3  # a text: reasoning is long, and nearly every example is to fit 256 tokens
+RATIONALE_PAIRS = 3  # per text: rationales are long, and nearly every example should fit in 256 tokens
 
 
 class TuningSet(NamedTuple):
@@ -51,38 +50,32 @@ TUNING_SETS = (
 
 
 def tuning_row(world: World, index: int) -> tuple[TuningSet, dict[str, Any]]:
-    """Tuning article `index` with its pairs, and the data set it belongs to."""
+    """Tuning article `index` with its pairs, and its data set."""
     tuning_set = TUNING_SETS[index % len(TUNING_SETS)]
     article = write_article(world, "tuning", index, tuning_set.genre)
     rng = draw(world.seed, "pairs", index)
-    asked = article.sentences[: RATIONALE_PAIRS if tuning_set.rationale else None]
-    pairs = [_pair(world, article, sentence, tuning_set, rng) for sentence in asked]
+    pairs = []
+    for fact, sentence in article.sentences[: RATIONALE_PAIRS if tuning_set.rationale else None]:
+        pair: dict[str, Any] = {"question": ask(world, fact, rng), "answer": world.value(fact)}
+        if tuning_set.choice:
+            pair["options"] = _options(world, fact, TUNING_CHOICES, _article_options(world, article, fact), rng)
+        if tuning_set.rationale:
+            pair["rationale"] = sentence
+        pairs.append(pair)
     return tuning_set, {"id": article.id, "context": article.text, "qa": pairs}
 
 
-def _pair(
-    world: World, article: Article, sentence: Sentence, tuning_set: TuningSet, rng: random.Random
-) -> dict[str, Any]:
-    fact = sentence.fact
-    row: dict[str, Any] = {"question": ask(world, fact, rng), "answer": world.value(fact)}
-    if tuning_set.choice:
-        row["options"] = _options(world, fact, TUNING_CHOICES, _told(world, article, fact), rng)
-    if tuning_set.rationale:
-        row["rationale"] = sentence.text
-    return row
+def _article_options(world: World, article: Article, asked: Fact) -> list[str]:
+    """Options for a question from its article: values of the answer's type, then, for entities, other names.
 
-
-def _told(world: World, article: Article, asked: Fact) -> list[str]:
-    """Options that an article offers for a question: its values of the answer's type, then, for entities, other names.
-
-    What stands in the text can be copied from it; invented names could only be guessed, and would teach to guess.
+    A model can copy from the text. It could only guess invented names, and would learn to guess.
     """
     facts = [sentence.fact for sentence in article.sentences]
-    told = [(_type(fact), world.value(fact)) for fact in facts]
-    told += [(fact.entity.kind, world.name(fact.entity)) for fact in facts if fact.entity != asked.entity]
-    told = [(kind, value) for kind, value in told if value != world.name(asked.entity)]
-    same = [value for kind, value in told if kind == _type(asked)]
-    return same + [value for kind, value in told if kind in KINDS and _type(asked) in KINDS and kind != _type(asked)]
+    known = [(fact.type, world.value(fact)) for fact in facts]
+    known += [(fact.entity.kind, world.name(fact.entity)) for fact in facts if fact.entity != asked.entity]
+    known = [(kind, value) for kind, value in known if value != world.name(asked.entity)]
+    same = [value for kind, value in known if kind == asked.type]
+    return same + [value for kind, value in known if kind in KINDS and asked.type in KINDS and kind != asked.type]
 
 
 def ask(world: World, fact: Fact, rng: random.Random) -> str:
@@ -91,11 +84,11 @@ def ask(world: World, fact: Fact, rng: random.Random) -> str:
 
 
 def _options(world: World, fact: Fact, count: int, first: list[str], rng: random.Random) -> list[str]:
-    """The true value and others of its type: those in `first`, then drawn ones; shuffled."""
+    """The true value and others of its type: those in `first`, then drawn ones, shuffled."""
     truth = world.value(fact)
     others = [value for value in dict.fromkeys(first) if value != truth]
     while len(others) < count - 1:
-        other = random_value(world, fact, rng)
+        other = _random_value(world, fact, rng)
         if other != truth and other not in others:
             others.append(other)
     options = [truth, *others[: count - 1]]
@@ -103,31 +96,19 @@ def _options(world: World, fact: Fact, count: int, first: list[str], rng: random
     return options
 
 
-def random_value(world: World, fact: Fact, rng: random.Random) -> str:
-    """A value of the fact's type: from its list, or an entity of a province that has the same use."""
-    kind = _type(fact)
-    if kind not in KINDS:
-        return rng.choice(closed_values(kind))
+def _random_value(world: World, fact: Fact, rng: random.Random) -> str:
+    """A value of the fact's type: from its list, or an entity of a province with the same use."""
+    if fact.type not in KINDS:
+        return rng.choice(closed_values(fact.type))
     if fact.entity.province < 0:
         province = world.province("tuning", rng.randrange(world.tuning_articles))
     else:
         province = rng.choice(held_out_places(world.provinces))
-    return world.name(Entity(kind, province, rng.randrange(SLOTS)))
+    return world.name(Entity(fact.type, province, rng.randrange(SLOTS)))
 
 
-def _type(fact: Fact) -> str:
-    return fact_type(fact.entity.kind, fact.attribute)
-
-
-class HeldOut(NamedTuple):
-    id: str
-    prompt: str
-    choices: list[str]
-    gold: int
-
-
-def held_out_questions(world: World, count: int) -> Iterator[HeldOut]:
-    """At most `count` closed-book questions on facts that articles of held-out provinces tell."""
+def held_out_questions(world: World, count: int) -> Iterator[dict[str, Any]]:
+    """At most `count` rows {id, prompt, choices, gold} on facts that articles of held-out provinces tell."""
     asked = 0
     for place in held_out_places(world.provinces):
         facts: dict[Fact, None] = {}
@@ -138,15 +119,15 @@ def held_out_questions(world: World, count: int) -> Iterator[HeldOut]:
                 return
             rng = draw(world.seed, "held out", asked)
             choices = _options(world, fact, CHOICES, [], rng)
-            prompt = f"Question: {ask(world, fact, rng)}\nAnswer:"
-            yield HeldOut(f"heldout-{asked:06d}", prompt, choices, choices.index(world.value(fact)))
+            prompt, gold = f"Question: {ask(world, fact, rng)}\nAnswer:", choices.index(world.value(fact))
+            yield {"id": f"heldout-{asked:06d}", "prompt": prompt, "choices": choices, "gold": gold}
             asked += 1
 
 
-def judge(world: World, article_id: str, question: str, answer: str) -> Verdict:
-    """Whether `answer` (plain or in wire form, reasoning included) is the world's answer to `question`.
+def judge(world: World, article_id: str, question: str, answer: str) -> Judgement:
+    """Compares `answer` (plain or in wire form, with or without rationale) with the world's answer to `question`.
 
-    The question must be one of the known forms about an entity of the article's province, else 'unknown_question'.
+    The question must be in a known form, about an entity of the article's province. Otherwise 'unknown_question'.
     """
     stem, _, options = question.removesuffix(COT_CUE).partition(OPTIONS_CUE)
     fact = parse_question(world, article_province(world, article_id), stem.strip())
@@ -159,17 +140,21 @@ def judge(world: World, article_id: str, question: str, answer: str) -> Verdict:
     return "right" if final == _plain(world.value(fact)) else "wrong"
 
 
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").removeprefix("the ").strip()
+
+
 def article_province(world: World, article_id: str) -> int:
     name, _, number = article_id.partition("-")
     split: Split = "tuning" if name == "tuning" else "article"
     count = world.tuning_articles if split == "tuning" else world.articles
     if name != split or not number.isdecimal() or int(number) >= count:
-        raise UserError(f"miniworld: {article_id!r} is no article of this world; expected {split}-000000 and so on")
+        raise UserError(f"miniworld: {article_id!r} is not an article of this world; expected {split}-000000 and so on")
     return world.province(split, int(number))
 
 
 def parse_question(world: World, province: int, question: str) -> Fact | None:
-    """The fact that a question asks for, when its entity lives in `province`."""
+    """The fact that a question asks for, if its entity is in `province`."""
     named = {(entity.kind, world.name(entity)): entity for entity in province_entities(province)}
     for kind, attribute, form in _forms():
         if (match := form.fullmatch(question)) and (entity := named.get((kind, match[1]))):
@@ -181,7 +166,3 @@ def parse_question(world: World, province: int, question: str) -> Fact | None:
 def _forms() -> list[tuple[str, str, re.Pattern[str]]]:
     forms = [(kind, name, form) for kind in KINDS for name, fact in words()[kind].items() for form in fact["ask"]]
     return [(kind, name, re.compile(re.escape(form).replace(r"\{e\}", "(.+)"))) for kind, name, form in forms]
-
-
-def _plain(text: str) -> str:
-    return text.strip().removesuffix(".").removeprefix("the ").strip()

@@ -1,11 +1,12 @@
-"""The entities of the mini-world and their facts, computed from (seed, entity) alone.
+"""Entities of the mini-world and their facts, computed from (seed, entity).
 
-A province holds four entities of each kind. Relations stay inside a province, so that whole provinces can be held out
-or kept for tuning and no fact leaks from one to another. Raw provinces are numbered from zero, and every fifth is held
-out from synthesis; no two of their entities of a kind share a name. Each tuning article has a province of its own,
-numbered below zero: its names are drawn from a part of the names that raw entities never bear, and stand for other
-facts in every article, so that a synthesizer cannot know an answer but from the text. Not guaranteed: that years fit
-one another (a guild may be older than its founder).
+A province holds four entities of each kind. Relations do not leave a province, so a held-out province shares no fact
+with the others. Raw provinces are numbered from zero, and every fifth is held out from synthesis. Each tuning article
+has its own province, numbered below zero.
+
+Guarantees: no two raw entities of a kind share a name. Tuning articles use names that no raw entity has, for other
+facts in every article, so a synthesizer can learn an answer from the text only.
+Does not guarantee: consistent years (a guild may be older than its founder).
 """
 
 import tomllib
@@ -30,18 +31,13 @@ Split = Literal["article", "tuning"]
 
 @cache
 def words() -> dict[str, Any]:
-    """The data file of wordings, questions, values and frames."""
+    """Wordings, questions, values and frames, from the data file."""
     return tomllib.loads((files("synth.miniworld") / "miniworld.toml").read_text(encoding="utf-8"))
 
 
 @cache
 def attributes(kind: str) -> tuple[str, ...]:
     return tuple(words()[kind])
-
-
-def fact_type(kind: str, attribute: str) -> str:
-    """What the value is: a kind of entity, "year", or the name of a closed list."""
-    return words()[kind][attribute]["type"]
 
 
 @cache
@@ -62,6 +58,11 @@ class Fact(NamedTuple):
     entity: Entity
     attribute: str
 
+    @property
+    def type(self) -> str:
+        """Type of the value: a kind of entity, "year", "emblem", or the name of a list under `values`."""
+        return words()[self.entity.kind][self.attribute]["type"]
+
 
 @dataclass(frozen=True)
 class World:
@@ -75,24 +76,24 @@ class World:
     def __post_init__(self) -> None:
         for name in ("articles", "entities", "tuning_articles"):
             if getattr(self, name) < 1:
-                raise UserError(f"miniworld: {name} is {getattr(self, name)}; ask for at least 1")
+                raise UserError(f"miniworld: {name} is {getattr(self, name)}; set it to at least 1")
         if self.articles < self.provinces:
             raise UserError(
-                f"miniworld: {self.entities:,} entities need at least {self.provinces:,} articles to be told of, "
-                f"asked for {self.articles:,}; ask for more articles"
+                f"miniworld: {self.entities:,} entities need at least {self.provinces:,} articles, "
+                f"got {self.articles:,}; set more articles"
             )
 
     @property
     def provinces(self) -> int:
-        """Raw provinces: asked-for entities are rounded up to whole ones, and one of at least two is held out."""
+        """Number of raw provinces, at least two. `entities` is rounded up to complete provinces."""
         return max(2, -(-self.entities // PROVINCE))
 
     def province(self, split: Split, index: int) -> int:
-        """The province of an article: raw articles go round theirs, each tuning article has its own."""
+        """The province of an article: raw articles cycle through theirs, each tuning article has its own."""
         return -1 - index if split == "tuning" else index % self.provinces
 
     def held_out(self, index: int) -> bool:
-        """Whether raw article `index` belongs to a province that synthesis is not to see."""
+        """Whether raw article `index` belongs to a province that is held out from synthesis."""
         return is_held_out(index % self.provinces, self.provinces)
 
     def value(self, fact: Fact) -> str:
@@ -100,17 +101,16 @@ class World:
         target = self.target(fact)
         if target is not None:
             return self.name(target)
-        values = closed_values(fact_type(fact.entity.kind, fact.attribute))
+        values = closed_values(fact.type)
         return values[self._number(fact) % len(values)]
 
     def target(self, fact: Fact) -> Entity | None:
-        """The entity that a relation leads to, of the same province and never the entity itself; None for others."""
-        kind = fact_type(fact.entity.kind, fact.attribute)
-        if kind not in KINDS:
+        """The other entity of the province that a relation leads to. None if the fact is not a relation."""
+        if fact.type not in KINDS:
             return None
-        others = SLOTS - (kind == fact.entity.kind)
-        first = fact.entity.slot + 1 if kind == fact.entity.kind else 0
-        return Entity(kind, fact.entity.province, (first + self._number(fact) % others) % SLOTS)
+        others = SLOTS - (fact.type == fact.entity.kind)
+        first = fact.entity.slot + 1 if fact.type == fact.entity.kind else 0
+        return Entity(fact.type, fact.entity.province, (first + self._number(fact) % others) % SLOTS)
 
     def name(self, entity: Entity) -> str:
         return _name(self.seed, entity)
@@ -150,23 +150,20 @@ def scramble(number: int, size: int, key: int) -> int:
         for step in range(3):
             number = (number * (mix(key, step) | 1) + mix(key, step, 1)) & mask
             number ^= number >> max(1, bits // 2)
-        if number < size:  # else on along the cycle of the power of two, until it comes back below
+        if number < size:  # otherwise follow the cycle of the power of two until it is below
             return number
 
 
 @cache
 def name_words() -> tuple[str, ...]:
-    """The words that names are made of; each is one id of the world's tokenizer."""
-    first, last = ([onset + rime for onset in a.split() for rime in b.split()] for a, b in _syllables())
+    """The words of names. Each is one id of the world's tokenizer."""
+    syllables = [words()["syllables"][place] for place in ("first", "last")]
+    first, last = ([onset + rime for onset in a.split() for rime in b.split()] for a, b in syllables)
     return tuple(one + other for one in first for other in last)
 
 
-def _syllables() -> list[list[str]]:
-    return [words()["syllables"]["first"], words()["syllables"]["last"]]
-
-
 def answer_words() -> list[str]:
-    """Every word that an answer may hold, for the tokenizer to learn whole."""
+    """Every word that an answer may contain. The tokenizer learns each as one id."""
     nouns = [noun for kind in KINDS for noun in words()["nouns"][kind]]
     closed = [word for values in words()["values"].values() for value in values for word in value.split()]
     return list(dict.fromkeys([*name_words(), *nouns, *closed, *map(str, YEARS)]))

@@ -18,7 +18,7 @@ from ipt_jax.corpus.shards import read_documents, read_manifest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.collect.run import CollectSettings, run_collect
 from synth.format.parser import parse_completion
-from synth.miniworld.write import save_tokenizer, train_tokenizer
+from synth.miniworld.write import write_tokenizer
 
 BOS, EOS = Segment(loss=False, control="bos"), Segment(loss=True, control="eos")
 
@@ -27,7 +27,7 @@ BOS, EOS = Segment(loss=False, control="bos"), Segment(loss=True, control="eos")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of bytes alone: an example's tokens are its characters, BOS and EOS."""
     directory = tmp_path_factory.mktemp("bytes")
-    save_tokenizer(train_tokenizer([], 259), directory)
+    write_tokenizer([], 259, directory)
     return directory
 
 

@@ -164,10 +164,10 @@ def test_equal_settings_give_equal_bytes(made: Path, tmp_path: Path) -> None:
 
 
 def test_other_settings_and_foreign_directories_are_refused(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"made with seed=0, now 1; give another output"):
+    with pytest.raises(UserError, match=r"made with seed=0, now 1; use another output"):
         run_miniworld(made, **SMALL, seed=1)
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"holds 'thesis.tex' but no world.json"):
+    with pytest.raises(UserError, match=r"contains 'thesis.tex' but no world.json"):
         run_miniworld(tmp_path, **SMALL)
     with pytest.raises(UserError, match="synth miniworld wrote"):
         open_world(tmp_path)
@@ -176,9 +176,9 @@ def test_other_settings_and_foreign_directories_are_refused(made: Path, tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"articles": 0}, "articles is 0; ask for at least 1"),
+        ({"articles": 0}, "articles is 0; set it to at least 1"),
         ({"articles": 2, "entities": 200}, "200 entities need at least 10 articles"),
-        ({"tuning_articles": -1}, "tuning_articles is -1; ask for at least 1"),
+        ({"tuning_articles": -1}, "tuning_articles is -1; set it to at least 1"),
     ],
 )
 def test_impossible_worlds_are_refused(tmp_path: Path, settings: dict[str, int], message: str) -> None:
@@ -245,7 +245,7 @@ class TestJudge:
 
     @pytest.mark.parametrize("article", ["article-000120", "tuning-000080", "article-x", "other-000000", ""])
     def test_unknown_articles_are_refused(self, article: str) -> None:
-        with pytest.raises(UserError, match="no article of this world"):
+        with pytest.raises(UserError, match="not an article of this world"):
             judge(WORLD, article, self.question, self.trade)
 
 
