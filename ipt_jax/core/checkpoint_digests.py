@@ -61,7 +61,7 @@ class Newest(NamedTuple):
 
 
 def write_digests(directory: Path) -> int:
-    """Writes `digests.json` and syncs the whole directory to disk; returns the bytes listed."""
+    """Writes `digests.json` and syncs the directory to disk; returns the bytes listed."""
     names = sorted(_files(directory))
     sizes = {name: (directory / name).stat().st_size for name in names}
     with ThreadPoolExecutor(THREADS) as pool:

@@ -1,4 +1,4 @@
-"""Where a model lies on disk.
+"""Finds a model on disk.
 
 `resolve_checkpoint` takes every path that the project calls a model: a Hugging Face directory, a run directory (its
 latest checkpoint), one step's directory, or what `ipt import` wrote. `LiteralPath` is for Orbax, which finds the parts
@@ -48,10 +48,10 @@ class ModelSource:
 
 
 def resolve_checkpoint(path: str | Path) -> ModelSource:
-    """What `path` holds. Raises UserError where it is no model."""
+    """What `path` holds. Raises UserError where it is not a model."""
     path = Path(path).absolute()
     if not path.is_dir():
-        raise UserError(f"model {path}: no such directory; give an HF directory, a run, a step or an import")
+        raise UserError(f"model {path}: no such directory; set it to an HF directory, a run, a step or an import")
     if (path / "config.json").is_file():
         return ModelSource("hf", path, path / "config.json", _tokenizer(path))
     step = _checkpoint(path)
@@ -71,17 +71,17 @@ def _checkpoint(path: Path) -> Path | None:
     for directory in (path, path / "checkpoint"):
         if (directory / "params").is_dir() or (directory / DIGESTS).is_file():
             if found := damage(directory, LOADED):
-                raise UserError(f"model {directory}: {found}; give another checkpoint or copy it again")
+                raise UserError(f"model {directory}: {found}; use another checkpoint or copy it again")
             return directory
     if path.parent.name == "checkpoints" and path.name.isdigit():
-        raise UserError(f"model {path}: {damage(path, LOADED)}; give another checkpoint or copy it again")
+        raise UserError(f"model {path}: {damage(path, LOADED)}; use another checkpoint or copy it again")
     newest, skipped = newest_verified(path / "checkpoints", LOADED)
     if newest is None and skipped:
         raise refuse_all(skipped)
     for step, found in skipped:
         print(f"warning: checkpoint {step} is skipped: {found}", file=sys.stderr)
     if newest is not None and skipped:
-        print(f"warning: step {newest.name} is used, which verifies", file=sys.stderr)
+        print(f"warning: step {newest.name} is used, whose digests match", file=sys.stderr)
     return newest
 
 

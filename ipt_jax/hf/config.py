@@ -1,9 +1,7 @@
-"""Where a model lies on disk, and its configuration in our words and in Hugging Face's.
+"""Converts model configurations: from a recipe's `model:` block, and to and from Hugging Face's config.json.
 
-`resolve_checkpoint` takes every path that the project calls a model: a Hugging Face directory, a run directory (its
-latest checkpoint that verifies), one step's directory, or what `ipt import` wrote. All bytes of a checkpoint are
-compared with its digests first. `config_from_hf` refuses what the decoder does not compute (biases, other activations,
-other RoPE scalings) instead of dropping it. Imports no JAX.
+`config_from_hf` refuses what the decoder does not compute (biases, other activations, other RoPE scalings) instead of
+ignoring it. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ipt_jax.core.checkpoint_path import ModelSource
+from ipt_jax.core.checkpoint_path import ModelSource, resolve_checkpoint
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.settings import check_settings
 from ipt_jax.model.config import PRESETS, ModelConfig, ModelSettings
@@ -23,9 +21,6 @@ def resolve_model(
     """What a `model:` block means; `vocab_size` and the control ids are those of the sources' tokenizer."""
     stated = settings.model_dump(exclude_unset=True, exclude={"preset", "from_"})
     if settings.from_:
-        from ipt_jax.core.checkpoint_path import resolve_checkpoint
-        from ipt_jax.hf.config import read_model_config
-
         fields = read_model_config(resolve_checkpoint(settings.from_)).model_dump() | stated
     else:
         tokenizer = {"vocab_size": vocab_size, "bos_id": bos_id, "eos_id": eos_id}
@@ -70,7 +65,7 @@ def config_from_hf(raw: dict[str, Any], where: str) -> dict[str, Any]:
     _refuse_unsupported(raw, where)
     missing = [key for key in REQUIRED if key not in raw]
     if missing:
-        raise UserError(f"{where}: {missing[0]} is missing; is the file whole?")
+        raise UserError(f"{where}: {missing[0]} is missing; copy the model again")
     rope = raw.get("rope_parameters") or {}
     eos = raw.get("eos_token_id", 2)
     return {

@@ -1,14 +1,9 @@
-"""`ipt import`: a Hugging Face directory becomes a checkpoint that training continues from.
+"""`ipt import` converts a Hugging Face directory to a checkpoint, and `ipt export` the reverse.
 
-Guarantees: the parameters keep their dtype (float32 or bfloat16; float16 widens to float32), each stands where the
-table of `ipt_jax.hf.param_names` puts it, and the output is whole or absent. One parameter, all its layers, is in
-memory at a time. Tokenizer files travel along; without them the import succeeds with a warning.
-
-`ipt export`: a checkpoint becomes a directory that transformers (4.57 and 5), vLLM and lm-eval load.
-
-Guarantees: safetensors in the checkpoint's own dtype, in files of up to 5 GB, with config.json, generation_config.json
-and the tokenizer files; the directory is whole or absent, and only an earlier export of the same model is replaced.
-One parameter, all its layers, is in memory at a time. Without tokenizer files it succeeds with a warning.
+Guarantees: output is atomic, and only an earlier output for the same model is replaced. One parameter, with all its
+layers, is in memory at a time. Tokenizer files are copied; without them both succeed with a warning. An import keeps
+float32 and bfloat16 (float16 widens to float32). An export has safetensors in the checkpoint's dtype, in files of up to
+5 GB, with config.json and generation_config.json, for transformers 4.57 and 5, vLLM and lm-eval.
 """
 
 from __future__ import annotations
@@ -41,7 +36,7 @@ def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
     """Writes OUTPUT/checkpoint, OUTPUT/model.json and OUTPUT/tokenizer."""
     source, output = resolve_checkpoint(hf_dir), Path(output).absolute()
     if source.kind != "hf":
-        raise UserError(f"{hf_dir}: is a checkpoint already; import takes a Hugging Face directory with config.json")
+        raise UserError(f"{hf_dir}: is already a checkpoint; import reads a Hugging Face directory with config.json")
     config = read_model_config(source)
     dtype, parameters = open_parameters(source, config)
     text = config.model_dump_json(indent=1)
@@ -80,9 +75,12 @@ def _save(directory: LiteralPath, path: tuple[str, ...], value: np.ndarray) -> N
 
 
 def copy_tokenizer(source: ModelSource, target: Path) -> None:
-    """The tokenizer files beside a model, byte for byte, or a warning."""
+    """Copies the tokenizer files of a model, or prints a warning."""
     if source.tokenizer is None:
-        print("warning: the model has no tokenizer files; whoever tokenizes for it has to name them", file=sys.stderr)
+        print(
+            "warning: the model has no tokenizer files; add them before texts are tokenized for it",
+            file=sys.stderr,
+        )
         return
     target.mkdir(exist_ok=True)
     for file in load_tokenizer(source.tokenizer).files():
@@ -96,7 +94,7 @@ def peak_rss_bytes() -> int:
 
 
 def run_export(checkpoint: str | Path, output: str | Path) -> dict[str, Any]:
-    """Writes the model behind `checkpoint` (a run, a step, an import or an HF directory) to `output`."""
+    """Writes the model of `checkpoint` (a run, a step, an import or an HF directory) to `output`."""
     source, output = resolve_checkpoint(checkpoint), Path(output).absolute()
     config = read_model_config(source)
     dtype, parameters = open_parameters(source, config)

@@ -1,8 +1,8 @@
-"""One table of names, used both ways: where each of our parameters stands in a Hugging Face state dict.
+"""The table of parameter names here and in a Hugging Face state dict, used by import and export.
 
-Guarantees that import and export cannot disagree. transformers keeps a linear layer as [outputs, inputs] and one
-matrix a layer of the model; we keep [inputs..., outputs...] with heads as axes of their own, all layers in one array.
-Mistral and Llama have the same names. RoPE needs no permutation: both sides pair dimension i with i + H/2.
+transformers stores a linear layer as [outputs, inputs] and one matrix per layer of the model; this project stores
+[inputs..., outputs...] with heads as separate axes and all layers in one array. Mistral and Llama have the same names.
+RoPE needs no permutation: both sides pair dimension i with i + H/2.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TABLE = (
     Row(("norm",), "model.norm.weight"),
     Row(("head",), "lm_head.weight", inputs=1),
 )
-TIED_HEAD = "lm_head.weight"  # some writers store it beside the embedding that it equals
+TIED_HEAD = "lm_head.weight"  # some writers store it although it equals the embedding
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Safetensors files: reading one tensor at a time, and writing a model whose tensors come one by one.
 
-Reading goes through the safetensors library, which checks that a file is whole. Writing is done here, since the
-library wants all tensors of a file in memory: the format is eight bytes of header length, a JSON header and the
+Reading goes through the safetensors library, which checks that a file is complete. Writing is done here, since
+the library needs all tensors of a file in memory: the format is eight bytes of header length, a JSON header and the
 tensors' bytes, and all shapes are known before the first tensor is.
 """
 
@@ -21,7 +21,7 @@ from ipt_jax.core.errors import UserError
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 CODES = {"float32": "F32", "bfloat16": "BF16"}
-MARK = {"format": "pt", "writer": "ipt_jax"}  # transformers wants a format; the writer tells our exports from others
+MARK = {"format": "pt", "writer": "ipt_jax"}  # transformers requires a format; the writer identifies our exports
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _list_file(file: Path) -> dict[str, Stored]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
             return {name: Stored(file, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
+        raise UserError(f"{file}: not a complete safetensors file ({error}); copy it again") from error
 
 
 def read_tensor(stored: Stored, name: str) -> np.ndarray:
@@ -72,7 +72,7 @@ def read_tensor(stored: Stored, name: str) -> np.ndarray:
 
 
 def written_here(directory: Path) -> bool:
-    """Whether the directory's first safetensors file bears our mark."""
+    """Whether the directory's first safetensors file was written by this project."""
     for file in sorted(directory.glob("*.safetensors"))[:1]:
         try:
             with safe_open(file, framework="np") as opened:

@@ -1,1 +1,1 @@
-"""Mistral and Llama in Flax NNX: configuration, layers, attention, and where weights lie on disk."""
+"""Mistral and Llama in Flax NNX: configuration, layers, attention, and where weights are stored."""

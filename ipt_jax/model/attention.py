@@ -1,4 +1,4 @@
-"""Grouped-query attention: causal, windowed, kept inside documents; which kernel runs is chosen with a reason.
+"""Grouped-query attention: causal, windowed, masked by document. Which kernel runs is chosen with a reason.
 
 Guarantees: a query at row position t sees the keys s with t - W < s <= t (a window of W sees W keys, itself
 included) and, where segment ids are given, only keys of its own segment, exactly: what is masked weighs 0.0. Softmax
@@ -8,7 +8,7 @@ serves rows without segment ids.
 
 `cudnn`: JAX's public fused attention for NVIDIA GPUs, through cuDNN.
 
-Takes 16-bit floats only, forward and backward fused, nothing of the size of T x T a head. Documents are kept apart by a
+Takes 16-bit floats only, forward and backward fused, nothing of the size of T x T a head. Documents are separated by a
 mask [B, 1, T, T], which cuDNN reads as a bias: T squared 16-bit numbers a row, once for all heads and layers, is the
 price of a public interface (the packed layouts are private to JAX). Its numbers cannot be checked without a GPU: what
 is checked here is the compiled program.
@@ -20,7 +20,7 @@ turns it into a bias in the dtype of the queries, and no gradient flows through 
 
 `splash`: the block-sparse flash attention for TPUs that comes with JAX (Pallas), forward and backward.
 
-Causality and the window are computed inside the kernel and blocks outside of them are skipped; documents are kept apart
+Causality and the window are computed inside the kernel and blocks outside of them are skipped; documents are separated
 by segment ids. Rows are a multiple of 128 tokens. `interpret=True` runs the same kernel on a CPU, slowly, for tests.
 """
 
@@ -80,7 +80,7 @@ def attend_splash(
         q, k, v, *segments = parts
         return kernel(q.astype(k.dtype), k, v, *(splash.SegmentIds(ids, ids) for ids in segments))
 
-    # Few rows at a time: the backward kernels want log-sums spread over 128 lanes, twice the size of q in float32.
+    # Few rows at a time: the backward kernels need log-sums spread over 128 lanes, twice the size of q in float32.
     rows = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
     return jax.lax.map(row, rows, batch_size=max(1, SPLASH_TOKENS // T)).swapaxes(1, 2)
 
@@ -91,7 +91,7 @@ HOPPER = re.compile(r"\b(h20|h100|h200|h800|gh200)\b")  # in device kinds such a
 CUDNN_ROWS = 128  # tokens of a row, in multiples of it, for which cuDNN's masked backward pass is right on Hopper
 STEP = 64  # queries a step in rows up to BLOCK, unrolled: each step meets only the keys it can reach
 BLOCK = 512  # queries a block in longer rows, looped: memory stays that of one block
-MASKED = -1e30  # finite, so that a row without any visible key (padding in generation) is no NaN
+MASKED = -1e30  # finite, so that a row without any visible key (padding in generation) is not NaN
 
 
 def choose_attention(
@@ -99,7 +99,7 @@ def choose_attention(
 ) -> tuple[str, str]:
     """The kernel for this device and these rows, and the reason in words."""
     kind = device_kind.lower()
-    documents = "documents kept apart" if cross_document == "block" else "documents see each other"
+    documents = "documents separated" if cross_document == "block" else "documents see each other"
     window = f"window {config.sliding_window}" if _window(config, seq_len) else "no window inside a row"
     rows = f"causal, {window}, {documents}"
     if "tpu" in kind:
@@ -116,7 +116,7 @@ def choose_attention(
             f"cuDNN takes head_dim up to {largest} in multiples of 8 on {device_kind}, the model has {config.head_dim}"
         )
     if cross_document == "block" and seq_len % 2 and not is_hopper(device_kind):
-        return "xla", f"cuDNN keeps documents apart in rows of an even length, seq_len is {seq_len}"
+        return "xla", f"cuDNN separates documents in rows of an even length, seq_len is {seq_len}"
     return "cudnn", f"{device_kind}: fused cuDNN attention, {rows}"
 
 
@@ -127,7 +127,7 @@ def is_hopper(device_kind: str) -> bool:
 
 def cudnn_gives_nan(device_kind: str, seq_len: int, cross_document: str) -> bool:
     """Whether the backward pass of `cudnn` is known to give NaN for such rows: on Hopper, with a mask, in rows that
-    are no multiple of 128 tokens (pytorch issue 196678)."""
+    are not a multiple of 128 tokens (pytorch issue 196678)."""
     return is_hopper(device_kind) and cross_document == "block" and seq_len % CUDNN_ROWS != 0
 
 
@@ -175,10 +175,10 @@ def dense(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def _staircase(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> Array:
-    """A short row in steps of queries, each against the keys it can reach at all: half of the dense arithmetic."""
+    """A short row in steps of queries, each against the keys it can reach: half of the dense arithmetic."""
     T = q.shape[3]
     starts = range(0, T, STEP)
-    # split, not sliced: the gradients of slices are padded to the whole row and added up
+    # split, not sliced: the gradients of slices are padded to the full row and added up
     parts = jax.lax.split(q, [min(STEP, T - start) for start in starts], axis=3)
     steps = []
     for start, part in zip(starts, parts, strict=True):

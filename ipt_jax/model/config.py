@@ -1,7 +1,7 @@
 """The shape of a model: presets, the YAML `model:` block, and what a block resolves to.
 
-Guarantees that a `ModelConfig` is consistent (heads divide, head_dim is even, ids lie inside the vocabulary) and
-that it alone decides the parameters' shapes. Imports no JAX, so that `ipt plan` and the config tests stay light.
+Guarantees that a `ModelConfig` is consistent (heads divide, head_dim is even, ids are below vocab_size) and
+that it alone decides the parameters' shapes. Imports no JAX, so that `ipt plan` starts fast.
 The 500M and 1.3B presets are the paper's (arXiv 2406.14491, Table 10/14); what the paper leaves open (window, norm
 epsilon) is taken from Mistral-7B-v0.1, without its window, which a 2,048-token row never reaches.
 """
@@ -29,7 +29,7 @@ class RopeScaling(Settings):
 
 
 class ModelConfig(Settings):
-    """Everything that decides parameter shapes and the forward pass; stored beside every checkpoint."""
+    """Everything that decides parameter shapes and the forward pass; stored with every checkpoint."""
 
     family: Literal["mistral", "llama"] = "mistral"
     vocab_size: int = Field(gt=0)
@@ -59,7 +59,7 @@ class ModelConfig(Settings):
             raise ValueError("family llama has no sliding_window; use family mistral, which may have rope_scaling too")
         for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
             if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} ({token}) must lie below vocab_size ({self.vocab_size})")
+                raise ValueError(f"{name} ({token}) must be below vocab_size ({self.vocab_size})")
         return self
 
 

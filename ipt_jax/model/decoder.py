@@ -115,7 +115,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Array, tables: Tables, attend: Callable[..., tuple[Array, Any]], mlp_chunk: int | None = None
     ) -> tuple[Array, Any]:
-        """x [B, T, D] -> [B, T, D], and what `attend` returned beside the attention."""
+        """x [B, T, D] -> [B, T, D], and what else `attend` returned."""
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attention_norm[...], self.norm_eps)
             seen, carried = self.attention(h, tables, attend)
@@ -355,7 +355,7 @@ def rotate(x: Array, tables: Tables) -> Array:
     """Rotates x [B, T, N, H] by its positions; the products are float32, the result has x's dtype.
 
     Hugging Face's half-split layout: dimension i is paired with i + H/2, which both directions of `ipt_jax.hf` rely on.
-    Both halves at once, beside x rolled by H/2: a TPU pads the last dim of each array to 128 lanes, so that a half
+    Both halves at once, with x rolled by H/2: a TPU pads the last dim of each array to 128 lanes, so that a half
     takes as much memory as the full array.
     """
     cos, sin = (table[:, :, None, :] for table in tables)  # [B, T, 1, H]

@@ -1,9 +1,9 @@
-"""The arithmetic behind MFU: what training needs at the least, and what a device could do.
+"""The arithmetic of MFU: model FLOPs of a training step, and peak FLOP/s of devices.
 
-Guarantees that each product with a weight is counted, and of attention the (query, key) pairs that causality, the
-window and the documents' borders leave; forward once, backward twice, recomputation not. Equal to the multiplications
-in the jaxpr of the gradient once both sides count the same pairs. Norms, RoPE, softmax and the optimizer are left out:
-they are no matrix products, and a device's peak is one of matrix products. An unknown device has no peak.
+Guarantees that each product with a weight is counted, and for attention the (query, key) pairs that causality, the
+window and document borders leave: once forward, twice backward, no recomputation. Equal to the multiplications in the
+jaxpr of the gradient when both count the same pairs. Norms, RoPE, softmax and the optimizer are not counted: a device's
+peak is that of matrix products. A device that is not in the table has no peak.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ipt_jax.model.config import ModelConfig
 
 # Dense bfloat16 operations per second of what JAX calls one device, by the name it gives it; the makers' data sheets.
-# Whole names: an "H100 PCIe" does three quarters of what an "H100 80GB HBM3" does.
+# Full names: an "H100 PCIe" does three quarters of what an "H100 80GB HBM3" does.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -53,7 +53,7 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 def recomputed_flops_per_token(model: ModelConfig, seq_len: int, remat: str | tuple[str, ...]) -> float:
     """What the backward pass computes again, besides the model FLOPs: products whose results were not kept.
 
-    Attention's forward pass is computed again by all but `none`: its backward kernel wants more than its output.
+    Attention's forward pass is computed again by all but `none`: its backward kernel needs more than its output.
     """
     if remat == "none":
         return 0.0

@@ -1,8 +1,8 @@
 """The devices of a training run. A lost accelerator is an error, never a silent run on the CPU.
 
 Guarantees: a run uses the CPU only where JAX_PLATFORMS is `cpu`, or where it is unset and this machine shows no sign of
-an accelerator that JAX should have used; a run whose recipe states `mesh.devices` starts on that many devices or not at
-all. Does not guarantee: where `mesh.devices` is left out, a GPU that is lost beside others that work is not noticed.
+an accelerator that JAX should have used; a run whose recipe states `mesh.devices` starts only on that many devices.
+Does not guarantee: without `mesh.devices`, a lost GPU is not noticed while other GPUs work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 TPU_PLUGIN = "libtpu"
 GPU_PATHS = ("/dev/nvidia0", "/proc/driver/nvidia")
 TPU_PATHS = ("/dev/accel0", "/dev/vfio/0")
-NVIDIA_SMI_SECONDS = 60  # a GPU that has fallen off the bus can block nvidia-smi for ever
+NVIDIA_SMI_SECONDS = 60  # a GPU that has fallen off the bus can block nvidia-smi indefinitely
 ON_PURPOSE = "set JAX_PLATFORMS=cpu to train on the CPU on purpose"
 
 

@@ -1,10 +1,10 @@
-"""What one device does with its part: making weights whole, adding gradients up, running an attention kernel.
+"""FSDP on one device: gathers weights, reduce-scatters gradients, runs the attention kernel.
 
 Training runs under `jax.shard_map`, manual over the axes that split rows (`data`, `fsdp`): each device has its rows and
-its slice of every weight. FSDP is then three collectives that stand in the code: a weight is all-gathered over `fsdp`
-where it is used, in the dtype it is used in; the transpose of that reduce-scatters its gradient in the same dtype; what
-several devices hold whole is added up once, at the end. Left to XLA's partitioner, the same products become rings of
-permutes on TPUs, and the embedding's lookup moves activations.
+its slice of every weight. FSDP is three explicit collectives: a weight is all-gathered over `fsdp` where it is used, in
+the dtype it is used in; the transpose reduce-scatters its gradient in the same dtype; gradients of replicated
+parameters are summed once, at the end. XLA's partitioner would turn the same products into rings of permutes on TPUs
+and move activations for the embedding's lookup.
 
 `tensor` stays with the partitioner: weights and activations carry constraints along it.
 """
@@ -38,7 +38,7 @@ class OnDevice:
     def __init__(self, mesh: Mesh, hidden_size: int):
         self.mesh = mesh
         self.fsdp, self.tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-        self.divides = self.fsdp > 1 and hidden_size % self.fsdp == 0  # else `place_params` leaves weights whole
+        self.divides = self.fsdp > 1 and hidden_size % self.fsdp == 0  # else `place_params` replicates weights
         self.stages = torus_stages(mesh.devices[0, :, 0])
         self.rows = tuple(axis for axis in ROWS if mesh.shape[axis] > 1)  # the axes over which sums are due
         # With tensor alone there is nothing to write out: the partitioner handles all of it.
@@ -58,11 +58,11 @@ class OnDevice:
         return self.divides and any("fsdp" in mesh_axes(name) for name in axes)
 
     def gather(self, w: Array, axes: Axes) -> Array:
-        """A weight made whole over fsdp; the gradient goes back split and added up."""
+        """A weight, all-gathered over fsdp. Its gradient is reduce-scattered."""
         if self.is_split(axes):
             dim = next(dim for dim, name in enumerate(axes) if "fsdp" in mesh_axes(name))
             gathered = functools.partial(_gathered, dim, self.stages)
-            # the partitioner would first gather a weight's tensor parts: each is told to keep to its own
+            # the partitioner would first gather a weight's tensor parts: each device is limited to its own
             w = gathered(w) if self.tensor == 1 else self._each_part(gathered, self._along_tensor(w.shape, axes))(w)
         return self.constrain(w, axes)
 
@@ -85,7 +85,7 @@ class OnDevice:
         return jax.lax.psum(x, due) if due else x
 
     def constrain(self, x: Array, axes: Axes) -> Array:
-        """Pins `x` along `tensor`, where that is split at all."""
+        """Pins `x` along `tensor`, where that has more than one device."""
         if self.tensor == 1:
             return x
         mesh = jax.sharding.get_abstract_mesh() if self.manual else self.mesh
@@ -145,7 +145,7 @@ def torus_stages(devices: np.ndarray) -> Stages:
     """The groups in which devices along one mesh axis reduce-scatter, one stage after another.
 
     One stage of all of them, but on a TPU where they fill a grid of its torus: then one stage a side of that grid, the
-    first cut first. libtpu 0.0.52 turns a reduce-scatter over a whole square grid into an all-reduce and a slice, twice
+    first cut first. libtpu 0.0.52 turns a reduce-scatter over a full square grid into an all-reduce and a slice, twice
     the bytes; over one side it does not, and the stages together send what one would: S (n - 1) / n bytes a device.
     """
     sides = _grid_sides(devices)

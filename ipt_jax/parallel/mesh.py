@@ -1,6 +1,6 @@
 """Meshes over whatever devices exist, and which rows of a batch a process has to read.
 
-Axes, in this order: `data` (whole copies of the model), `fsdp` (parameters split, gathered layer by layer), `tensor`
+Axes, in this order: `data` (copies of the model), `fsdp` (parameters split, gathered layer by layer), `tensor`
 (heads, feed-forward and vocabulary split). Rows are split over data and fsdp; devices along `tensor` share rows.
 """
 
@@ -24,7 +24,7 @@ def mesh_shape(data: int, fsdp: int, tensor: int, device_count: int) -> tuple[in
     sizes = [data, fsdp, tensor]
     stated = f"mesh data {data} x fsdp {fsdp} x tensor {tensor}"
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"{stated}: sizes are 1 or more, and at most one is -1 (takes what is left)")
+        raise UserError(f"{stated}: sizes are 1 or more, and at most one is -1 (all remaining devices)")
     known = math.prod(size for size in sizes if size != -1)
     filled = [device_count // known if size == -1 else size for size in sizes]
     if math.prod(filled) != device_count:
@@ -38,7 +38,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     shape = mesh_shape(data, fsdp, tensor, len(devices))
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if devices[0].platform == "tpu":
-        # JAX orders small slices as a ring. Sums over fsdp go side by side of the torus, which wants row-major order.
+        # JAX orders small slices as a ring. Sums over fsdp go by side of the torus, which needs row-major order.
         grid = np.apply_along_axis(lambda line: np.array(sorted(line, key=lambda one: tuple(one.coords))), 1, grid)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

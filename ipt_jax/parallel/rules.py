@@ -1,7 +1,7 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it.
 
-Model code names logical axes only. Guarantees that an unknown name or two dims on one mesh axis is an error, and that a
-dim which does not divide is left whole and told, never silently: see `Placement.notes`.
+Model code names logical axes only. Guarantees: an unknown name, or two dims on one mesh axis, is an error; a dim that
+does not divide is not split, and `Placement.notes` reports it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Axes = tuple[str | None, ...]
 
 
 def mesh_axes(name: str | None) -> tuple[str, ...]:
-    """The mesh axes of one logical axis; None stands for a dim that is never split."""
+    """The mesh axes of one logical axis; None is a dim that is never split."""
     if name is None:
         return ()
     if name not in RULES:
@@ -39,7 +39,7 @@ def mesh_axes(name: str | None) -> tuple[str, ...]:
 
 
 def spec_of(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> tuple[PartitionSpec, list[str]]:
-    """The partition spec of a tensor, and the logical axes left whole because they do not divide."""
+    """The partition spec of a tensor, and the logical axes that are not split because they do not divide."""
     assert len(axes) == len(shape), f"axes {axes} for shape {shape}"
     parts: list[str | tuple[str, ...] | None] = []
     whole: list[str] = []
@@ -57,7 +57,7 @@ def spec_of(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> tuple[PartitionSp
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every parameter lies."""
+    """The sharding of every parameter."""
 
     shardings: dict[str, Any]  # the parameters' nested dict, of NamedSharding
     notes: list[str]  # what could not be split
@@ -71,7 +71,7 @@ def place_params(axes: dict[str, Any], shapes: dict[str, Any], mesh: Mesh) -> Pl
         spec, whole = spec_of(names, shape.shape, mesh)
         for name in whole:
             size, parts = shape.shape[names.index(name)], mesh_axes(name)
-            notes.append(f"{param_name(path)}: {name} {size} does not divide over {'x'.join(parts)}, left whole")
+            notes.append(f"{param_name(path)}: {name} {size} does not divide over {'x'.join(parts)}, not split")
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(place, shapes, axes)

@@ -1,10 +1,10 @@
-"""Checkpoints in RUN/checkpoints/STEP, written by Orbax while training goes on.
+"""Checkpoints in RUN/checkpoints/STEP, written asynchronously by Orbax.
 
 Guarantees: a directory gets a step's number when all of its bytes are on disk and listed in its `digests.json`; a save
-that fails is reported when it fails, leaves nothing behind, and costs no earlier checkpoint; the last K are kept.
-Beside the arrays (`params`, `optimizer`) lie `record` (step, tokens, what the run was made with) and `model.json`, so
-that one step's directory can be read alone.
-Does not end the other hosts' wait when one host fails to write: they time out after Orbax's 20 minutes.
+that fails is reported at once, is removed, and costs no earlier checkpoint; the last K are kept. A step's directory
+holds the arrays (`params`, `optimizer`), `record` (step, tokens, settings of the run) and `model.json`, and can be read
+without the run.
+Does not guarantee: when one host fails to write, the others wait for Orbax's time-out of 20 minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ipt_jax.core.checkpoint_path import LiteralPath
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import sync_directory
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.train.run_info import tell
+from ipt_jax.train.run_info import report
 from ipt_jax.train.state import TrainState
 
 SAVING, REMOVING = ".saving", ".removing"  # what follows a step's number before and after its time
@@ -39,7 +39,7 @@ FULL = "No space left on device"
 
 
 class CheckpointRecord(msgspec.Struct):
-    """What a checkpoint knows of its run. `made_with` must be equal to go on."""
+    """What a checkpoint knows of its run. A resume requires equal `made_with`."""
 
     step: int
     tokens: int  # trained on so far, padding not counted
@@ -178,7 +178,7 @@ class Checkpoints:
         except Exception as error:  # of whatever kind: a thread's exception would reach nobody
             self._fail(step, error)
             return
-        tell(f"saved at step {step}: {size / 1e6:,.1f} MB on disk after {time.monotonic() - started:.1f} s")
+        report(f"saved at step {step}: {size / 1e6:,.1f} MB on disk after {time.monotonic() - started:.1f} s")
         for old in numbered(self.path)[self._keep :]:
             remove(old)
 
@@ -191,7 +191,7 @@ class Checkpoints:
         kept = numbered(self.path)
         resumes = f"the last checkpoint is step {kept[0].name}" if kept else "there is no checkpoint yet"
         if not self._last:  # else `finish` raises
-            tell(f"step {step} is not saved ({reason}); {resumes}; training continues, the next save tries again")
+            report(f"step {step} is not saved ({reason}); {resumes}; training continues, the next save tries again")
         where = f"run_dir {self.path.parent}: step {step} is not saved ({reason}); {resumes}"
         if isinstance(error, OSError | ValueError):
             self._failure = UserError(f"{where}; free space or repair the disk, and rerun the same command to resume")
@@ -236,4 +236,4 @@ def remove(step: Path) -> None:
         os.replace(step, leaving)
         shutil.rmtree(leaving)
     except OSError as error:
-        tell(f"checkpoint {step.name} cannot be removed ({error.strerror or error}); the disk may fill up")
+        report(f"checkpoint {step.name} cannot be removed ({error.strerror or error}); the disk may fill up")

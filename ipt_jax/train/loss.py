@@ -1,10 +1,9 @@
 """Next-token cross entropy from hidden states, in chunks, so that full logits of a large vocabulary never exist.
 
 Guarantees: sums, not means, so that the caller divides once by the global count of targets, whatever the micro-batches;
-float32 logits and sums; loss by document kind at no extra pass. The gradient is worked out beside the loss, chunk by
-chunk: the logits are computed once, not again in the backward pass, and of all that is as wide as the vocabulary only
-the head's float32 gradient and one chunk exist. A device works on its own rows; nothing is exchanged here. Says nothing
-about labels: which position predicts what was decided per document.
+float32 logits and sums; loss by document kind at no extra pass. The gradient is computed with the loss, chunk by chunk:
+the logits are computed once, and of the arrays as wide as the vocabulary only the head's float32 gradient and one chunk
+exist. A device computes its own rows; nothing is exchanged here. Labels are made per document before packing.
 """
 
 from __future__ import annotations

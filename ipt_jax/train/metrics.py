@@ -1,14 +1,10 @@
-"""What a run measures: metrics.jsonl, TensorBoard events, and losses from the step's sums.
+"""Metrics of a run: metrics.jsonl, TensorBoard events, and the ledger of steps that are started but not yet fetched.
 
-Guarantees that no step stands twice in metrics.jsonl, also after a kill and a resume: lines beyond the step that a run
-resumes from are dropped first. So is a last line that a kill or a power cut left in pieces or as NUL bytes, which is
-printed; any other damaged line is a UserError with its number.
-
-The steps of a run between being started and being known: their metrics, tokens and time.
-
-Guarantees that the host does not wait for the step it has just started, that steps are settled in order, each one once,
-and that a step whose loss or gradient is not finite raises FloatingPointError with its number, whether it is a logged
-step or not. What is settled is what a checkpoint may record.
+Guarantees: metrics.jsonl has each step at most once, also after a kill and a resume, since lines after the step that a
+run resumes from are removed first. A last line that a kill or a power cut damaged is removed and reported; any other
+damaged line is a UserError with its number. The host does not wait for the step it has just started. Steps are settled
+in order, each one once; one whose loss or gradient is not finite raises FloatingPointError with its number.
+A checkpoint records settled steps only.
 """
 
 from __future__ import annotations
@@ -37,7 +33,7 @@ from ipt_jax.data.plan import Plan
 from ipt_jax.model.flops import model_flops, peak_flops
 from ipt_jax.train.checkpoint import CheckpointRecord
 from ipt_jax.train.loss import KINDS
-from ipt_jax.train.run_info import tell
+from ipt_jax.train.run_info import report
 from ipt_jax.train.step import Program
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -50,7 +46,7 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         lines, cut = read_lines(self._path)
         if cut:
-            tell(f"{self._path}: its last line is damaged (a kill or a power cut): {cut:,} bytes are removed")
+            report(f"{self._path}: its last line is damaged (a kill or a power cut): {cut:,} bytes are removed")
         kept = [line for line in lines if line["step"] <= step]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.last: dict[str, Any] | None = kept[-1] if kept else None
@@ -73,10 +69,10 @@ class MetricsLog:
                 raise
             self._board = None  # its file may end in pieces; the next line begins another
             if first:
-                tell(f"{self._path}: cannot be written ({error.strerror}); its lines are written when there is space")
+                report(f"{self._path}: cannot be written ({error.strerror}); its lines are written when there is space")
 
     def _write_held(self) -> None:
-        """All or nothing, so that no line is left in pieces."""
+        """Atomic: after an error, no part of the lines is in the file."""
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(self._held) != len(self._held):
@@ -120,7 +116,7 @@ class Board:
 
 
 def flatten(line: dict[str, Any]) -> dict[str, Any]:
-    """`loss_by_kind/raw` beside `loss`."""
+    """{"loss": …, "loss_by_kind/raw": …} of a line."""
     flat: dict[str, Any] = {}
     for name, value in line.items():
         flat |= {f"{name}/{kind}": inner for kind, inner in value.items()} if isinstance(value, dict) else {name: value}

@@ -19,7 +19,7 @@ import msgspec
 from ipt_jax.core.checkpoint_digests import Newest, Skipped, newest_verified, refuse_all, unverified
 from ipt_jax.core.errors import UserError
 from ipt_jax.train.checkpoint import CheckpointRecord, from_first_process
-from ipt_jax.train.run_info import tell
+from ipt_jax.train.run_info import report
 
 NOTHING, UNUSABLE = -1, -2
 
@@ -51,11 +51,11 @@ def set_aside(run_dir: Path, record: CheckpointRecord | None, skipped: list[Skip
             count += 1
             aside = path.with_name(f"{path.name}.damaged-{count}")
         os.replace(path, aside)
-        tell(f"checkpoint {path.name} is skipped: {damage}; moved to {aside}")
+        report(f"checkpoint {path.name} is skipped: {damage}; moved to {aside}")
     if skipped:
-        tell(f"resumes from step {record.step}, which verifies; the steps after it are trained again")
+        report(f"resumes from step {record.step}, which verifies; the steps after it are trained again")
     if unverified(run_dir / "checkpoints" / str(record.step)):
-        tell(f"warning: checkpoint {record.step} has no digests.json (an earlier version wrote it): not verified")
+        report(f"warning: checkpoint {record.step} has no digests.json (an earlier version wrote it): not verified")
 
 
 def refuse_changed(run_dir: Path, record: CheckpointRecord, made_with: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def refuse_changed(run_dir: Path, record: CheckpointRecord, made_with: dict[str,
         if before.get(field) != now.get(field):
             raise UserError(
                 f"run_dir {run_dir}: its checkpoint at step {record.step} was made with {field}="
-                f"{before.get(field)!r}, now it is {now.get(field)!r}; give another run_dir, or set it back"
+                f"{before.get(field)!r}, now it is {now.get(field)!r}; set another run_dir, or restore the old value"
             )
 
 

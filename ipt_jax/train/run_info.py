@@ -1,8 +1,7 @@
-"""What a run says about itself: the lines printed at the start, and run.json.
+"""The description of a run: the lines printed at the start, and run.json.
 
-Guarantees that everything which was chosen rather than stated (attention kernel and why, loss chunk, dtype, mesh, what
-could not be split) stands in both, with the versions, the git commit and the plan's fingerprint. No secrets: nothing of
-the environment is written.
+Guarantees that both hold every choice that the recipe leaves open (attention kernel and reason, loss chunk, dtype,
+mesh, fallbacks), with versions, git commit and the plan's fingerprint. No environment variable is written.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def write_record(run_dir: Path, described: dict[str, Any]) -> None:
 def copy_tokenizer(plan: Plan, run_dir: Path) -> None:
     """The tokenizer travels with the run, so that an export finds it."""
     if not plan.tokenizer_dir.is_dir():
-        tell(f"no tokenizer files in {plan.tokenizer_dir}: an export of this run will lack them")
+        report(f"no tokenizer files in {plan.tokenizer_dir}: an export of this run will lack them")
         return
     target = run_dir / "tokenizer"
     target.mkdir(exist_ok=True)
@@ -72,20 +71,20 @@ def copy_tokenizer(plan: Plan, run_dir: Path) -> None:
         write_whole(target / file.name, file.read_bytes())
 
 
-def tell_start(described: dict[str, Any], run_dir: Path, start_step: int, steps: int) -> None:
+def report_start(described: dict[str, Any], run_dir: Path, start_step: int, steps: int) -> None:
     """The choices, for people."""
     plan = described["plan"]
-    tell(f"{run_dir}: step {start_step} of {steps}, {plan['tokens']:,} tokens, plan {plan['fingerprint'][:12]}")
-    tell(f"model: {described['parameters']:,} parameters, {described['compute_dtype']} compute, float32 parameters")
-    tell(f"devices: {described['devices']}, {described['processes']}, mesh {described['mesh']}")
-    tell(f"attention: {described['attention']} ({described['attention_reason']}); remat: {described['remat']}")
+    report(f"{run_dir}: step {start_step} of {steps}, {plan['tokens']:,} tokens, plan {plan['fingerprint'][:12]}")
+    report(f"model: {described['parameters']:,} parameters, {described['compute_dtype']} compute, float32 parameters")
+    report(f"devices: {described['devices']}, {described['processes']}, mesh {described['mesh']}")
+    report(f"attention: {described['attention']} ({described['attention_reason']}); remat: {described['remat']}")
     rows, accumulation = described["rows_per_step"], described["accumulation"]
-    tell(f"batch: {rows} rows of {plan['seq_len']}, {accumulation} accumulation steps")
-    tell(f"loss: logits of {described['loss_chunk']} tokens a device at a time ({described['loss_chunk_reason']})")
-    tell(f"state: {described['state_bytes_per_device'] / 2**20:,.1f} MiB a device")
+    report(f"batch: {rows} rows of {plan['seq_len']}, {accumulation} accumulation steps")
+    report(f"loss: logits of {described['loss_chunk']} tokens a device at a time ({described['loss_chunk_reason']})")
+    report(f"state: {described['state_bytes_per_device'] / 2**20:,.1f} MiB a device")
     for note in described["fallbacks"]:
-        tell(f"fallback: {note}")
+        report(f"fallback: {note}")
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     print(f"ipt train: {line}", file=sys.stderr, flush=True)

@@ -1,13 +1,9 @@
-"""The train state: step, float32 parameters, optimizer state; its shapes, where it lies, and how it begins.
+"""The train state: step, float32 parameters, optimizer state; their shapes, shardings and initial values.
 
-Guarantees equal initial parameters on every mesh (each tensor is drawn from its own key, inside jit, straight into its
-shards: no device ever holds the whole model), and moments that lie where their parameters lie.
-
-Where the state really lies once it exists: every shard against the plan, and what a device holds.
-
-Guarantees that a run whose parameters or moments are not split as planned ends before its first step, with the name:
-a replicated one costs memory on every device and traffic in every step, and shows in no loss. Looks at this process's
-devices; the others look at theirs.
+Guarantees equal initial parameters on every mesh: each tensor is drawn from its own key, inside jit, directly into its
+shards, so that no device holds the full model. Moments are sharded as their parameters. A run whose parameters or
+moments are not sharded as planned ends before its first step, with the name: a tensor replicated by accident costs
+memory and traffic and shows in no loss. Each process checks its own devices.
 """
 
 from __future__ import annotations
@@ -43,7 +39,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation)
 def state_shardings(
     state: TrainState, optimizer: optax.GradientTransformation, params: dict[str, Any], mesh: Mesh
 ) -> TrainState:
-    """Shardings of the whole state from those of the parameters; counters are whole on every device."""
+    """Shardings of the state from those of the parameters. Counters are replicated."""
     whole = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree_utils.tree_map_params(
         optimizer, lambda _, sharding: sharding, state.optimizer, params, transform_non_params=lambda _: whole
@@ -76,7 +72,7 @@ def state_from_params(
     return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
 
 
-BIG = 2**20  # elements; what is smaller (norms) is not told
+BIG = 2**20  # elements; smaller tensors (norms) are not printed
 
 
 def check_layout(state: TrainState, planned: TrainState) -> list[str]:
@@ -94,7 +90,7 @@ def _check(path: tuple[Any, ...], leaf: jax.Array, planned: NamedSharding) -> No
     wanted = planned.shard_shape(leaf.shape)
     name = jax.tree_util.keystr(path)
     devices = {shard.device for shard in leaf.addressable_shards}
-    assert devices == planned.addressable_devices, f"state{name} lies on {len(devices)} devices of this process"
+    assert devices == planned.addressable_devices, f"state{name} is on {len(devices)} devices of this process"
     for shard in leaf.addressable_shards:
         assert shard.data.shape == wanted, f"state{name}: {shard.device} holds {shard.data.shape}, planned was {wanted}"
 
@@ -108,5 +104,5 @@ def _tell(name: str, leaf: jax.Array) -> str:
     part = leaf.addressable_shards[0].data
     axes = [str(axis) for axis in leaf.sharding.spec if axis is not None]  # type: ignore[attr-defined]
     parts = math.prod(leaf.shape) // part.size
-    how = f"{parts} parts ({' x '.join(axes)})" if parts > 1 else "whole on every device"
+    how = f"{parts} parts ({' x '.join(axes)})" if parts > 1 else "replicated"
     return f"{name} {list(leaf.shape)}: {how}, {part.nbytes / 2**20:,.1f} MiB a device"

@@ -1,15 +1,13 @@
-"""The train step: a pure function (state, batch) -> (state, metrics).
+"""The train step, a pure function (state, batch) -> (state, metrics), and its construction from a recipe and a mesh.
 
 Guarantees: the loss is the sum over the global batch divided once by the global count of target tokens, so neither
 micro-batches nor meshes change what is optimized; gradients and moments are float32 whatever the compute dtype. A batch
-is a dict of arrays [A, M, T]: A accumulation steps of M rows. Metrics are scalars and sums by document kind; a loss or
-gradient that is not finite is reported in them, the caller decides.
+is a dict of arrays [A, M, T]: A accumulation steps of M rows. Metrics are scalars and sums by document kind; the caller
+checks that they are finite.
 
-From a recipe and a mesh to a step ready to compile: every choice that was left open is made here, with its reason.
-
-Guarantees that `ipt train` and `ipt compile` build the same program, and that each choice (attention kernel, dtype,
-accumulation, loss chunk, what could not be split) can be printed; `strict: true` turns a fallback into an error. Needs
-devices only as descriptions, so that a topology which is not here serves as well.
+`build_program` makes every choice that the recipe leaves open (attention kernel, dtype, accumulation, loss chunk), with
+its reason, for `ipt train` and `ipt compile` alike. `strict: true` turns a fallback into an error. Devices may be
+descriptions of hardware that is not attached.
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ from ipt_jax.parallel.fsdp import OnDevice
 from ipt_jax.parallel.mesh import batch_sharding, row_shards
 from ipt_jax.parallel.rules import bytes_per_device, place_params
 from ipt_jax.train.loss import chunk_size, cross_entropy, no_sums
-from ipt_jax.train.optimizer import clip, learning_rate, make_optimizer
 from ipt_jax.train.state import TrainState, abstract_state, state_shardings
 
 Batch = dict[str, Array]
@@ -87,10 +84,10 @@ def loss_of(
 def gradients(
     params: Params, batch: Batch, *, config: ModelConfig, shape: StepShape, mesh: Mesh, shardings: dict[str, Any]
 ) -> tuple[Any, dict[str, Array]]:
-    """Gradients of the mean loss over the whole batch [A, M, T], and its sums by kind.
+    """Gradients of the mean loss over the global batch [A, M, T], and its sums by kind.
 
     Every device differentiates the loss of its own rows; gathering a weight and adding up its gradient are written out
-    (see OnDevice), not left to the partitioner. What lies along `tensor` is.
+    (see OnDevice), not left to the partitioner. The `tensor` axis is.
     """
     count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
     device = OnDevice(mesh, config.hidden_size)
@@ -98,7 +95,7 @@ def gradients(
     gradient = jax.grad(functools.partial(loss_of, config=config, shape=shape, device=device), has_aux=True)
 
     def of_device(params: Params, batch: Batch, count: Array) -> tuple[Any, dict[str, Array]]:
-        # Scanned layers cast their own slices: whole cast weights would be copied into the loop slice by slice.
+        # Scanned layers cast their own slices: all cast weights would be copied into the loop slice by slice.
         weights = _cast_matrices(params, axes, shape.compute_dtype) if shape.unroll else params
 
         def of_rows(rows: Batch) -> tuple[Any, dict[str, Array]]:
@@ -167,6 +164,43 @@ def make_step(
         return TrainState(state.step + 1, params, moments), metrics
 
     return train_step
+
+
+def learning_rate(settings: OptimizerSettings, step: Array | int, total_steps: int) -> Array:
+    """The rate of step `step` (from 0). The first step of a warm-up already moves; the last step has the least rate."""
+    done = jnp.asarray(step, jnp.float32)
+    warmup = jnp.minimum(1.0, (done + 1) / max(1, settings.warmup_steps))
+    span = max(1, total_steps - 1 - settings.warmup_steps)
+    progress = jnp.clip((done - settings.warmup_steps) / span, 0.0, 1.0)
+    shape = {
+        "constant": jnp.ones(()),
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+    }[settings.schedule]
+    if settings.schedule != "constant":
+        shape = settings.min_ratio + (1.0 - settings.min_ratio) * shape
+    return settings.learning_rate * warmup * shape
+
+
+def make_optimizer(settings: OptimizerSettings, total_steps: int, decay: Any) -> optax.GradientTransformation:
+    """What turns clipped gradients into updates. `decay` is a tree of bool, one per parameter."""
+    direction = {
+        "adamw": optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps, mu_dtype=jnp.float32),
+        "sgd": optax.identity(),
+    }[settings.name]
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(settings.weight_decay, mask=decay),
+        optax.scale_by_learning_rate(lambda step: learning_rate(settings, step, total_steps)),
+    )
+
+
+def clip(grads: Any, norm: Array, limit: float | None) -> Any:
+    """`grads` of global norm `norm`, scaled down to norm `limit` where they exceed it."""
+    if limit is None:
+        return grads
+    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda grad: grad * scale, grads)
 
 
 # Logits held at a time on one device, where the recipe leaves train.loss_chunk open. On CPUs a chunk that stays in the

@@ -1,4 +1,4 @@
-"""`ipt train`: one straight line from a recipe to a trained model.
+"""`ipt train`: from a recipe to a trained model, in order.
 
 Guarantees: a run resumes by itself from its newest checkpoint that verifies, and steps k+1 … N after a kill give the
 bits that an undisturbed run gives (same hardware); SIGTERM saves and ends the run when the save is on disk, which
@@ -43,7 +43,7 @@ from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_ba
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
 from ipt_jax.train.metrics import Ledger, last_line
 from ipt_jax.train.resume import find_newest, refuse_changed, set_aside
-from ipt_jax.train.run_info import copy_tokenizer, describe, tell, tell_start, write_record
+from ipt_jax.train.run_info import copy_tokenizer, describe, report, report_start, write_record
 from ipt_jax.train.state import TrainState, check_layout, fresh_state, state_from_params
 from ipt_jax.train.step import Program, build_program, lower
 
@@ -76,7 +76,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         start = found or CheckpointRecord(0, 0, plan.fingerprint, identity)
         if jax.process_index() == 0:
             described = describe(recipe, plan, program, processes)
-            tell_start(described, run_dir, start.step, plan.steps)
+            report_start(described, run_dir, start.step, plan.steps)
             write_record(run_dir, described)
             copy_tokenizer(plan, run_dir)
         step = compile_step(program)
@@ -87,7 +87,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         layout = check_layout(state, program.shardings)
         if jax.process_index() == 0:
             for line in layout:
-                tell(line)
+                report(line)
         with Ledger.open(run_dir, start, program, plan, recipe.train.log_every) as ledger:
             train(recipe, plan, program, step, state, ledger, checkpoints)
         return result(recipe, plan, ledger.record, ledger.last)
@@ -118,12 +118,12 @@ def train(
             if last:
                 checkpoints.finish()  # a further SIGTERM waits for it
             if stop:
-                tell(f"SIGTERM: saved at step {done} of {plan.steps}; the same command goes on from there")
+                report(f"SIGTERM: saved at step {done} of {plan.steps}; rerun the same command to resume")
                 return
 
 
 def made_with(recipe: Recipe, model: ModelConfig, plan: Plan) -> dict[str, Any]:
-    """What must be equal for a run to go on, in the recipe's names."""
+    """What must be equal for a run to resume, in the recipe's names."""
     return {
         "data": plan.identity | {"cross_document": recipe.data.cross_document},
         "model": model.model_dump(),
@@ -171,23 +171,23 @@ def refuse_other_shapes(path: str, stored: ModelConfig, wanted: ModelConfig) -> 
         if abstract_params(stored.model_copy(update={field: value})) != abstract_params(stored):
             raise UserError(
                 f"model.{field} is {value}, but the weights of {path} have {getattr(stored, field)}; "
-                f"leave model.{field} out, or train from scratch with a preset"
+                f"remove model.{field}, or train from scratch with a preset"
             )
 
 
 def compile_step(program: Program) -> Callable[..., Any]:
-    """The compiled step; says how long it took and what it needs."""
+    """The compiled step. Prints the time and memory it takes."""
     started = time.monotonic()
     compiled = lower(program).compile()
     memory = compiled.memory_analysis()
     needs = f", {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device" if memory else ""
-    tell(f"step compiled in {time.monotonic() - started:.1f} s{needs}")
+    report(f"step compiled in {time.monotonic() - started:.1f} s{needs}")
     return compiled
 
 
 @contextlib.contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory's lock (the first process for all of them) and tells a full disk as a user's mistake."""
+    """Holds the run directory's lock (the first process for all of them) and reports a full disk as a UserError."""
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_directory(run_dir) if jax.process_index() == 0 else None
@@ -197,8 +197,8 @@ def claim(run_dir: Path) -> Iterator[None]:
         if isinstance(error, UserError) or "No space left on device" not in str(error):
             raise
         raise UserError(
-            f"run_dir {run_dir}: cannot be written (No space left on device); free space and run the same command "
-            "again: it goes on from the last checkpoint"
+            f"run_dir {run_dir}: cannot be written (No space left on device); free space and rerun the same command "
+            "to resume from the last checkpoint"
         ) from error
     finally:
         if lock is not None:

@@ -175,9 +175,9 @@ def test_model_block_is_checked() -> None:
     [
         ("cpu", 2048, "allow", "float32", "xla", "the only kernel"),
         ("NVIDIA H100 80GB HBM3", 8192, "allow", "bfloat16", "cudnn", "window 4096, documents see each other"),
-        ("NVIDIA H100 80GB HBM3", 2048, "block", "bfloat16", "cudnn", "no window inside a row, documents kept apart"),
+        ("NVIDIA H100 80GB HBM3", 2048, "block", "bfloat16", "cudnn", "no window inside a row, documents separated"),
         ("NVIDIA H100 80GB HBM3", 2048, "allow", "float32", "xla", "compute_dtype is float32"),
-        ("TPU v5 lite", 8192, "block", "bfloat16", "splash", "window 4096, documents kept apart"),
+        ("TPU v5 lite", 8192, "block", "bfloat16", "splash", "window 4096, documents separated"),
         ("TPU v5 lite", 2000, "allow", "bfloat16", "xla", "multiple of 128 tokens, seq_len is 2000"),
     ],
 )

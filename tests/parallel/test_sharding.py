@@ -28,9 +28,8 @@ from ipt_jax.parallel.distributed import ADDRESSES, initialize_distributed
 from ipt_jax.parallel.mesh import host_slot, make_mesh, mesh_shape
 from ipt_jax.parallel.rules import spec_of
 from ipt_jax.train.metrics import loss_metrics
-from ipt_jax.train.optimizer import make_optimizer
 from ipt_jax.train.state import check_layout, fresh_state
-from ipt_jax.train.step import Program
+from ipt_jax.train.step import Program, make_optimizer
 
 SGD = {"name": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0, "clip_norm": None}
 DEEP = {"layers": 6, "hidden_size": 32, "q_heads": 4, "kv_heads": 2, "vocab_size": 104}  # deep enough to be scanned

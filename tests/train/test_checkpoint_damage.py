@@ -259,14 +259,14 @@ def test_export_and_load_use_the_newest_that_verifies(finished: Path, capfd: pyt
     assert (ours == theirs).all()
     said = capfd.readouterr().err
     assert f"warning: checkpoint {saved}/11 is skipped: params/" in said
-    assert "warning: step 9 is used, which verifies" in said
+    assert "warning: step 9 is used, whose digests match" in said
     run_export(finished / "run", finished / "hf")
     assert (finished / "hf" / "model.safetensors").is_file()
     for use in (ipt_jax.load, lambda path: run_export(path, finished / "other")):
-        with pytest.raises(UserError, match=r"checkpoints/11: params/\S+ is damaged .*; give another checkpoint"):
+        with pytest.raises(UserError, match=r"checkpoints/11: params/\S+ is damaged .*; use another checkpoint"):
             use(saved / "11")
     (saved / "99999").mkdir()
-    with pytest.raises(UserError, match="99999: is an empty directory; give another checkpoint"):
+    with pytest.raises(UserError, match="99999: is an empty directory; use another checkpoint"):
         ipt_jax.load(saved / "99999")
     flip_biggest(saved / "9" / "optimizer")
     with pytest.raises(UserError, match="none of 3 checkpoints can be used"):

@@ -13,7 +13,7 @@ from trainkit import model_of, random_batch, worst
 from ipt_jax.config import OptimizerSettings
 from ipt_jax.model.decoder import decay_mask
 from ipt_jax.train.loss import chunk_size, cross_entropy
-from ipt_jax.train.optimizer import clip, learning_rate, make_optimizer
+from ipt_jax.train.step import clip, learning_rate, make_optimizer
 
 ROWS, LENGTH, D, VOCAB = 4, 12, 8, 11
 

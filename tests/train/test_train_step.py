@@ -142,7 +142,7 @@ def test_choices_are_told() -> None:
 def test_strict_refuses_what_could_not_be_split() -> None:
     mesh = {"fsdp": 2, "tensor": 4}
     fallbacks = program_of(recipe_of(mesh=mesh), model_of(), 8).choices["fallbacks"]
-    assert "layers.key: kv_heads 2 does not divide over tensor, left whole" in fallbacks
+    assert "layers.key: kv_heads 2 does not divide over tensor, not split" in fallbacks
     with pytest.raises(UserError, match="train.strict: layers.key: kv_heads 2"):
         program_of(recipe_of(mesh=mesh, train={"strict": True}), model_of(), 8)
 
