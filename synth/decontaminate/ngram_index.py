@@ -18,6 +18,8 @@ from typing import NamedTuple, Self
 import msgspec
 import numpy as np
 
+from synth.text.words import UNSPACED
+
 ITEMS_NAMED = 16  # a run at the start of every item of a benchmark would name thousands for each pair
 # Shorter answers occur in other texts by chance: FairytaleQA's questions and answers of one split, searched in the
 # other, match 19 of 7,769 pairs from 4 words on, 3 from 5, 1 from 6, none from 8.
@@ -27,20 +29,7 @@ RUN = np.dtype([("hash", np.uint64), ("source", np.uint32), ("place", np.uint32)
 LETTER_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 WORD_BASE = 0xD1342543DE82EF95
 OUTSIDE, INSIDE, ALONE = 0, 1, 2  # of words; ALONE: a word by itself
-LAST_LETTER = 0x3FFFF  # no letter is assigned beyond
-# Blocks of scripts without spaces. NFKC replaces half- and full-width forms.
-SPACELESS = (
-    (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
-    (0x1000, 0x109F),  # Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x3005, 0x3007),  # ideographic marks
-    (0x3040, 0x30FF),  # kana
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),  # ideographs
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x3FFFF),
-)
+LAST_LETTER = 0x3FFFF  # beyond are only variation selectors, of ideographs, which are words by themselves
 MatchedItems = dict[int, str]  # the items that a text matches, each with its first run
 
 
@@ -120,7 +109,7 @@ def letter_kinds() -> np.ndarray:
     """OUTSIDE, INSIDE or ALONE for every character; the last value is that of all characters beyond."""
     named = [unicodedata.category(chr(code))[0] in "LMN" for code in range(LAST_LETTER)]
     kinds = np.array([*named, False], np.uint8)
-    for first, last in SPACELESS:
+    for first, last in UNSPACED:
         kinds[first : last + 1] *= ALONE
     return kinds
 

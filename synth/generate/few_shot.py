@@ -96,7 +96,7 @@ class Chain:
         if surely_fits(asked, self.tokenizer, limit):  # saves encoding most texts twice
             return part
         size = fit_text(asked, self.tokenizer, limit)[1]
-        if size < len(asked) and context_tokens(asked[:size], self.tokenizer) > limit:
+        if size == 1 and context_tokens(asked[:1], self.tokenizer) > limit:
             return None
         return part[0], part[0] + size
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ipt_jax.corpus.records import Pair
 from synth.format.wire import final_answer, question_stem
-from synth.text.sentences import sentence_spans
+from synth.text.words import sentence_spans
 
 SHORTEST = 3  # characters of an answer that is looked for
 CONTENT_WORD = re.compile(r"\w{4,}|\d+")

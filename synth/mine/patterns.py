@@ -18,7 +18,7 @@ from ipt_jax.core.settings import parse_yaml
 from ipt_jax.corpus.records import Pair
 from synth.format.wire import wire_pair
 from synth.render.layout import fill_words
-from synth.text.sentences import sentences
+from synth.text.words import sentences
 
 RULES = 1  # raised when a rule changes; part of the identity
 TEMPLATES = Path(__file__).parent / "mine.yaml"
@@ -87,7 +87,7 @@ def read(text: str) -> ParsedText:
     first, line_break, rest = text.strip().partition("\n")
     short = 1 <= len(first.split()) <= 15 and not first.rstrip().endswith((".", "!", ":", ",", ";"))
     title = first.strip() if line_break and short and len(rest.split()) >= 30 else None
-    parts = [one for one in map(str.strip, sentences(text)) if one != title]
+    parts = [one for one in sentences(text) if one != title]
     return ParsedText(text, title, parts, [number for number, one in enumerate(parts) if is_good(one)])
 
 

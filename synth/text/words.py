@@ -1,15 +1,29 @@
-"""Words as the scores see them: split, stemmed, with function words, negations, names and sentences told apart.
+"""Words and sentences of natural language: the splitters of the product, and word properties for the scores.
 
-Stop words, stems and negations are English. Other languages are split the same way, scripts without spaces letter by
-letter; their function words count as content, so shares are a little higher there, for right and wrong answers alike.
+Stop words, stems and negations are English. In other languages function words count as content, so shares are a little
+higher there, for right and wrong answers alike.
 """
 
 import re
 from functools import lru_cache
 
-# Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: a letter is a word.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-WORD = re.compile(rf"\d+(?:[.,]\d+)*|[{UNSPACED}]|[^\W\d_{UNSPACED}]+(?:['’][^\W\d_]+)*")
+SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n")
+# Scripts without spaces: every character is a word. NFKC replaces half- and full-width forms.
+UNSPACED = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x0F40, 0x0FBC),  # Tibetan letters; a punctuation mark separates its syllables
+    (0x1000, 0x109F),  # Burmese
+    (0x1780, 0x17FF),  # Khmer
+    (0x3005, 0x3007),  # ideographic marks
+    (0x3040, 0x30FF),  # kana
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),  # ideographs
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
+)
+LONE = "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED)
+WORD = re.compile(rf"\d+(?:[.,]\d+)*|[{LONE}]|[^\W\d_{LONE}]+(?:['’][^\W\d_]+)*")
 STOP_WORDS = frozenset(
     """a about after again also am an and any are as at be because been before being both but by can could did do does
     doing down each every few for from had has have having he her here hers him his how i if in into is it its just
@@ -22,7 +36,22 @@ STOP_WORDS = frozenset(
 NEGATIONS = frozenset("not no never none nothing nobody nowhere neither nor cannot without hardly".split())
 SUFFIXES = ("ingly", "edly", "ing", "ies", "ied", "ed", "es", "ly", "s", "e", "y")
 LEAST_STEM = 3
-remembered = lru_cache(maxsize=1 << 18)  # most words have been seen before
+cached = lru_cache(maxsize=1 << 18)  # words repeat
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """The sentences as spans without the blanks around them: 'A b. C.' -> [(0, 4), (5, 7)]"""
+    edges = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
+    spans = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        words = text[start:end]
+        if words.strip():
+            spans.append((start + len(words) - len(words.lstrip()), end - len(words) + len(words.rstrip())))
+    return spans
+
+
+def sentences(text: str) -> list[str]:
+    return [text[start:end] for start, end in sentence_spans(text)]
 
 
 def words(text: str) -> list[str]:
@@ -30,9 +59,9 @@ def words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
-@remembered
+@cached
 def stem(word: str) -> str:
-    """'walked', 'walks' and 'Walking' -> 'walk'; one ending goes, three letters stay."""
+    """'walked', 'walks' and 'Walking' -> 'walk'. Removes one ending and keeps at least three letters."""
     word = plain_word(word).removesuffix("'s")
     for suffix in SUFFIXES:
         if word.endswith(suffix) and len(word) - len(suffix) >= LEAST_STEM:
@@ -46,12 +75,12 @@ def plain_word(word: str) -> str:
     return word.casefold().replace("’", "'")
 
 
-@remembered
+@cached
 def is_content(word: str) -> bool:
     return plain_word(word) not in STOP_WORDS and "'" not in plain_word(word)[1:-2]
 
 
-@remembered
+@cached
 def is_negation(word: str) -> bool:
     word = plain_word(word)
     return word in NEGATIONS or word.endswith("n't")

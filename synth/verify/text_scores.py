@@ -26,8 +26,16 @@ from typing import Any
 from ipt_jax.corpus.records import Pair
 from synth.format.parser import gold_option, plain
 from synth.format.wire import final_answer, question_stem
-from synth.text.sentences import sentences
-from synth.text.words import content_stems, content_words, is_content, is_negation, plain_word, stem, words
+from synth.text.words import (
+    content_stems,
+    content_words,
+    is_content,
+    is_negation,
+    plain_word,
+    sentences,
+    stem,
+    words,
+)
 
 Languages = dict[str, float]  # the probability of each language, if above LEAST_SHARE
 ENOUGH_LETTERS = 1_000  # of a text, to identify its language

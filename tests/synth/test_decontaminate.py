@@ -26,7 +26,7 @@ from synth import read_groups
 from synth.decontaminate import ngram_index
 from synth.decontaminate.ngram_index import (
     FIELD_WORDS,
-    SPACELESS,
+    LAST_LETTER,
     BenchmarkItem,
     Finder,
     NgramIndex,
@@ -35,6 +35,8 @@ from synth.decontaminate.ngram_index import (
 from synth.decontaminate.run import DecontaminateSettings, run_decontaminate
 from synth.format.wire import example_segments, wire_pair
 from synth.generate.run import run_synth
+from synth.text.words import UNSPACED, sentence_spans, sentences
+from synth.text.words import words as scored_words
 
 # ---- words
 
@@ -44,8 +46,8 @@ def plain_words(text: str) -> list[str]:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     words, open_word = [], False
     for letter in folded:
-        inside = unicodedata.category(letter)[0] in "LMN"
-        alone = inside and any(first <= ord(letter) <= last for first, last in SPACELESS)
+        inside = unicodedata.category(letter)[0] in "LMN" and ord(letter) < LAST_LETTER
+        alone = inside and any(first <= ord(letter) <= last for first, last in UNSPACED)
         if inside and open_word and not alone:
             words[-1] += letter
         elif inside:
@@ -67,6 +69,8 @@ def found_words(text: str) -> list[str]:
         ("3.14 and 1,000", ["3", "14", "and", "1", "000"]),
         ("水は東京 is water", ["水", "は", "東", "京", "is", "water"]),
         ("한국어 문장", ["한국어", "문장"]),
+        ("བོད་ཡིག།", ["བ", "ོ", "ད", "ཡ", "ི", "ག"]),
+        ("人々〇 ㇰ豈\U000e0100", ["人", "々", "〇", "ㇰ", "豈"]),
         ("🙂 — \n", []),
         ("", []),
     ],
@@ -79,6 +83,28 @@ def test_words(text: str, words: list[str]) -> None:
 @hypothesis_settings(max_examples=300, deadline=None)
 def test_words_of_any_text(text: str) -> None:
     assert found_words(text) == plain_words(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Anna's 1,000 boats, twice!", ["Anna's", "1,000", "boats", "twice"]),
+        ("水は東京 is water", ["水", "は", "東", "京", "is", "water"]),
+        ("བོད་ཡིག།", ["བ", "ོ", "ད", "ཡ", "ི", "ག"]),
+        ("人々〇 ㇰ𠀋", ["人", "々", "〇", "ㇰ", "𠀋"]),
+        ("한국어 문장", ["한국어", "문장"]),
+    ],
+)
+def test_scores_and_overlap_split_the_same_scripts(text: str, words: list[str]) -> None:
+    assert scored_words(text) == words
+
+
+def test_sentences() -> None:
+    text = ' One. "Two!" she said… 3.5 km?\n\nTitle\n水。「東京。」終わり '
+    found = ["One.", '"Two!"', "she said… 3.5 km?", "Title", "水。", "「東京。」", "終わり"]
+    assert sentences(text) == found
+    assert [text[start:end] for start, end in sentence_spans(text)] == found
+    assert sentence_spans(" \n ") == []
 
 
 # ---- matches
