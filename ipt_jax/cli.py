@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ipt_jax.config import Recipe
     from ipt_jax.data.tokenize import TokenizeSettings
 
-STOPPED = 143  # 128 + SIGTERM, as the shell reports it: saved and unfinished, so that a scheduler starts it again
+STOPPED = 143  # 128 + SIGTERM, as a shell reports it: saved but unfinished, so that a scheduler restarts it
 RECIPE = "ipt_jax.config:Recipe"
 
 app = typer.Typer(

@@ -1,10 +1,16 @@
-"""The command behind `ipt compile`: settings to a result, and the result as a table for people."""
+"""`ipt compile`: compile a recipe once or search what fits, and print the result as tables.
+
+The search (`--fit`) tries the micro-batches that divide the batch, for each way of recomputing, by bisection: memory
+grows with the rows, so a few compilations find the largest that fits. The choice is the one of all tried and fitting
+with the most predicted tokens/s, not the largest: where memory is short, XLA adds recomputation by itself.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +18,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ipt_jax.compile.hardware import PREDICTION_ERROR
-from ipt_jax.config import Recipe
+from ipt_jax.config import Recipe, rows_per_step
 from ipt_jax.core.errors import UserError
 from ipt_jax.hf.config import resolve_model
 from ipt_jax.model.config import ModelConfig
+from ipt_jax.model.flops import model_flops_per_token, recomputed_flops_per_token
 from ipt_jax.parallel.topology import Topology, parse_topology, prepare_environment
+
+Remat = str | tuple[str, ...]
+Compile = Callable[[Recipe, ModelConfig, Topology], dict[str, Any]]
+REMATS: tuple[Remat, ...] = (
+    "none",
+    ("query", "key", "value", "output", "gate", "up"),
+    ("query", "key", "value", "output"),
+    "full",
+)
 
 
 def run_compile(recipe: Recipe, topology_name: str, fit: bool) -> dict[str, Any]:
@@ -25,32 +41,81 @@ def run_compile(recipe: Recipe, topology_name: str, fit: bool) -> dict[str, Any]
     model = resolve_model(recipe.model)
     with tempfile.TemporaryDirectory(prefix="ipt-compile-") as dumps:
         prepare_environment(topology, dumps)
-        return _compile(recipe, model, topology, fit, Path(dumps))
+        from ipt_jax.compile.measure import compile_recipe  # imports JAX, which reads the environment then
+        from ipt_jax.parallel.mesh import mesh_shape
 
-
-def _compile(recipe: Recipe, model: ModelConfig, topology: Topology, fit: bool, dumps: Path) -> dict[str, Any]:
-    from ipt_jax.compile.fit import search  # imports JAX, which reads its variables then
-    from ipt_jax.compile.measure import compile_recipe
-    from ipt_jax.parallel.mesh import mesh_shape
-
-    if not fit:
-        return compile_recipe(recipe, model, topology, dumps)
-    data, fsdp, _ = mesh_shape(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, topology.devices)
-    found = search(recipe, model, topology, data * fsdp, functools.partial(compile_recipe, dumps=dumps), tell)
-    if found["chosen"] is None:
+        compile_step = functools.partial(compile_recipe, dumps=Path(dumps))
+        if not fit:
+            return compile_step(recipe, model, topology)
+        data, fsdp, _ = mesh_shape(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, topology.devices)
+        frontier, compilations = search(recipe, model, topology, data * fsdp, compile_step)
+    if not frontier:
         raise UserError(
             f"--topology {topology.name}: not even one row of {recipe.data.seq_len} with everything recomputed fits; "
             "use more devices, a tensor axis, or a shorter data.seq_len"
         )
-    return found["chosen"] | {"frontier": found["frontier"], "compilations": found["compilations"]}
+    return frontier[0] | {"frontier": frontier, "compilations": compilations}
 
 
-def tell(line: str) -> None:
-    print(f"ipt compile: {line}", file=sys.stderr, flush=True)
+# ---- search
+
+
+def search(
+    recipe: Recipe, model: ModelConfig, topology: Topology, shards: int, compile_step: Compile
+) -> tuple[list[dict[str, Any]], int]:
+    """The results that fit, by predicted tokens/s in descending order, and the number of compilations.
+
+    Each result is that of `compile_step` with `recomputed`, a share of the model's FLOPs.
+    """
+    tried: list[dict[str, Any]] = []
+    flops = model_flops_per_token(model, recipe.data.seq_len)
+    for remat in REMATS:
+
+        def attempt(microbatch: int, remat: Remat = remat) -> dict[str, Any]:
+            settings = recipe.train.model_copy(update={"microbatch": microbatch, "remat": remat})
+            result = compile_step(recipe.model_copy(update={"train": settings}), model, topology)
+            result["recomputed"] = recomputed_flops_per_token(model, recipe.data.seq_len, remat) / flops
+            tried.append(result)
+            print(f"ipt compile: {_attempt_line(result, remat, microbatch)}", file=sys.stderr, flush=True)
+            return result
+
+        largest(sizes(rows_per_step(recipe), shards), attempt)
+    fitting = [one for one in tried if one["fits"]]
+    return sorted(fitting, key=lambda one: one["predicted_tokens_per_second"], reverse=True), len(tried)
+
+
+def _attempt_line(result: dict[str, Any], remat: Remat, microbatch: int) -> str:
+    speed = f"fits, predicted {result['predicted_tokens_per_second']:,.0f} tokens/s" if result["fits"] else ""
+    return (
+        f"remat {_label(remat)}, microbatch {microbatch}: {_gib(result['peak_bytes_per_device'])}, "
+        f"{speed or 'does not fit'} (compiled in {result['compile_seconds']} s)"
+    )
+
+
+def sizes(rows: int, shards: int) -> list[int]:
+    """Micro-batches that divide the rows per shard, ascending."""
+    each = rows // shards
+    return [size for size in range(1, each + 1) if each % size == 0]
+
+
+def largest(ascending: list[int], attempt: Callable[[int], dict[str, Any]]) -> dict[str, Any] | None:
+    """The result of the largest size that fits, by bisection; None if none does."""
+    best, low, high = None, 0, len(ascending)
+    while low < high:
+        middle = (low + high) // 2
+        result = attempt(ascending[middle])
+        if result["fits"]:
+            best, low = result, middle + 1
+        else:
+            high = middle
+    return best
+
+
+# ---- tables
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """The figures of one compilation, and all that fits where that was searched."""
+    """Prints one compilation, and after a search all that fit."""
     console = Console(highlight=False)
     if "frontier" in result:
         console.print(_frontier(result["frontier"]))
@@ -94,7 +159,7 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _predicted(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The step's speed: an estimate where the device's rates were measured, else a bound."""
+    """The predicted speed: an estimate where the device's rates were measured, else a bound."""
     products, memory = result["predicted_products_seconds"], result["predicted_memory_seconds"]
     exposed, moved = result["predicted_exposed_collective_seconds"], result["predicted_collective_seconds"]
     shares = f"products {products:.3f}, memory {memory:.3f}, exposed collectives {exposed:.3f} of {moved:.3f}"
@@ -110,9 +175,7 @@ def _predicted(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _predicted_parts(result: dict[str, Any]) -> Table:
     """Seconds, products and bytes of a device's step, by part."""
-    table = Table("part", "predicted seconds", "predicted share", "TFLOP a device", "GB of memory", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table("part", "predicted seconds", "predicted share", "TFLOP a device", "GB of memory")
     for part, total in sorted(result["predicted_parts"].items(), key=lambda item: -item[1]["seconds"]):
         share = total["seconds"] / result["predicted_step_seconds"]
         counted = (f"{total['flops'] / 1e12:,.2f}", f"{total['bytes'] / 1e9:,.2f}")
@@ -125,15 +188,12 @@ def _predicted_parts(result: dict[str, Any]) -> Table:
         f"{peaks['memory_bytes_per_second'] / 1e9:,.0f} GB/s of memory and "
         f"{peaks['link_bytes_per_second'] / 1e9:,.0f} GB/s of links a device{between}: {source}."
     )
-    table.caption_justify = "left"
     return table
 
 
 def _collectives(result: dict[str, Any]) -> Table:
-    """What a device sends in a step, beside an ideal schedule."""
-    table = Table("collective", "a step", "of them in loops", "MB sent a device", "ideal FSDP", "ratio", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    """Bytes that a device sends per step, compared with an ideal schedule."""
+    table = _table("collective", "a step", "of them in loops", "MB sent a device", "ideal FSDP", "ratio")
     for kind, total in result["collectives"].items():
         ideal = result["ideal"].get(kind, 0)
         inside = result["collectives_in_loops"].get(kind, {"count": 0})["count"]
@@ -143,19 +203,24 @@ def _collectives(result: dict[str, Any]) -> Table:
         )  # fmt: skip
     dtypes = ", ".join(result["reduce_dtypes"]) or "none"
     table.caption = f"Ideal: each split parameter gathered twice, reduce-scattered once a micro-batch ({dtypes})."
-    table.caption_justify = "left"
     return table
 
 
 def _frontier(frontier: list[dict[str, Any]]) -> Table:
     predicted = ("predicted tokens/s", "predicted MFU")
-    table = Table("remat", "microbatch", "peak a device", "FLOPs recomputed", *predicted, box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table("remat", "microbatch", "peak a device", "FLOPs recomputed", *predicted)
     for one in frontier:
         settings = (_label(one["remat"]), str(one["microbatch"]), _gib(one["peak_bytes_per_device"]))
         speed = (f"{one['predicted_tokens_per_second']:,.0f}", f"{one['predicted_mfu']:.1%}")
         table.add_row(*settings, f"{one['recomputed']:.1%}", *speed)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """The first column left-aligned, the others right-aligned."""
+    table = Table(*columns, box=None, caption_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
     return table
 
 

@@ -1,8 +1,7 @@
-"""What devices can do, and the step that a compiled program is predicted to take on them.
+"""Peaks of devices, and the predicted time of a compiled step on them.
 
-Peaks are those of data sheets. One kind of device was measured: for an H100 the shares of the peaks that kernels reach
-are known, and a prediction is an estimate. For the others each share is 1.0 and a prediction is a lower bound on
-seconds. Each key of a prediction begins with `predicted_`.
+Peaks are those of data sheets. For an H100 the shares of the peaks that kernels reach were measured, and a prediction
+is an estimate. For other devices each share is 1.0, and a prediction is a lower bound on seconds.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from typing import Any
 from ipt_jax.compile.roofline import kernels, predict
 from ipt_jax.model.flops import PEAK_FLOPS
 
-INFINIBAND = 50e9  # assumed: 400 Gb/s of InfiniBand a GPU between nodes
+INFINIBAND = 50e9  # assumed: 400 Gb/s of InfiniBand per GPU between nodes
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Bytes a second of one device."""
+    """Bytes per second of one device."""
 
     memory: float  # read + written
-    link: float  # sent to neighbours: NVLink, one direction; ICI along one axis of the torus, both ways round
+    link: float  # sent to neighbours: NVLink, one direction; ICI along one axis of the torus, both directions
     network: float  # sent to other nodes; 0 where all devices share one network
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Of the data sheet's peaks, what kernels reach."""
+    """Shares of the data sheet's peaks that kernels reach."""
 
     products: float = 1.0
     memory: float = 1.0
@@ -67,18 +66,13 @@ def predict_step(
         hardware.network,
         (peak * shares.attention_forward, peak * shares.attention_backward),
     )
-    seconds = found["seconds"]
+    seconds = found.pop("seconds")
     return {
         "predicted_step_seconds": seconds,
         "predicted_tokens_per_second": tokens / seconds,
         "predicted_tokens_per_second_per_device": tokens / seconds / devices,
         "predicted_mfu": tokens * model_flops_per_token / (seconds * devices * peak),
-        "predicted_limit": found["limit"],
-        "predicted_products_seconds": found["products_seconds"],
-        "predicted_memory_seconds": found["memory_seconds"],
-        "predicted_collective_seconds": found["collective_seconds"],
-        "predicted_exposed_collective_seconds": found["exposed_collective_seconds"],
-        "predicted_parts": found["parts"],
+        **{f"predicted_{name}": value for name, value in found.items()},
         "predicted_from": {
             "measured": device_kind in MEASURED,
             "flops_per_second": peak * shares.products,

@@ -1,9 +1,9 @@
-"""Reads a compiled program's text (XLA's HLO): which collectives run, how often, over how many bytes; which kernels.
+"""Parses the text of a compiled program (XLA's HLO): its instructions, collectives and attention kernels.
 
-Guarantees that loops count: what stands in the body of a scan over 20 layers counts 20 times. An asynchronous
-collective counts once, however many pieces the text has for it. Bytes are what one device sends: of S bytes over n
-devices, S (n - 1) / n for an all-gather (S gathered), a reduce-scatter (S before it is cut) or an all-to-all, twice
-that for an all-reduce, S for a permute. Both of XLA's dialects are read, that of GPUs and that of TPUs.
+Guarantees: loops count, so an instruction in the body of a scan over 20 layers counts 20 times. An asynchronous
+collective counts once. Bytes are those that one device sends: of S bytes over n devices, S (n - 1) / n for an
+all-gather (S gathered), a reduce-scatter (S before it is cut) or an all-to-all, twice that for an all-reduce, S for a
+permute. The dialects of CPUs, GPUs and TPUs are parsed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,9 +23,21 @@ BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, 
 
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)$")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 OPERANDS = re.compile(r"(?:[^()]+|\((?:[^()]+|\([^()]*\))*\))*")  # up to the parenthesis that closes them
+NAME = re.compile(r"%([\w.\-]+)")
 WRAPPED = re.compile(r"\n(?=\"|\}\})")  # a Pallas kernel's attributes go over several lines
+
+
+class HloArray(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+    in_memory: bool  # of the device
+
+    @property
+    def size(self) -> int:
+        """Bytes, in any memory."""
+        return BYTES[self.dtype] * math.prod(self.dims)
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class HloInstruction:
     def operands(self) -> tuple[str, ...]:
         """Names of the instructions that this one reads."""
         found = OPERANDS.match(self.rest)
-        return tuple(re.findall(r"%([\w.\-]+)", found[0])) if found and self.opcode != "parameter" else ()
+        return tuple(NAME.findall(found[0])) if found and self.opcode != "parameter" else ()
 
 
 @dataclass(frozen=True)
@@ -49,15 +62,17 @@ class Collective:
     kind: str
     dtype: str
     size: int  # bytes: gathered, or before they are reduced
-    devices: int  # that take part
-    times: int  # a step
+    group: tuple[int, ...]  # the devices that take part, of the first group
+    times: int  # per step
     loops: tuple[int, ...]  # trips of the loops around it, outermost first
 
     @property
     def sent(self) -> int:
-        """Bytes that one device sends a step."""
-        part = {"all-reduce": 2, "collective-permute": 0}.get(self.kind, 1) * self.size * (self.devices - 1)
-        return self.times * (self.size if self.kind == "collective-permute" else part // self.devices)
+        """Bytes that one device sends per step."""
+        if self.kind == "collective-permute":
+            return self.times * self.size
+        devices = len(self.group)
+        return self.times * ((2 if self.kind == "all-reduce" else 1) * self.size * (devices - 1) // devices)
 
 
 Computations = dict[str, list[HloInstruction]]
@@ -77,14 +92,30 @@ def parse(text: str) -> tuple[Computations, str]:
     return computations, entry
 
 
+def walk(
+    computations: Computations, name: str, loops: tuple[int, ...] = ()
+) -> Iterator[tuple[HloInstruction, str, tuple[int, ...]]]:
+    """Each instruction that runs, in order, its computation, and the trips of the loops around it, outermost first.
+
+    Fusions and asynchronous starts are not entered.
+    """
+    for one in computations[name]:
+        if one.opcode == "while":
+            trips = trips_of(one, computations, computations[name])
+            yield from walk(computations, attribute(one, "body"), (*loops, trips))
+        elif one.opcode == "call":
+            yield from walk(computations, attribute(one, "to_apply"), loops)
+        elif one.opcode == "conditional":
+            for branch in NAME.findall(braced(one, "branch_computations")):
+                yield from walk(computations, branch, loops)
+        else:
+            yield one, name, loops
+
+
 def collectives(text: str) -> list[Collective]:
     """All collectives of a program."""
     computations, entry = parse(text)
-    found = []
-    for instruction, loops in _walk(computations, entry, ()):
-        if instruction.opcode == "fusion" or is_collective(instruction):
-            found += collectives_of(instruction, computations, loops)
-    return found
+    return [found for one, _, loops in walk(computations, entry) for found in collectives_of(one, computations, loops)]
 
 
 def is_collective(instruction: HloInstruction) -> bool:
@@ -94,38 +125,29 @@ def is_collective(instruction: HloInstruction) -> bool:
 def collectives_of(
     instruction: HloInstruction, computations: Computations, loops: tuple[int, ...] = ()
 ) -> list[Collective]:
-    """The arrays that one collective moves; of a fusion, that of a TPU's reduce-scatter in one piece."""
-    kind = instruction.opcode.removesuffix("-start")
-    if instruction.opcode == "fusion":
-        kind, inner = "reduce-scatter", computations[attribute(instruction, "calls")]
-        instruction = next(one for one in inner if one.opcode.startswith("all-reduce"))
-    devices = len(group(instruction.rest))
-    sizes = _sizes(instruction, kind, devices)
-    return [Collective(kind, dtype, size, devices, math.prod(loops), loops) for dtype, size in sizes]
+    """The arrays that an instruction's collective moves; empty where it is, holds or starts none."""
+    callee = callee_of(instruction)
+    fused = callee.startswith("all-reduce-scatter")  # a TPU's reduce-scatter as one fusion
+    moved = instruction if is_collective(instruction) else None
+    if callee and (fused or not continues(callee, computations)):
+        moved = next((one for one in computations[callee] if is_collective(one)), None)
+    if moved is None:
+        return []
+    kind = "reduce-scatter" if fused else moved.opcode.removesuffix("-start")
+    devices = group(moved.rest)
+    return [
+        Collective(kind, dtype, size, devices, math.prod(loops), loops)
+        for dtype, size in _sizes(moved, kind, len(devices))
+    ]
 
 
-def _walk(
-    computations: Computations, name: str, loops: tuple[int, ...]
-) -> Iterator[tuple[HloInstruction, tuple[int, ...]]]:
-    """Each instruction that runs, and the trips of the loops around it."""
-    for one in computations[name]:
-        callee = attribute(one, "calls") or attribute(one, "to_apply")
-        if one.opcode == "while":
-            trips = trips_of(one, computations, computations[name])
-            yield from _walk(computations, attribute(one, "body"), (*loops, trips))
-        elif one.opcode == "fusion" and callee.startswith("all-reduce-scatter"):
-            yield one, loops
-        elif one.opcode == "conditional":
-            for branch in re.findall(r"%([\w.\-]+)", braced(one, "branch_computations")):
-                yield from _walk(computations, branch, loops)
-        elif one.opcode in ("fusion", "call", "async-start") and not goes_on(callee, computations):
-            yield from _walk(computations, callee, loops)
-        elif one.opcode not in ("fusion", "call", "async-start"):
-            yield one, loops
+def callee_of(instruction: HloInstruction) -> str:
+    """The computation of a fusion or an asynchronous start; empty for other instructions."""
+    return attribute(instruction, "calls") if instruction.opcode in ("fusion", "async-start") else ""
 
 
-def goes_on(callee: str, computations: Computations) -> bool:
-    """Whether a fusion of a TPU's program only goes on with a collective that another one has started."""
+def continues(callee: str, computations: Computations) -> bool:
+    """Whether a fusion of a TPU's program only continues a collective that another one has started."""
     done = any('"AsyncCollectiveDone"' in one.rest for one in computations[callee])
     return done or callee.startswith("async_collective_fusion")
 
@@ -141,12 +163,12 @@ def braced(instruction: HloInstruction, name: str) -> str:
 
 
 def trips_of(loop: HloInstruction, computations: Computations, around: list[HloInstruction]) -> int:
-    """How often a loop runs: what the compiler noted, else the bound that its counter is compared with."""
+    """How often a loop runs: as the compiler noted, else from the bound that its counter is compared with."""
     if noted := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
         return int(noted[1])
     condition = {one.name: one for one in computations[attribute(loop, "condition")]}
     compare = next(one for one in condition.values() if one.root)
-    counter, bound = re.findall(r"%([\w.\-]+)", compare.rest)[:2]
+    counter, bound = NAME.findall(compare.rest)[:2]
     assert compare.opcode == "compare" and "direction=LT" in compare.rest, f"loop {loop.name} ends by {compare}"
     end = int(condition[bound].rest.split(")")[0])
     place = re.search(r"index=(\d+)", condition[counter].rest)
@@ -155,18 +177,18 @@ def trips_of(loop: HloInstruction, computations: Computations, around: list[HloI
 
 
 def _start(loop: HloInstruction, place: int, around: dict[str, HloInstruction]) -> int:
-    """A loop's counter before its first turn: 0 unless a constant says otherwise."""
-    state = around.get(re.findall(r"%([\w.\-]+)", loop.rest)[0])
+    """A loop's counter before its first iteration: 0 unless it is a constant."""
+    state = around.get(NAME.findall(loop.rest)[0])
     if state is None or state.opcode != "tuple":
         return 0
-    value = around.get(re.findall(r"%([\w.\-]+)", state.rest)[place])
+    value = around.get(NAME.findall(state.rest)[place])
     while value is not None and value.opcode == "copy":
-        value = around.get(re.findall(r"%([\w.\-]+)", value.rest)[0])
+        value = around.get(NAME.findall(value.rest)[0])
     return int(value.rest.split(")")[0]) if value is not None and value.opcode == "constant" else 0
 
 
 def group(rest: str) -> tuple[int, ...]:
-    """Devices of a collective's first group, from any of the four ways in which groups are written."""
+    """Devices of a collective's first group. XLA writes groups in four ways."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return tuple(_numbers(found[1]))
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[\S+)", rest):
@@ -182,7 +204,7 @@ def group(rest: str) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Devices in the order that `[8,8]T(1,0)` stands for: counted up over the dims, which are then transposed."""
+    """Devices in the order that `[8,8]T(1,0)` denotes: counted up over the dims, which are then transposed."""
     found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     assert found is not None, f"devices in an unknown form: {text}"
     dims = _numbers(found[1])
@@ -195,31 +217,37 @@ def _numbers(text: str) -> list[int]:
 
 def _sizes(instruction: HloInstruction, kind: str, devices: int) -> list[tuple[str, int]]:
     """(dtype, bytes) of each array of a collective: gathered, or before it is reduced."""
-    shapes = [(dtype, _size(dtype, dims)) for dtype, dims in SHAPE.findall(re.sub(r"\{[^}]*\}", "", instruction.shape))]
+    arrays = arrays_of(instruction.shape)
     if instruction.opcode.endswith("-start"):
         if kind in ("all-gather", "reduce-scatter"):  # operands, then results
-            shapes = shapes[len(shapes) // 2 :]
+            arrays = arrays[len(arrays) // 2 :]
         elif kind == "collective-permute":
-            shapes = shapes[:1]
+            arrays = arrays[:1]
     scale = devices if kind == "reduce-scatter" and not instruction.opcode.startswith("all-reduce") else 1
-    return [(dtype, size * scale) for dtype, size in shapes]
+    return [(array.dtype, array.size * scale) for array in arrays]
 
 
-def _size(dtype: str, dims: str) -> int:
-    size = BYTES[dtype]
-    for dim in dims.split(","):
-        size *= int(dim) if dim else 1
-    return size
+@functools.lru_cache(maxsize=100_000)
+def arrays_of(shape: str) -> list[HloArray]:
+    """The arrays of a shape, in order.
+
+    S(n) names another memory space. A GPU's S(1) is device memory that collectives use; a TPU's, whose arrays are
+    tiled, is vector memory.
+    """
+    return [
+        HloArray(
+            dtype,
+            tuple(int(dim) for dim in dims.split(",") if dim),
+            "S(" not in layout or ("S(1)" in layout and "T(" not in layout),
+        )
+        for dtype, dims, layout in ARRAY.findall(shape)
+    ]
 
 
 def attention_kernels(text: str) -> dict[str, dict[str, int]]:
-    """Calls of fused attention that stand in the program, forward and backward; empty where XLA's own runs."""
-    targets = re.findall(r'custom_call_target="(__cudnn\$fmha\w*)"', text)
+    """Calls of fused attention in the program, forward and backward; empty where XLA's own attention runs."""
+    cudnn = re.findall(r'custom_call_target="(__cudnn\$fmha\w*)"', text)
     splash = re.findall(r'%(splash_mha_(?:fwd|dq|dkv)[\w.]*) = [^\n]*custom_call_target="tpu_custom_call"', text)
-    found = {
-        "cudnn": {"forward": sum("Backward" not in one for one in targets)},
-        "splash": {"forward": sum("_fwd" in one for one in splash)},
-    }
-    found["cudnn"]["backward"] = len(targets) - found["cudnn"]["forward"]
-    found["splash"]["backward"] = len(splash) - found["splash"]["forward"]
-    return {name: calls for name, calls in found.items() if any(calls.values())}
+    forward = {"cudnn": sum("Backward" not in one for one in cudnn), "splash": sum("_fwd" in one for one in splash)}
+    calls = {"cudnn": len(cudnn), "splash": len(splash)}
+    return {name: {"forward": forward[name], "backward": calls[name] - forward[name]} for name in calls if calls[name]}

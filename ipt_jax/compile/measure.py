@@ -1,9 +1,8 @@
-"""One compilation of the real train step for devices that are not here, and the figures of its program.
+"""Compiles the train step for devices that are not attached, and reports memory, kernels and collectives.
 
-Guarantees that the program is the one `ipt train` runs on such devices: the same recipe, model and mesh go through
-`build_program`, and the state and the batch exist as shapes alone. Data is never opened. What is reported is read from
-the compiled program (memory, kernels, collectives), but for `ideal` and `model_flops_per_token`, which are arithmetic,
-and what begins with `predicted_`, which is a roofline over the program.
+Guarantees: the program is the one that `ipt train` runs on such devices. The same recipe, model and mesh go through
+`build_program`; state and batch exist as shapes only, and data is never opened. Figures are read from the compiled
+program, except `ideal` and `model_flops_per_token`, which are arithmetic, and `predicted_*`, which is a roofline.
 """
 
 from __future__ import annotations
@@ -47,24 +46,7 @@ def compile_recipe(recipe: Recipe, model: ModelConfig, topology: Topology, dumps
             f"--topology {topology.name}: JAX traces cuDNN attention for the GPU of this process, which has none "
             f"({str(error).rstrip('.')}); add train.attention=xla to compile without it"
         ) from error
-    result: dict[str, Any] = {
-        "topology": topology.name,
-        "devices": mesh.devices.size,
-        "device_kind": mesh.devices.flat[0].device_kind,
-        "mesh": dict(mesh.shape),
-        "params": param_count(model),
-        "seq_len": recipe.data.seq_len,
-        "microbatch": program.rows // program.shape.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"]),
-        "accumulation": program.shape.accumulation,
-        "batch_tokens": recipe.train.batch_tokens,
-        "remat": program.shape.remat,
-        "compute_dtype": program.shape.compute_dtype,
-        "attention_chosen": {"kernel": program.shape.attention, "reason": program.choices["attention_reason"]},
-        "fallbacks": program.choices["fallbacks"],
-        "model_flops_per_token": model_flops_per_token(model, recipe.data.seq_len),
-        "hbm_bytes": topology.memory,
-        "usable_bytes": topology.usable,
-    }
+    result = _describe(recipe, topology, program)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -79,20 +61,16 @@ def compile_recipe(recipe: Recipe, model: ModelConfig, topology: Topology, dumps
         }
     seconds = time.monotonic() - started
     memory, text = compiled.memory_analysis(), program_text(dumps)
-    assert memory is not None, "compilers for devices tell it"
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    assert memory is not None, "compilers for devices analyse memory"
+    sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output", "alias")}
+    peak = sizes["argument"] + sizes["temp"] + sizes["output"] - sizes["alias"]
     kernels, found = attention_kernels(text), collectives(text)
     return {
         **result,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "aliased_bytes": memory.alias_size_in_bytes,
+        "argument_bytes": sizes["argument"],
+        "temporary_bytes": sizes["temp"],
+        "output_bytes": sizes["output"],
+        "aliased_bytes": sizes["alias"],
         "peak_bytes_per_device": peak,
         "fits": peak <= topology.usable,
         "attention": next(iter(kernels), "xla"),
@@ -108,10 +86,33 @@ def compile_recipe(recipe: Recipe, model: ModelConfig, topology: Topology, dumps
     }
 
 
-def program_text(dumps: Path) -> str:
-    """The optimized program of the step as its compiler wrote it down.
+def _describe(recipe: Recipe, topology: Topology, program: Program) -> dict[str, Any]:
+    """The part of the result that is known before compilation."""
+    mesh, shape = program.mesh, program.shape
+    return {
+        "topology": topology.name,
+        "devices": mesh.devices.size,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "params": param_count(program.model),
+        "seq_len": recipe.data.seq_len,
+        "microbatch": program.rows // shape.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        "accumulation": shape.accumulation,
+        "batch_tokens": recipe.train.batch_tokens,
+        "remat": shape.remat,
+        "compute_dtype": shape.compute_dtype,
+        "attention_chosen": {"kernel": shape.attention, "reason": program.choices["attention_reason"]},
+        "fallbacks": program.choices["fallbacks"],
+        "model_flops_per_token": model_flops_per_token(program.model, recipe.data.seq_len),
+        "hbm_bytes": topology.memory,
+        "usable_bytes": topology.usable,
+    }
 
-    Not `as_text()`: that goes through JAX's own copy of XLA, which cannot read all that a newer libtpu makes.
+
+def program_text(dumps: Path) -> str:
+    """The optimized program of the step as its compiler dumped it.
+
+    Not `as_text()`: that uses JAX's own copy of XLA, which cannot parse every program of a newer libtpu.
     """
     found = list(dumps.glob(f"{STEP_DUMPS}after_optimizations.txt"))
     assert len(found) == 1, f"{len(found)} programs among {sorted(one.name for one in dumps.iterdir())}"
@@ -127,16 +128,17 @@ def _by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
 
 
 def ideal_fsdp(program: Program) -> dict[str, int]:
-    """Bytes that one device sends in an ideal schedule: of each split parameter, two gathers and one reduce-scatter a
-    micro-batch, in the compute dtype; of what several devices hold whole, one float32 all-reduce a step."""
+    """Bytes that one device sends in an ideal schedule, by kind of collective.
+
+    Each split parameter: two gathers and one reduce-scatter per micro-batch, in the compute dtype. Each parameter of
+    which devices hold copies: one float32 all-reduce per step.
+    """
     mesh, model = program.mesh, program.model
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     width = 2 if program.shape.compute_dtype == "bfloat16" else 4
     moved = reduced = 0
-    names = logical_axes(model)
-    shapes = abstract_params(model)
-    flat_axes = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
-    for shape, axes in zip(jax.tree.leaves(shapes), flat_axes, strict=True):
+    flat_axes = jax.tree.leaves(logical_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    for shape, axes in zip(jax.tree.leaves(abstract_params(model)), flat_axes, strict=True):
         size = math.prod(shape.shape)
         if tensor > 1 and any("tensor" in mesh_axes(name) for name in axes):
             size //= tensor
@@ -151,7 +153,7 @@ def ideal_fsdp(program: Program) -> dict[str, int]:
 
 
 def _needed(message: str) -> int | None:
-    """Bytes that a program which did not fit asked for, as far as libtpu's message tells; None for other errors."""
+    """Bytes that a program too large for the device needs: 0 where the message has none, None for other errors."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}

@@ -1,4 +1,4 @@
-"""What both console scripts share: the decorator `command`, exit codes, one-line errors and the printed result.
+"""Commands of both console scripts: the decorator `command`, exit codes, one-line errors and the printed result.
 
 Exit codes: 0 success; 2 user error (one line on stderr, also for a path that cannot be opened); 1 fault (one line if
 the cause is outside the program, otherwise a traceback); 130 Ctrl-C; 143 SIGTERM before the stage finished.
@@ -35,11 +35,11 @@ Overrides = Annotated[
         metavar="[KEY.SUB=VALUE]...", help="Fields of the recipe to override. VALUE is YAML.", show_default=False
     ),
 ]
-# Typer brings its own copy of click or uses the one installed, by version; its public errors lead to the bases in both.
+# Some versions of Typer contain a copy of click, others import it. Bases of its public errors are click's in both.
 UsageError: Any
 ClickError: Any
 UsageError, ClickError = typer.BadParameter.__mro__[1:3]
-# Errors of a path rather than of the program. Worker processes pass them on unchanged.
+# Errors of a path rather than of the program. Worker processes raise them unchanged.
 OF_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object on stdout. Default: a table.")
@@ -47,7 +47,7 @@ AsJson = Annotated[
 
 
 class Shown(NamedTuple):
-    """The result of a command that prints more than a table of figures, or ends with another exit code than 0."""
+    """The result of a command with a view of its own, or with an exit code other than 0."""
 
     result: dict[str, Any]  # what --json prints
     view: Callable[[], None] | None = None  # prints to stdout in place of the table
@@ -63,7 +63,7 @@ def command(app: typer.Typer, name: str | None = None, *, recipe: str | None = N
 
     With `recipe` ("module:Class" of a settings class, imported when needed) the command takes CONFIG and overrides,
     passes the loaded settings as the first argument, and lists their fields in `--help`. Every command takes --json.
-    A function with a parameter `as_json` prints to stdout itself when it is false, and returns None if that is all.
+    A function with a parameter `as_json` prints to stdout itself when it is false. It may then return None.
     """
 
     def register(body: Body) -> Body:
@@ -100,15 +100,15 @@ def _parameter(name: str, annotation: Any, default: Any = Parameter.empty) -> Pa
 
 
 def _print_result(result: Result, as_json: bool) -> None:
-    if isinstance(result, Shown):
-        if result.view is None or as_json:
-            show(result.result, as_json)
-        else:
-            result.view()
-        if result.exit_code:
-            raise typer.Exit(result.exit_code)
-    elif result is not None:
-        show(result, as_json)
+    shown = Shown(result) if isinstance(result, dict) else result
+    if shown is None:
+        return
+    if shown.view is None or as_json:
+        show(shown.result, as_json)
+    else:
+        shown.view()
+    if shown.exit_code:
+        raise typer.Exit(shown.exit_code)
 
 
 def _recipe_class(recipe: str) -> type[Settings]:
@@ -122,21 +122,20 @@ def _with_fields(recipe: str) -> type[TyperCommand]:
         """A command whose help ends with the fields of its recipe."""
 
         def format_epilog(self, ctx: Any, formatter: Any) -> None:
-            lines = list_fields(_recipe_class(recipe))
+            rows = []
+            for name, kind, default, description in list_fields(_recipe_class(recipe)):
+                stated = default if default == "required" else f"default: {default}"
+                rows.append((name, f"{description}  [{kind}; {stated}]"))
             with formatter.section("Recipe fields (N is the index of a list item, from 0)"):
-                formatter.write_dl([(line.name, _help_text(*line[1:])) for line in lines])
+                formatter.write_dl(rows)
 
     return WithFields
 
 
-def _help_text(kind: str, default: str, description: str) -> str:
-    return f"{description}  [{kind}; {default if default == 'required' else f'default: {default}'}]"
-
-
 def run_app(app: typer.Typer) -> None:
-    """Runs a console script and ends the process with the exit code that the contract gives."""
+    """Runs a console script and ends the process with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a ? for it
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal lacks are printed as ?
     sys.exit(_exit_code(app))
 
 
@@ -152,7 +151,7 @@ def _exit_code(app: typer.Typer) -> int:
         return 1
     except UsageError as error:
         message = error.format_message()
-        if message.startswith("Usage:"):  # a bare command asks for its help
+        if message.startswith("Usage:"):  # a command without arguments prints its help
             print(message, file=sys.stderr)
             return 2
         usage = f"; see {error.ctx.command_path} --help" if error.ctx else ""
@@ -160,12 +159,12 @@ def _exit_code(app: typer.Typer) -> int:
     except ClickError as error:
         return _mistake(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print("stopped; rerun the same command to resume", file=sys.stderr)
         return 130
-    except (BrokenPipeError, SystemExit) as error:  # the reader of stdout has gone, as `| head` does
+    except (BrokenPipeError, SystemExit) as error:  # the reader of stdout is closed, as by `| head`
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        _close_stdout()  # Typer and Rich tell of the pipe by SystemExit(1)
+        _close_stdout()  # Typer and Rich report the pipe by SystemExit(1)
         return 0
     except OSError as error:
         return _failed(error)
@@ -176,20 +175,18 @@ def _exit_code(app: typer.Typer) -> int:
 
 def _failed(error: OSError) -> int:
     if error.filename is not None and error.errno in OF_PATHS:
-        return _mistake(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its rights")
+        return _mistake(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions")
     if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         _close_stdout()
-        print(
-            f"fault: stdout or a file cannot be written ({error.strerror}); free space or write elsewhere",
-            file=sys.stderr,
-        )
+        said = f"fault: stdout or a file cannot be written ({error.strerror}); free space or use another path"
+        print(said, file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 1
 
 
 def _close_stdout() -> None:
-    """What is still in its buffer goes nowhere."""
+    """Discards what is still in the buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -200,16 +197,16 @@ def _mistake(message: str) -> int:
 
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Sends all that is written to stdout, by this process or its children, to stderr meanwhile."""
+    """Redirects stdout of this process and its children to stderr inside the block."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def show(result: dict[str, Any], as_json: bool, *, hide: tuple[str, ...] = ()) -> None:

@@ -1,13 +1,14 @@
-"""Devices that are not here: GPUs by nodes of eight, TPU slices by shape, described well enough to compile for them.
+"""Descriptions of devices that are not attached, to compile for them: GPUs in nodes of eight, TPU slices by shape.
 
-`prepare_environment` comes before the first import of JAX; it makes the outcome the same whatever variables are set, by
-taking JAX's, XLA's and the devices' own variables out of the process. The GPU facts are what XLA's
-own target descriptions hold (bytes, hertz, counts per core); libtpu knows its slices by name.
+Call `prepare_environment` before the first import of JAX. It removes the variables of JAX, XLA and the devices from the
+process, so that the result does not depend on them. The GPU figures are those of XLA's own target descriptions (bytes,
+hertz, counts per core); libtpu has the TPU slices by name.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -24,10 +25,10 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask Google's metadata server what it runs on
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is driven, so a lock file of another process does not matter
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is used, so the lock file of another process does not matter
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-USABLE = 0.9  # of a GPU's memory: what launch/pretrain.sh gives to JAX
+USABLE = 0.9  # of a GPU's memory: the share that launch/pretrain.sh sets for JAX
 GPUS_PER_NODE = 8
 GPUS: dict[str, dict[str, Any]] = {
     "h100": dict(
@@ -45,25 +46,24 @@ TPUS = {"v5e": (2, 15.75), "v5p": (3, 95.0), "v6e": (2, 31.25)}
 
 @dataclass(frozen=True)
 class Topology:
-    """What `--topology` names."""
+    """The devices that `--topology` names."""
 
     name: str
     platform: str  # gpu | tpu
     devices: int
-    memory: int  # bytes a device
-    usable: int  # of them, by a program
+    memory: int  # bytes per device
+    usable: int  # bytes of them that a program may use
 
 
 def parse_topology(text: str) -> Topology:
-    """`h100:64`, `v5e:4x4`, … Raises UserError for what does not exist."""
-    known = "h100:N, a100:N, v5e:AxB, v6e:AxB, v5p:AxBxC"
+    """Parses `h100:64`, `v5e:4x4`, … Raises UserError for unknown devices and impossible numbers."""
     kind, _, shape = text.partition(":")
     if kind in GPUS and re.fullmatch(r"[1-9]\d*", shape):
         count = int(shape)
         if count > GPUS_PER_NODE and count % GPUS_PER_NODE:
             raise UserError(
-                f"--topology {text}: more than {GPUS_PER_NODE} GPUs stand in whole nodes of {GPUS_PER_NODE}; "
-                f"{kind}:{count // GPUS_PER_NODE * GPUS_PER_NODE} would fit"
+                f"--topology {text}: more than {GPUS_PER_NODE} GPUs must be a multiple of {GPUS_PER_NODE}, the GPUs of "
+                f"a node; use {kind}:{count // GPUS_PER_NODE * GPUS_PER_NODE}"
             )
         memory = GPUS[kind]["memory"]
         return Topology(text, "gpu", count, memory, int(memory * USABLE))
@@ -72,21 +72,20 @@ def parse_topology(text: str) -> Topology:
         dims, usable = TPUS[kind]
         if len(sides) != dims:
             raise UserError(f"--topology {text}: a {kind} slice has {dims} sides, as in {kind}:{'x'.join('4' * dims)}")
-        count = 1
-        for side in sides:
-            count *= side
-        return Topology(text, "tpu", count, int(usable * 2**30), int(usable * 2**30))
-    raise UserError(f"--topology {text!r} is unknown; give one of {known}")
+        return Topology(text, "tpu", math.prod(sides), int(usable * 2**30), int(usable * 2**30))
+    raise UserError(f"--topology {text!r} is unknown; use h100:N, a100:N, v5e:AxB, v6e:AxB or v5p:AxBxC")
 
 
 def prepare_environment(topology: Topology, dumps: str) -> None:
-    """Makes this process fit to compile for `topology`: the compiler is there, no variable of another use is. Programs
-    are written to the folder `dumps` as text."""
+    """Sets the environment variables to compile for `topology`. The compiler writes its programs to `dumps` as text.
+
+    Raises UserError where the compiler is not installed.
+    """
     extra, package = {"gpu": ("compile-gpu", "jax_cuda12_plugin"), "tpu": ("compile-tpu", "libtpu")}[topology.platform]
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"--topology {topology.name}: the compiler for it is not installed; install it with "
-            f"launch/setup.sh {extra} (an environment of its own: IPT_VENV=.venv-compile launch/setup.sh {extra})"
+            f"--topology {topology.name}: its compiler is not installed; install it into a separate "
+            f"environment with IPT_VENV=.venv-compile launch/setup.sh {extra}"
         )
     assert "jax" not in sys.modules, "variables are read when JAX is imported"
     for name in [name for name in os.environ if name.startswith(OURS)]:
@@ -95,7 +94,7 @@ def prepare_environment(topology: Topology, dumps: str) -> None:
 
 
 def describe_devices(topology: Topology) -> list[Any]:
-    """JAX devices to compile for, none of which exists here."""
+    """JAX devices to compile for. None is attached."""
     from jax.experimental import topologies
 
     if topology.platform == "gpu":
@@ -107,10 +106,9 @@ def describe_devices(topology: Topology) -> list[Any]:
         )
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
-    except Exception as error:  # libtpu's own error type, raised for shapes that are not sold
-        raise UserError(
-            f"--topology {topology.name}: libtpu knows no such slice ({str(error).splitlines()[0]})"
-        ) from error
+    except Exception as error:  # libtpu's own error type, for shapes that do not exist
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--topology {topology.name}: unknown to libtpu ({reason}); use another shape") from error
 
 
 def _target(**gpu: Any) -> str:

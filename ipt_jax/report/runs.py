@@ -1,8 +1,7 @@
-"""What a report reads: run directories (run.json, metrics.jsonl) and the results that `ipt eval -o` wrote.
+"""Reads the inputs of a report: run directories (run.json, metrics.jsonl) and results of `ipt eval -o`.
 
-A run that has not logged yet, or was killed in the middle of a line, is read as far as it goes, and what is missing
-is said on the page; a directory that is no run at all is a UserError. When a resumed run logged a step twice, the
-later line counts.
+Guarantees: a run without logs, or with damaged lines, is read up to the damage, and the page reports it. Where a
+resumed run logged a step twice, the later line counts. A directory without a run is a UserError.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Run:
 
 @dataclass
 class Entrant:
-    """One model's evaluation: a run's, or that of a model that is no run on this page."""
+    """The evaluation of one model: of a run on this page, or of another model."""
 
     name: str
     colour: int
@@ -56,28 +55,27 @@ class Entrant:
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not paths:
-        raise UserError("report: no run directories given; name at least one")
-    names = _names([Path(path) for path in paths])
-    return [_read_run(Path(path), name, colour) for colour, (path, name) in enumerate(zip(paths, names, strict=True))]
+        raise UserError("report: no run directories; give at least one")
+    return [_read_run(path, name, colour) for colour, (path, name) in enumerate(zip(paths, _names(paths), strict=True))]
 
 
 def read_entrants(paths: Sequence[Path], runs: Sequence[Run]) -> list[Entrant]:
     """Evaluations in the order of the runs they belong to, then those of other models."""
     entrants = {run.name: Entrant(run.name, run.colour) for run in runs}
     for path in paths:
-        result = _read_result(Path(path))
-        name = _owner(result, Path(path), runs)
+        result = _read_result(path)
+        name = _owner(result, path, runs)
         entrant = entrants.setdefault(name, Entrant(name, len(entrants)))
         entrant.tasks.update(result["tasks"])
-        entrant.rows.update(_read_rows(Path(path)))
+        entrant.rows.update(_read_rows(path))
     return [entrant for entrant in entrants.values() if entrant.tasks]
 
 
-def _names(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart: `vanilla` and `instruct`, or `a/run` and `b/run`."""
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ: `vanilla` and `instruct`, or `a/run` and `b/run`."""
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
-        raise UserError("report: the same run directory is given twice; name each once")
+        raise UserError("report: the same run directory is given twice; give each once")
     for depth in range(1, max(len(path.parts) for path in resolved) + 1):
         names = ["/".join(path.parts[-depth:]) for path in resolved]
         if len(set(names)) == len(names):
@@ -90,7 +88,7 @@ def _read_run(path: Path, name: str, colour: int) -> Run:
         raise UserError(f"run {path}: no such directory; give the run_dir of a training recipe")
     info_file, metrics_file = path / "run.json", path / "metrics.jsonl"
     if not info_file.is_file() and not metrics_file.is_file():
-        raise UserError(f"run {path}: neither run.json nor metrics.jsonl in it; give the run_dir of a training recipe")
+        raise UserError(f"run {path}: has neither run.json nor metrics.jsonl; give the run_dir of a training recipe")
     info = _read_json(info_file) if info_file.is_file() else {}
     steps, damaged = _read_metrics(metrics_file) if metrics_file.is_file() else ([], 0)
     return Run(name, path, colour, info, steps, damaged)
@@ -100,10 +98,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); give a file that this project wrote") from error
+        raise UserError(f"{path}: invalid JSON ({error}); give a file that this project wrote") from error
     if not isinstance(value, dict):
         raise UserError(
-            f"{path}: a JSON {type(value).__name__}, expected an object; give a file that this project wrote"
+            f"{path}: must be a JSON object, got {type(value).__name__}; give a file that this project wrote"
         )
     return value
 
@@ -122,20 +120,22 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _read_result(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"evaluation {path}: no such file; give what `ipt eval --output` wrote")
+        raise UserError(f"evaluation {path}: no such file; give the output of `ipt eval --output`")
     result = _read_json(path)
     tasks = result.get("tasks")
-    if not isinstance(tasks, dict) or not all(_is_result(task) for task in tasks.values()):
-        raise UserError(f"evaluation {path}: no tasks with metric and value in it; give what `ipt eval --output` wrote")
+    complete = isinstance(tasks, dict) and all(
+        isinstance(task, dict) and "metric" in task and isinstance(task.get("value"), int | float)
+        for task in tasks.values()
+    )
+    if not complete:
+        raise UserError(
+            f"evaluation {path}: has no tasks with metric and value; give the output of `ipt eval --output`"
+        )
     return result
 
 
-def _is_result(task: Any) -> bool:
-    return isinstance(task, dict) and "metric" in task and isinstance(task.get("value"), int | float)
-
-
 def _owner(result: dict[str, Any], path: Path, runs: Sequence[Run]) -> str:
-    """The run that holds the evaluated model, else the run named as the model or the file is, else its own name."""
+    """The run that holds the evaluated model, else the run of the model's or the file's name, else the model's name."""
     model = Path(str(result.get("model", path.stem)))
     for run in runs:
         if model.resolve().is_relative_to(run.path.resolve()):
@@ -147,18 +147,18 @@ def _owner(result: dict[str, Any], path: Path, runs: Sequence[Run]) -> str:
 
 
 def _read_rows(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """The questions' own results, which `ipt eval --output` writes beside its summary."""
+    """The results per question, which `ipt eval --output` writes beside its summary."""
     rows_file = path.with_suffix(".rows.jsonl")
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     if rows_file.is_file():
         for number, row in read_jsonl(rows_file):
             if not {"task", "id"} <= row.keys():
-                raise UserError(f"{rows_file}: line {number} has no task and id; run `ipt eval` again")
+                raise UserError(f"{rows_file}: line {number} has no task and id; rerun `ipt eval`")
             rows.setdefault(str(row["task"]), {})[str(row["id"])] = row
     return rows
 
 
 def last(points: list[tuple[float, float]], count: int = 10) -> float | None:
-    """Mean of the last finite values: one step's loss says more about its batch than about the model."""
+    """Mean of the last finite values, because the loss of one step depends on its batch."""
     values = [value for _, value in points if math.isfinite(value)][-count:]
     return math.fsum(values) / len(values) if values else None

@@ -1,1 +1,1 @@
-"""`synth inspect`: groups as a person reads them."""
+"""`synth inspect`: show groups in the terminal or on a page."""

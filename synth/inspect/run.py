@@ -1,8 +1,7 @@
-"""`synth inspect`: groups as a person reads them, in the terminal or as one self-contained HTML page.
+"""`synth inspect`: prints groups in the terminal, or writes them as one self-contained HTML page.
 
-Guaranteed: texts and pairs are shown as they stand in the records, never read as markup; what grounds an answer is
-marked in its text; rejected pairs carry their reason. Reads only the groups that it shows and, for the page, a sample
-whose distributions it draws.
+Guarantees: texts and pairs are never parsed as markup; the words that ground an answer are marked in its text;
+rejected pairs show their reason. Reads only the shown groups and, for the page, a sample for the distributions.
 """
 
 from collections import Counter
@@ -31,25 +30,21 @@ EXCERPT = 1200  # characters of a text in the terminal
 
 
 def run_inspect(path: Path, output: Path | None, limit: int, sample: int, rejected: bool) -> dict[str, Any]:
-    """Shows the first `limit` groups and returns their figures. The page counts over `sample` groups."""
+    """Shows the first `limit` groups and returns counts of them. The page's distributions are over `sample` groups."""
     shards = Shards(path, verify=False)
     groups = [decode_group(record, shards) for record in islice(shards, limit)]
     if not groups:
-        raise UserError(f"{path}: holds no groups; run synth run on a corpus that is not empty")
+        raise UserError(f"groups {path}: holds no groups; run synth run on a corpus that is not empty")
     if output is None:
         show_groups(Console(), groups, rejected)
     else:
         write_page(output, html_page(groups, count_groups(shards, sample), rejected))
-    return figures(groups, len(shards), output)
-
-
-def figures(groups: Sequence[SynthGroup], total: int, output: Path | None) -> dict[str, Any]:
     texts = [text for group in groups for text in group.texts]
     pairs = [pair for text in texts for pair in text.pairs]
     accepted = [pair for pair in pairs if pair.accepted]
     reasons = Counter(pair.rejection for pair in pairs if pair.rejection)
     return {
-        "groups": total,
+        "groups": len(shards),
         "shown": len(groups),
         "texts": len(texts),
         "pairs": len(accepted),
@@ -62,21 +57,12 @@ def figures(groups: Sequence[SynthGroup], total: int, output: Path | None) -> di
 def show_groups(console: Console, groups: Sequence[SynthGroup], rejected: bool) -> None:
     for group in groups:
         console.print(Rule(Text(f"group {group.id}", style="bold"), align="left"))
-        console.print(Text(provenance(group), style="dim"))
+        sampling = " ".join(f"{key}={value}" for key, value in group.sampling.items())
+        weights, config = group.weights[:12], group.fingerprint[:12]
+        provenance = f"{group.synthesizer} · weights {weights} · config {config} · {sampling}"
+        console.print(Text(provenance, style="dim"))
         for text in group.texts:
             console.print(Group(text_panel(text), pair_table(text.pairs, rejected), Text("")))
-
-
-def provenance(group: SynthGroup) -> str:
-    sampling = " ".join(f"{key}={value}" for key, value in group.sampling.items())
-    return f"{group.synthesizer} · weights {group.weights[:12]} · config {group.fingerprint[:12]} · {sampling}"
-
-
-def token_line(text: GroupText) -> str:
-    return (
-        f"round {text.round} · prompt {text.prompt_tokens:,} tokens, {text.cached_prompt_tokens:,} cached · "
-        f"completion {text.completion_tokens:,} · {text.finish_reason}"
-    )
 
 
 def text_panel(text: GroupText) -> Panel:
@@ -86,7 +72,11 @@ def text_panel(text: GroupText) -> Panel:
     if len(text.text) > EXCERPT:
         shown.append(f" … {len(text.text) - EXCERPT:,} more characters", style="dim")
     title = Text(f"{text.raw_id} [{text.start:,}–{text.end:,}] · {text.source}")
-    return Panel(shown, title=title, title_align="left", subtitle=Text(token_line(text)), subtitle_align="left")
+    tokens = Text(
+        f"round {text.round} · prompt {text.prompt_tokens:,} tokens, {text.cached_prompt_tokens:,} cached · "
+        f"completion {text.completion_tokens:,} · {text.finish_reason}"
+    )
+    return Panel(shown, title=title, title_align="left", subtitle=tokens, subtitle_align="left")
 
 
 def pair_table(pairs: Sequence[Pair], rejected: bool) -> Table | Text:
@@ -95,12 +85,9 @@ def pair_table(pairs: Sequence[Pair], rejected: bool) -> Table | Text:
         table.add_column(name, ratio=ratio, overflow="fold", no_wrap=ratio is None)
     for number, pair in enumerate(pairs, 1):
         if pair.accepted:
-            table.add_row(str(number), pair.format, Text(pair.question), Text(pair.answer), Text(score_line(pair)))
+            scores = "\n".join(f"{name} {score:.2f}" for name, score in pair.scores.items()) or "accepted"
+            table.add_row(str(number), pair.format, Text(pair.question), Text(pair.answer), Text(scores))
         elif rejected:
             cells = (Text(pair.question), Text(pair.answer), Text(str(pair.rejection), style="not dim red"))
             table.add_row(str(number), "–", *cells, style="dim")
     return table if table.row_count else Text("no pairs", style="dim")
-
-
-def score_line(pair: Pair) -> str:
-    return "\n".join(f"{name} {score:.2f}" for name, score in pair.scores.items()) or "accepted"

@@ -1,7 +1,7 @@
-"""What groups hold, counted: pairs a text, answers, questions, formats, refusals, scores.
+"""Statistics of groups: pairs per text, answers, questions, formats, reasons of rejection, scores.
 
-Guaranteed: a directory larger than the sample is sampled evenly over its records, the same ones at each call; memory
-grows with the sample alone.
+Guarantees: a directory larger than the sample is sampled evenly over its records, the same ones at each call. Memory
+grows with the sample only.
 """
 
 import re
@@ -17,7 +17,7 @@ from synth.groups import decode_group
 
 FIRST_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 GAP = re.compile(r"_{2,}|\[blank\]|\[mask\]", re.IGNORECASE)
-# What a question asks for, told by its first words; the first line that fits counts.
+# What a question asks for, by its first words. The first line that matches counts.
 CATEGORIES = {
     "quantity": "how many|how much|how old|how long|how far|how often|how tall|how big",
     "person": "who|whose|whom",

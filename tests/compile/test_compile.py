@@ -16,7 +16,7 @@ import pytest
 from extras import ROOT, ask_for_extra, in_ci
 from trainkit import model_of, program_of, recipe_of
 
-from ipt_jax.compile.fit import largest, sizes
+from ipt_jax.compile.command import largest, sizes
 from ipt_jax.compile.hlo import attention_kernels, collectives
 from ipt_jax.compile.measure import _needed, ideal_fsdp
 from ipt_jax.core.errors import UserError
@@ -96,7 +96,7 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 
 
 def told(text: str) -> list[tuple[Any, ...]]:
-    return [(one.kind, one.dtype, one.size, one.devices, one.times, one.sent) for one in collectives(text)]
+    return [(one.kind, one.dtype, one.size, len(one.group), one.times, one.sent) for one in collectives(text)]
 
 
 def test_a_gpu_program_is_read() -> None:
@@ -160,11 +160,11 @@ def test_topologies() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("h100", "give one of h100:N"),
-        ("h100:0", "give one of"),
-        ("h100:12", "whole nodes of 8; h100:8 would fit"),
+        ("h100", "use h100:N"),
+        ("h100:0", "use h100:N"),
+        ("h100:12", "a multiple of 8, the GPUs of a node; use h100:8"),
         ("b200:8", "'b200:8' is unknown"),
-        ("v5e:16", "give one of"),
+        ("v5e:16", "use h100:N"),
         ("v5e:4x4x4", "a v5e slice has 2 sides, as in v5e:4x4"),
         ("v5p:4x4", "a v5p slice has 3 sides"),
     ],

@@ -11,7 +11,7 @@ import jax
 import pytest
 from trainkit import model_of, recipe_of
 
-from ipt_jax.compile.fit import search
+from ipt_jax.compile.command import search
 from ipt_jax.compile.hardware import HARDWARE, predict_step
 from ipt_jax.compile.hlo import group
 from ipt_jax.compile.roofline import Kernel, kernels, predict
@@ -323,7 +323,7 @@ def test_fused_attention_has_rates_of_its_own() -> None:
     assert predict(found, 100, 10, attention_flops=(50, 25))["seconds"] == 12 + 12 + 3
 
 
-def test_the_search_ranks_what_fits_by_predicted_speed() -> None:
+def test_the_search_ranks_what_fits_by_predicted_speed(capsys: pytest.CaptureFixture[str]) -> None:
     """Up to 4 rows fit, all with `full`; 1 row without recomputation is the fastest, not the largest."""
 
     def compile_recipe(recipe: Any, *_: Any) -> dict[str, Any]:
@@ -335,14 +335,15 @@ def test_the_search_ranks_what_fits_by_predicted_speed() -> None:
             "peak_bytes_per_device": 0, "compile_seconds": 0,
         }  # fmt: skip
 
-    told: list[str] = []
-    found = search(recipe_of(), model_of(), parse_topology("h100:8"), 1, compile_recipe, told.append)
-    speeds = [one["predicted_tokens_per_second"] for one in found["frontier"]]
-    assert speeds == sorted(speeds, reverse=True) and found["chosen"] is found["frontier"][0]
-    assert (found["chosen"]["remat"], found["chosen"]["microbatch"]) == ("none", 4)
-    assert found["compilations"] == len(told) > len(speeds)
-    assert "remat none, microbatch 4: 0.00 GiB, fits, predicted 5 tokens/s (compiled in 0 s)" in told
-    assert "remat none, microbatch 8: 0.00 GiB, does not fit (compiled in 0 s)" in told
+    frontier, compilations = search(recipe_of(), model_of(), parse_topology("h100:8"), 1, compile_recipe)
+    speeds = [one["predicted_tokens_per_second"] for one in frontier]
+    assert speeds == sorted(speeds, reverse=True)
+    assert (frontier[0]["remat"], frontier[0]["microbatch"]) == ("none", 4)
+    printed = capsys.readouterr().err.splitlines()
+    assert compilations == len(printed) > len(speeds)
+    said = "ipt compile: remat none, microbatch"
+    assert f"{said} 4: 0.00 GiB, fits, predicted 5 tokens/s (compiled in 0 s)" in printed
+    assert f"{said} 8: 0.00 GiB, does not fit (compiled in 0 s)" in printed
 
 
 # ---- a compiled step

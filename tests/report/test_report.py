@@ -205,7 +205,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
         ([tmp_path / "nothing"], {}, "neither run.json nor metrics.jsonl"),
         ([run, run], {}, "given twice"),
         ([run], {"evals": [tmp_path / "absent.json"]}, "no such file"),
-        ([run], {"evals": [tmp_path / "broken.json"]}, "not readable as JSON"),
+        ([run], {"evals": [tmp_path / "broken.json"]}, "invalid JSON"),
         ([run], {"evals": [tmp_path / "other.json"]}, "no tasks with metric and value"),
         ([run], {"groups": tmp_path / "nothing"}, "no manifest.json"),
     ]
