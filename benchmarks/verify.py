@@ -26,10 +26,9 @@ from ipt_jax.core.hashing import digest
 from synth.config import SynthesizerSettings
 from synth.engine import Engine, open_engine, synthesizer_tokenizer
 from synth.format.prompt import Prompt
-from synth.verify.engine_scores import ORDERS, Judge, ask_score, in_order
-from synth.verify.engine_scores import Case as Asked
 from synth.verify.text_scores import TEXT_SCORES, PreparedText, brevity
-from synth.verify.verifier import FoundScores, read_pair
+from synth.verify.verifier import ORDERS, FoundScores, Judge, ask_score, in_order, read_pair
+from synth.verify.verifier import Case as Asked
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 NAMES = (*TEXT_SCORES, "combined")

@@ -280,7 +280,7 @@ def language(text: PreparedText, pair: Pair) -> float:
 
 
 def options(text: PreparedText, pair: Pair) -> float:
-    """1 if the answer is one of two or more different options. With an engine, synth.verify.engine_scores scores it."""
+    """1 if the answer is one of two or more different options. With an engine, synth.verify.verifier scores it."""
     if not pair.options:
         raise Unscored("no_options")
     different = len({plain(option) for option in pair.options}) == len(pair.options) >= 2

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from token_shards import random_documents, write_tokens
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import Manifest
+from ipt_jax.core.stage import Manifest, NewShard
 from ipt_jax.corpus.records import KINDS, Parent, TokenDocument, TokenPage, decode
 from ipt_jax.data import token_shards
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings
-from ipt_jax.data.token_index import TokenIndexWriter
 from ipt_jax.data.token_shards import Written, documents_of, open_token_shards, read_token_documents
 
 
@@ -40,11 +39,10 @@ def documents(draw: st.DrawFn) -> list[TokenDocument]:
 def test_documents_come_back_page_by_page(
     tmp_path_factory: pytest.TempPathFactory, made: list[TokenDocument], page_tokens: int
 ) -> None:
-    side = TokenIndexWriter(tmp_path_factory.mktemp("side") / "shard.tmp")
+    shard = NewShard(tmp_path_factory.mktemp("side") / "shard.tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_shards, "PAGE_TOKENS", page_tokens)
-        records = [decode(one, TokenPage) for one in token_shards._pages(map(Written, made), side)]
-    side.close()
+        records = [decode(one, TokenPage) for one in token_shards.token_pages(map(Written, made), shard)]
     assert [document for page in records for document in documents_of(page)] == made
     sizes = [len(page.tokens) // 4 for page in records]
     assert all(size <= page_tokens or len(page.ids) == 1 for size, page in zip(sizes, records, strict=True))

@@ -27,10 +27,9 @@ from synth.generate.run import run_synth
 from synth.render.documents import RenderSettings
 from synth.render.run import run_render
 from synth.verify import run as verify_run
-from synth.verify.engine_scores import ASKED_SCORES, word_f1
 from synth.verify.run import VerifySettings, run_verify
 from synth.verify.text_scores import TEXT_SCORES, PreparedText, Unscored
-from synth.verify.verifier import read_pair
+from synth.verify.verifier import ASKED_SCORES, read_pair, word_f1
 
 TEXT = (
     "Anna lived in Velmoor for 12 years. She walked to the old mill every morning, and she never saw the king. "
