@@ -24,14 +24,11 @@ WINDOW_SECONDS = 60.0
 
 def format_duration(seconds: float) -> str:
     """`8 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+    rounded = int(seconds + 0.5)
+    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if rounded >= size:
+            return f"{rounded // size} {unit} {rounded % size // smaller:02d} {smaller_unit}"
+    return f"{rounded} s"
 
 
 def format_rate(rate: float) -> str:

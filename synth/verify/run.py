@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -142,14 +143,10 @@ async def ask_shards(engine: Engine, verifier: Verifier, shards: Shards, output:
     """Fills the journal of each missing shard and seals it."""
     try:
         for shard in range(len(shards.paths)):
-            if output.has(shard):
-                continue
-            journal = Journal(output.path / "spool" / f"{shard:05d}.spool")
-            try:
-                await fill_journal(journal, engine, verifier, shards, shard, progress)
-                seal(output, shard, shards, journal)
-            finally:
-                journal.close()
+            if not output.has(shard):
+                with closing(Journal(output.path / "spool" / f"{shard:05d}.spool")) as journal:
+                    await fill_journal(journal, engine, verifier, shards, shard, progress)
+                    seal(output, shard, shards, journal)
         (output.path / "spool").rmdir()
     finally:
         await engine.close()
