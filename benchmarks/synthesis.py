@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tokenizing import source_texts
 from walking_model import write_walking_model
 
 from ipt_jax.core.hashing import FileHashCache
@@ -55,7 +56,6 @@ from synth.generate.scheduler import in_flight
 from synth.generate.work_list import list_work
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = ROOT.parent / "shared" / "data" / "fairytaleqa" / "train.jsonl"
 MODELS: dict[str, dict[str, Any]] = {
     "walking": {"max_model_len": 4096, "max_new_tokens": 160, "temperature": 1.0, "max_num_seqs": 16},
     "smollm2": {"max_model_len": 2048, "max_new_tokens": 40, "dtype": "bfloat16", "max_num_seqs": 6},
@@ -270,12 +270,7 @@ def possible_cached(run: Run, block: int) -> tuple[int, int]:
 
 def write_corpus(path: Path, count: int, least: int, most: int, tokenizer: Any) -> list[str]:
     """Texts of `least` to `most` tokens, log-uniform; returns them in the order of the file."""
-    if TEXTS.is_file():
-        known = [json.loads(line)["context"] for line in TEXTS.read_text(encoding="utf-8").splitlines()]
-    else:
-        rng = random.Random(0)
-        letters = ["".join(rng.choices("etaoinshrdlucm", k=rng.randint(2, 9))) for _ in range(5000)]
-        known = [" ".join(rng.choices(letters, k=300)) for _ in range(3000)]
+    known = source_texts(300)
     rng, texts = random.Random(1), []
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):

@@ -56,14 +56,18 @@ def mistral(folder: Path) -> Path:
     return folder
 
 
+def source_texts(words: int) -> list[str]:
+    """The contexts of FairytaleQA, or texts of `words` drawn words where it is absent."""
+    if TEXTS.is_file():
+        return [json.loads(line)["context"] for line in TEXTS.read_text(encoding="utf-8").splitlines()]
+    draw = random.Random(0)
+    vocabulary = ["".join(draw.choices("etaoinshrdlucm", k=draw.randint(2, 9))) for _ in range(5000)]
+    return [" ".join(draw.choices(vocabulary, k=words)) for _ in range(3000)]
+
+
 def texts(megabytes: int) -> Iterator[str]:
     """About `megabytes` of text in documents, each different from the others."""
-    if TEXTS.is_file():
-        known = [json.loads(line)["context"] for line in TEXTS.read_text(encoding="utf-8").splitlines()]
-    else:
-        draw = random.Random(0)
-        words = ["".join(draw.choices("etaoinshrdlucm", k=draw.randint(2, 9))) for _ in range(5000)]
-        known = [" ".join(draw.choices(words, k=150)) for _ in range(3000)]
+    known = source_texts(150)
     left, number = megabytes * 1_000_000, 0
     while left > 0:
         text = f"{number} {known[number % len(known)]}"

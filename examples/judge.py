@@ -34,20 +34,15 @@ def score(groups: str, directory: str) -> dict[str, float | int]:
     for group in read_groups(groups):
         for text in group.texts:
             texts += 1
-            for pair in text.pairs:
-                if pair.verdict == "accepted":
-                    verdicts[judge(world, text.raw_id, pair.question, pair.answer)] += 1
-                else:
-                    rejected += 1
+            rejected += len(text.pairs) - len(text.accepted_pairs)
+            verdicts.update(judge(world, text.raw_id, pair.question, pair.answer) for pair in text.accepted_pairs)
     accepted = sum(verdicts.values())
     return {
         "texts": texts,
         "pairs": accepted + rejected,
         "pairs_per_text": accepted / max(texts, 1),
         "well_formed": accepted / max(accepted + rejected, 1),
-        "right": verdicts["right"] / max(accepted, 1),
-        "wrong": verdicts["wrong"] / max(accepted, 1),
-        "unknown_question": verdicts["unknown_question"] / max(accepted, 1),
+        **{verdict: verdicts[verdict] / max(accepted, 1) for verdict in ("right", "wrong", "unknown_question")},
     }
 
 

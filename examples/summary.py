@@ -23,33 +23,36 @@ def main() -> None:
 
 def synthesis_table(found: dict[str, Any]) -> Table:
     judge, synth = found["judge"], found["synth"]
-    table = Table(title="Pairs that the miniature synthesizer wrote on articles it never saw", title_justify="left")
-    for name in ("texts", "pairs", "pairs per text", "well-formed", "right by the world's facts"):
-        table.add_column(name, justify="right")
-    table.add_row(
-        f"{synth['texts']:,}",
-        f"{synth['pairs']:,}",
-        f"{judge['pairs_per_text']:.1f}",
-        f"{judge['well_formed']:.1%}",
-        f"{judge['right']:.1%}",
-    )
-    return table
+    figures = {
+        "texts": f"{synth['texts']:,}",
+        "pairs": f"{synth['pairs']:,}",
+        "pairs per text": f"{judge['pairs_per_text']:.1f}",
+        "well-formed": f"{judge['well_formed']:.1%}",
+        "right by the world's facts": f"{judge['right']:.1%}",
+    }
+    return table("Pairs that the miniature synthesizer wrote on articles it never saw", [figures])
 
 
 def training_table(found: dict[str, Any]) -> Table:
-    table = Table(title="Pre-training from scratch at equal tokens, then closed-book questions", title_justify="left")
-    table.add_column("run")
-    for name in ("tokens", "mix", "loss", "choice (chance 25%)", "answer in words"):
-        table.add_column(name, justify="right")
+    rows = []
     for run, short in (("vanilla", "v"), ("instruct", "i")):
         plan, train, scores = found[f"plan-{short}"], found[run], found[f"eval-{short}"]["tasks"]
         mix = ", ".join(f"{source['name']} {source['share']:.0%}" for source in plan["sources"])
-        cells = [f"{train['tokens']:,}", mix, f"{train['loss']:.3f}", *(score(scores[task]) for task in TASKS)]
-        table.add_row(run, *cells)
-    return table
+        figures = {"run": run, "tokens": f"{train['tokens']:,}", "mix": mix, "loss": f"{train['loss']:.3f}"}
+        rows.append({**figures, **{heading: score(scores[task]) for heading, task in TASKS.items()}})
+    return table("Pre-training from scratch at equal tokens, then closed-book questions", rows)
 
 
-TASKS = ("choice", "answer")
+def table(title: str, rows: list[dict[str, str]]) -> Table:
+    made = Table(title=title, title_justify="left")
+    for heading in rows[0]:
+        made.add_column(heading, justify="left" if heading == "run" else "right")
+    for row in rows:
+        made.add_row(*row.values())
+    return made
+
+
+TASKS = {"choice (chance 25%)": "choice", "answer in words": "answer"}
 
 
 def score(task: dict[str, Any]) -> str:

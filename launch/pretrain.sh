@@ -12,19 +12,8 @@
 # Prints every variable that it sets. Variables that are already set are kept.
 set -euo pipefail
 
-say() { printf 'pretrain: %s\n' "$*" >&2; }
-mistake() { say "$*"; exit 2; }
-usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-case ${1:-} in
-  "") usage >&2; exit 2 ;;
-  -h | --help) usage; exit 0 ;;
-esac
-[ -f "$1" ] || mistake "no such recipe: $1"
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${IPT_VENV:-$root/.venv}
-[ -x "$venv/bin/ipt" ] || mistake "no environment in $venv; run launch/setup.sh cuda13 or cuda12 (GPUs), launch/setup.sh tpu, or launch/setup.sh (CPU)"
-installed() { "$venv/bin/python" -c "import importlib.util, sys; sys.exit(not any(map(importlib.util.find_spec, sys.argv[1:])))" "$@"; }
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+start ipt "launch/setup.sh cuda13 or cuda12 (GPUs), launch/setup.sh tpu, or launch/setup.sh (CPU)" "$@"
 
 default() { # default NAME VALUE WHY: set a variable unless the user did
   if [ -n "${!1+set}" ]; then

