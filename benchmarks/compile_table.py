@@ -1,8 +1,8 @@
-"""The tables of docs/compile.md: the train step of four models compiled for six topologies, none of which is here, and
-what every recipe is predicted to reach on eight H100s.
+"""The tables of docs/reference/compile.md: the train step of four models compiled for six topologies, none of which is
+here, and what every recipe is predicted to reach on eight H100s.
 
-    python benchmarks/compile_table.py --ipt .venv-compile/bin/ipt -o docs/compile.md
-    python benchmarks/compile_table.py --ipt .venv-compile/bin/ipt -o docs/compile.md --tables recipes
+    python benchmarks/compile_table.py --ipt .venv-compile/bin/ipt -o docs/reference/compile.md
+    python benchmarks/compile_table.py --ipt .venv-compile/bin/ipt -o docs/reference/compile.md --tables recipes
 
 Each line is one `ipt compile … --json` in a child process. Results are kept in out/compile/ and not made twice: rerun
 the same command to resume, delete the folder after a change to the step.

@@ -10,7 +10,8 @@ bfloat16 compute, float32 parameters and float32 moments, on rows of 2,048 rando
 MFU is model FLOPs (recomputation not counted) over the data sheet's dense bfloat16 peak.
 
 The machine needs JAX with its GPU, flax, optax, orbax-checkpoint and, for two rivals, torch and transformers. If one of
-the packages in launch/wheels.txt is absent, the script names it and stops; docs/offline.md tells how to carry them.
+the packages in launch/wheels.txt is absent, the script names it and stops; docs/reference/offline.md has the commands
+that install them.
 """
 
 from __future__ import annotations
@@ -201,7 +202,8 @@ def main() -> None:
         return
     missing = missing_wheels()
     if missing:
-        print(f"gpu: packages are missing: {' '.join(missing)}; install them as docs/offline.md says", file=sys.stderr)
+        advice = "install them as docs/reference/offline.md says"
+        print(f"gpu: packages are missing: {' '.join(missing)}; {advice}", file=sys.stderr)
         sys.exit(2)
     deadline = time.monotonic() + 60 * given.minutes
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -36,7 +36,7 @@ class Shares:
 
 # A profile of the 1.3B step, 16 rows of 2,048, one GPU, 2026-11-28 (docs/log.md): 734, 316 and 231 TFLOP/s, 2,872 GB/s.
 MEASURED = {"NVIDIA H100 80GB HBM3": Shares(0.742, 0.857, 0.319, 0.234)}
-PREDICTION_ERROR = "four steps of one GPU were predicted within 3.3% (docs/compile.md)"
+PREDICTION_ERROR = "four steps of one GPU were predicted within 3.3% (docs/reference/compile.md)"
 
 # By the names that JAX gives devices. NVIDIA: data sheets of A100 80GB SXM and H100 SXM; NVLink 600 and 900 GB/s count
 # both directions. Google: "System architecture" pages of Cloud TPU; ICI of 1,600, 4,800 and 3,584 Gb/s a chip over

@@ -1,4 +1,4 @@
-"""The fields of a recipe as `--help` and docs/recipes.md list them, read from the settings classes.
+"""The fields of a recipe as `--help` and docs/reference/recipes.md list them, read from the settings classes.
 
 Guarantees that names, types, defaults and descriptions are those of the code: there is no second list to update.
 """

@@ -21,7 +21,7 @@ from ipt_jax.core.errors import UserError
 class Settings(pydantic.BaseModel):
     """Base of every settings block: frozen; rejects unknown keys, non-finite numbers and booleans given for numbers.
 
-    The string below a field is its description in `--help` and in docs/recipes.md.
+    The string below a field is its description in `--help` and in docs/reference/recipes.md.
     """
 
     model_config = pydantic.ConfigDict(

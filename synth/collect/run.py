@@ -53,7 +53,7 @@ class CollectSettings(Settings):
     """The recipe of `synth collect`."""
 
     inputs: list[CollectInput] = Field(min_length=1)
-    """Question-answering data sets in JSON Lines (docs/recipes.md)."""
+    """Question-answering data sets in JSON Lines (docs/reference/recipes.md)."""
     max_contexts: int = Field(10_000, ge=1)
     """Maximum contexts per data set. Contexts with the most pairs are kept."""
     exclude: list[str] = []

@@ -80,7 +80,7 @@ class RenderSettings(Settings):
     groups: str
     """Output of `synth run`, `mine`, `verify` or `decontaminate`."""
     layouts: LayoutShares = LayoutShares(text_first=0.6, questions_first=0.1, dialogue=0.1, numbered=0.1, few_shot=0.1)
-    """Relative frequency of each layout (docs/render.md). The values need not sum to one."""
+    """Relative frequency of each layout (docs/reference/render.md). The values need not sum to one."""
     one_shot: float = Field(0.0, ge=0, le=1)
     """Fraction of groups rendered as one document per text instead of one few-shot document."""
     keep: str | None = None

@@ -1,1 +1,1 @@
-"""Scores of pairs, described in docs/verify.md."""
+"""Scores of pairs, described in docs/reference/verify.md."""

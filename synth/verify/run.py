@@ -39,7 +39,7 @@ class VerifySettings(Settings):
     synthesizer: SynthesizerSettings | None = None
     """Model and engine. Required by open_closed and agreement, used by options if given."""
     scores: list[ScoreName] = Field(min_length=1)
-    """Scores to compute (docs/verify.md)."""
+    """Scores to compute (docs/reference/verify.md)."""
     seed: int = 0
     """Random seed of the order in which options are shown."""
     output: str

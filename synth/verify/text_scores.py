@@ -1,4 +1,4 @@
-"""Scores that need a pair and its text only, between 0 and 1, higher for better (docs/verify.md has the table).
+"""Scores that need a pair and its text only, between 0 and 1, higher for better (table: docs/reference/verify.md).
 
 Guarantees: a score is a pure function of text and pair. A pair that cannot be judged raises `Unscored` with the reason.
 A score whose object is missing (no name in the answer, no number in the question) is 1.

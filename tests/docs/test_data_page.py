@@ -1,4 +1,4 @@
-"""The worked example of docs/data.md, recomputed: its numbers and its rows."""
+"""The worked example of docs/reference/data.md, recomputed: its numbers and its rows."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from ipt_jax.corpus.records import Parent
 from ipt_jax.data.plan import Plan, build_plan
 from ipt_jax.data.settings import DataSettings
 
-PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "data.md").read_text(encoding="utf-8")
 RAW, AUGMENTED, TASKS = [12, 7, 10, 20, 9, 14], [16, 11], [9]
 
 

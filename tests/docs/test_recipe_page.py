@@ -1,4 +1,4 @@
-"""docs/recipes.md lists every field of every recipe, generated from the settings classes.
+"""docs/reference/recipes.md lists every field of every recipe, generated from the settings classes.
 
 Run `python tests/docs/test_recipe_page.py` to rewrite its tables after a change of a field or of its description.
 """
@@ -22,7 +22,7 @@ from synth.mine.run import MineSettings
 from synth.render.documents import RenderSettings
 from synth.verify.run import VerifySettings
 
-PATH = ROOT / "docs" / "recipes.md"
+PATH = ROOT / "docs" / "reference" / "recipes.md"
 PAGE = PATH.read_text(encoding="utf-8")
 SHARED: dict[str, type[BaseModel]] = {"A source": SourceSettings, "The block `synthesizer`": SynthesizerSettings}
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -49,7 +49,8 @@ def fields(section: str) -> list[FieldLine]:
 def table(section: str) -> str:
     lines = ["| field | type | default | what it does |", "|---|---|---|---|"]
     for field in fields(section):
-        text = re.sub(r"docs/(\w+\.md)", r"[\1](\1)", field.description).replace(" ([recipes.md](recipes.md))", "")
+        text = re.sub(r"docs/reference/(\w+\.md)", r"[\1](\1)", field.description)
+        text = text.replace(" ([recipes.md](recipes.md))", "")
         default = field.default if field.default == "required" else f"`{field.default}`"
         lines.append(f"| `{field.name}` | `{escaped(field.type)}` | {default} | {text} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The counts and the worked example of docs/render.md, recomputed."""
+"""The counts and the worked example of docs/reference/render.md, recomputed."""
 
 import re
 
@@ -9,7 +9,7 @@ from synth.format.wire import wire_pair
 from synth.render.documents import RenderSettings
 from synth.render.templates import FORMATS, LAYOUTS, load_templates
 
-PAGE = (ROOT / "docs" / "render.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "render.md").read_text(encoding="utf-8")
 PARTS = ("text", "question", "options", "rationale", "answer")
 
 
