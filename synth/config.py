@@ -1,15 +1,9 @@
-"""Settings of `synth run`, and the `synthesizer` block that `synth verify` shares with it.
-
-`Synthesizer` says which model answers, on which engine and within which budget. Identities of outputs cover what
-changes the answers (`meaning`), not what only changes the speed.
-
-The names of the scores, as recipes spell them, and which of them need an engine.
-"""
+"""Settings of `synth run`, the `synthesizer` block that `synth verify` shares with it, and the names of the scores."""
 
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from ipt_jax.core.settings import Settings
 from ipt_jax.corpus.row_reader import SourceSettings
@@ -31,15 +25,11 @@ EngineScore = Literal["open_closed", "agreement"]
 ScoreName = Literal[TextScore, EngineScore]
 
 ENGINE_SCORES: frozenset[str] = frozenset(get_args(EngineScore))
-# An engine says more about options than their form does, where there is one.
-BETTER_WITH_ENGINE = ENGINE_SCORES | {"options"}
+BETTER_WITH_ENGINE = ENGINE_SCORES | {"options"}  # without one, only the form of the options is scored
 
 
-class FaultSettings(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Faults of the scripted engine, as fractions of its requests. The faults of a request follow from its prompt.
-
-    For tests and rehearsals. Not part of a recipe that makes a corpus, and therefore not derived from `Settings`.
-    """
+class FaultSettings(Settings):
+    """Faults of the scripted engine, for tests and rehearsals. The faults of a request follow from its prompt."""
 
     malformed: float = Field(default=0.0, ge=0, le=1)
     """Fraction of answers that are not valid pairs."""
@@ -58,9 +48,8 @@ class FaultSettings(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
 class SynthesizerSettings(Settings):
     """The model that writes pairs.
 
-    With `engine: openai` the weights are on the server at `server`. The output's identity then covers the served name
-    and the tokenizer. The key of the server is read from IPT_API_KEY only. `request_timeout_seconds` limits each try
-    of a request on any engine (on vllm and jax including its time in the queue).
+    With `engine: openai` the weights are on the server, and the output's identity covers the served name and the
+    tokenizer. On vllm and jax, `request_timeout_seconds` includes the time in the queue.
     """
 
     model: str
@@ -104,7 +93,7 @@ class SynthesizerSettings(Settings):
     @classmethod
     def _only_scripted(cls, value: FaultSettings | None, info: ValidationInfo) -> FaultSettings | None:
         if value is not None and info.data.get("engine") != "scripted":
-            raise ValueError("faults are for engine: scripted; leave them out")
+            raise ValueError("faults are for engine: scripted; remove them")
         if value is not None and value.timeout and info.data.get("request_timeout_seconds") is None:
             raise ValueError("requests that hang need request_timeout_seconds; set it")
         return value
@@ -113,7 +102,7 @@ class SynthesizerSettings(Settings):
     @classmethod
     def _only_openai(cls, value: str | None, info: ValidationInfo) -> str | None:
         if (value is None) == (info.data.get("engine") == "openai"):
-            raise ValueError("expected a base URL with engine: openai, and none with the others; give both or none")
+            raise ValueError("expected a base URL with engine: openai, and none with the others; set both or none")
         return value
 
     @property
@@ -126,10 +115,7 @@ class SynthesizerSettings(Settings):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """The fields that decide what comes back; the model's contents are hashed by the engine.
-
-        What only fails, or comes late, is another engine's to answer: --retry-failed may mend it.
-        """
+        """The fields that decide the completions. Failures and delays do not: --retry-failed repairs them."""
         faults = self.faults.model_dump(include={"malformed", "truncated"}) if self.faults else {}
         fields = {"engine", "max_model_len", "max_new_tokens", "temperature", "dtype"}
         return {**self.model_dump(include=fields), "faults": {name: share for name, share in faults.items() if share}}

@@ -24,7 +24,7 @@ from synth.format.truncate import split_text
 from synth.groups import contaminated_places, decode_group
 from synth.render.layout import Shot, has_example, lay_out
 from synth.render.pair_filter import keeps, read_keep
-from synth.render.templates import LAYOUTS, Draws, Layout, draw_style
+from synth.render.templates import Draws, Layout, draw_style
 
 LAYOUT_COUNT = "layout."
 
@@ -45,7 +45,13 @@ class LayoutShares(Settings):
 
     @property
     def weights(self) -> dict[Layout, float]:
-        return {name: getattr(self, name) for name in LAYOUTS}
+        return {
+            "text_first": self.text_first,
+            "questions_first": self.questions_first,
+            "dialogue": self.dialogue,
+            "numbered": self.numbered,
+            "few_shot": self.few_shot,
+        }
 
 
 class HubSettings(Settings):
