@@ -95,6 +95,8 @@ class Output:
     `remake` is for stages that ask no model. Shards and side files are compared with their checksums. A damaged one is
     reported and made again, as are all shards if the manifest was edited. Shard files that the manifest does not list
     are removed. Without `remake` only sizes are compared, and an edited manifest is an error.
+
+    `entries` holds the complete shards by number.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Output:
     ):
         self.path, self.shard_name, self._remake = Path(path), shard_name, remake
         self.manifest = Manifest(SCHEMA, stage, digest(identity), identity)
-        self._entries: dict[int, ShardEntry] = {}
+        self.entries: dict[int, ShardEntry] = {}
 
     def __enter__(self) -> Self:
         with writing(self.path):
@@ -116,7 +118,7 @@ class Output:
         return self
 
     def __exit__(self, kind: Raised, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, UserError) and not self._entries:
+        if isinstance(error, UserError) and not self.entries:
             self._withdraw()
         os.close(self._lock)
 
@@ -153,11 +155,11 @@ class Output:
                 print(f"{found}; it is made again", file=sys.stderr)
                 self.manifest.complete = False
             else:
-                self._entries[int(entry.name.rsplit("-", 3)[1])] = entry
+                self.entries[int(entry.name.rsplit("-", 3)[1])] = entry
 
     def _remove_unlisted(self) -> None:
         """Removes copies of a shard under another number, and a shard that was renamed just before a kill."""
-        listed = {entry.name for entry in self._entries.values()}
+        listed = {entry.name for entry in self.entries.values()}
         for file in sorted(self.path.glob(f"{self.shard_name}-*.array_record")):
             if file.name not in listed:
                 print(f"{file}: not listed in the manifest; it is removed", file=sys.stderr)
@@ -165,24 +167,9 @@ class Output:
 
     def drop(self, index: int) -> None:
         """Removes a shard from the manifest, not its file. The directory is then incomplete."""
-        del self._entries[index]
+        del self.entries[index]
         self.manifest.complete = False
         self._save()
-
-    @property
-    def complete(self) -> bool:
-        return self.manifest.complete
-
-    @property
-    def held(self) -> list[int]:
-        """The numbers of the complete shards."""
-        return sorted(self._entries)
-
-    def has(self, index: int) -> bool:
-        return index in self._entries
-
-    def entry(self, index: int) -> ShardEntry:
-        return self._entries[index]
 
     def temporary(self, index: int) -> Path:
         """Where shard `index` is written before `seal_file`. The name holds this process's id: a worker that survives
@@ -221,12 +208,12 @@ class Output:
                 os.replace(shard.side_path(ending), self.path / f"{stem}.{ending}")
             os.replace(shard.path, self.path / name)
             sync_directory(self.path)
-            self._entries[index] = ShardEntry(name, found, shard.tokens, size, checksum, counts, dropped, side_files)
+            self.entries[index] = ShardEntry(name, found, shard.tokens, size, checksum, counts, dropped, side_files)
             self._save()
 
     def finish(self, summary: dict[str, Any] | None = None) -> Manifest:
         """Marks the stage complete. `summary` is stored in the manifest for later use by the stage."""
-        if not self.complete:
+        if not self.manifest.complete:
             self.manifest.complete = True
             self.manifest.summary = summary or {}
             self._save()
@@ -237,14 +224,14 @@ class Output:
         if self.manifest.records:
             return
         dropped = format_counts(self.manifest.dropped)
-        for index, entry in list(self._entries.items()):
+        for index, entry in list(self.entries.items()):
             for name in (entry.name, *entry.side_files):
                 (self.path / name).unlink()
             self.drop(index)
         raise UserError(f"{what} (dropped: {dropped}); {cure}")
 
     def _save(self) -> None:
-        shards = [entry for _, entry in sorted(self._entries.items())]
+        shards = [entry for _, entry in sorted(self.entries.items())]
         manifest = self.manifest
         manifest.shards = shards
         manifest.records = sum(entry.records for entry in shards)
@@ -289,7 +276,7 @@ def make_shards(
     places: list[tuple[Output, int, int]] = []
     for output, items in work:
         for index, item in enumerate(items):
-            if not output.has(index):
+            if index not in output.entries:
                 jobs.append(ShardJob(write, item, NewShard(output.temporary(index).absolute()), options))
                 places.append((output, index, len(items)))
     if not jobs:

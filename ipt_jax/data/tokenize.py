@@ -92,7 +92,7 @@ def run_tokenize(settings: TokenizeSettings) -> dict[str, Any]:
     }
     with Output(settings.output, stage="tokenize", identity=identity, shard_name="tokens", remake=True) as output:
         kept_tokens = output.manifest.tokens
-        if not output.complete:
+        if not output.manifest.complete:
             make_shards(
                 partial(_token_records, str(Path(settings.tokenizer).absolute())),
                 [(output, _items(settings, units))],

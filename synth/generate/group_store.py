@@ -38,14 +38,14 @@ class GroupStore:
         self.shards = -(-work_list.groups // groups_per_shard)
         self.counts: Counter[str] = Counter()
         self._open: dict[int, OpenShard] = {}
-        for shard in output.held:
-            self.counts.update(output.entry(shard).counts)
+        for entry in output.entries.values():
+            self.counts.update(entry.counts)
         for path in journals(output):
             self.resume(int(path.stem))
 
     def resume(self, shard: int) -> None:
         """Opens the journal of an earlier run or a worker, and seals it if it is full."""
-        if self.output.has(shard):  # a kill came between sealing and unlinking
+        if shard in self.output.entries:  # a kill came between sealing and unlinking
             self.journal_path(shard).unlink()
             return
         self._open[shard] = OpenShard(self.journal_path(shard))
@@ -63,11 +63,11 @@ class GroupStore:
 
     @property
     def open_shards(self) -> list[int]:
-        return [shard for shard in range(self.shards) if not self.output.has(shard)]
+        return [shard for shard in range(self.shards) if shard not in self.output.entries]
 
     def __contains__(self, index: int) -> bool:
         shard, place = divmod(index, self.groups_per_shard)
-        return self.output.has(shard) or (shard in self._open and place in self._open[shard].journal)
+        return shard in self.output.entries or (shard in self._open and place in self._open[shard].journal)
 
     def put(self, index: int, group: SynthGroup) -> None:
         shard, place = divmod(index, self.groups_per_shard)
@@ -214,12 +214,11 @@ def remove_failed(output: Output, groups_per_shard: int) -> int:
     """
     removed = 0
     for path in journals(output):
-        if not output.has(int(path.stem)):  # else a kill came between sealing and unlinking
+        if int(path.stem) not in output.entries:  # else a kill came between sealing and unlinking
             journal = Journal(path)
             removed += keep_good(output, path, map(journal.read, journal), groups_per_shard)
             journal.close()
-    for shard in output.held:
-        entry = output.entry(shard)
+    for shard, entry in sorted(output.entries.items()):
         if not failed_texts(entry.counts):
             continue
         if damaged := damage(output.path, entry):

@@ -52,7 +52,7 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     identity = run_identity(settings, tokenizer, hashes)
     chain = make_chain(settings, tokenizer, identity)
     with open_output(settings.output, identity) as output, withdrawn_if_empty(output, fresh):
-        if not output.complete or (retry_failed and output.manifest.summary["failed"]):
+        if not output.manifest.complete or (retry_failed and output.manifest.summary["failed"]):
             path = output.path / WORK / "list.json"
             work = load_work(path, chain.fingerprint) or list_work(settings, tokenizer, chain.fingerprint)
             work.states = states
@@ -119,7 +119,7 @@ def withdrawn_if_empty(output: Output, fresh: bool) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if fresh and not output.held and not any(file.stat().st_size for file in output.path.glob("spool/*")):
+        if fresh and not output.entries and not any(file.stat().st_size for file in output.path.glob("spool/*")):
             for folder in ("spool", WORK):
                 shutil.rmtree(output.path / folder, ignore_errors=True)
         raise

@@ -78,7 +78,7 @@ def run_verify(settings: VerifySettings) -> dict[str, Any]:
                 label="synth verify",
                 workers=1 if len(shards) < FEW_GROUPS else None,
             )
-        elif len(output.held) < len(shards.paths):
+        elif len(output.entries) < len(shards.paths):
             score_with_engine(verifier, shards, output)
         manifest = output.finish()
     return {
@@ -130,7 +130,7 @@ class PlacedVerifier(NamedTuple):
 def score_with_engine(verifier: Verifier, shards: Shards, output: Output) -> None:
     """Scores shard after shard. SIGINT and SIGTERM stop it after the groups in flight are stored."""
     assert verifier.judge is not None
-    done = sum(shards.manifest.shards[shard].records for shard in output.held)
+    done = sum(entry.records for entry in output.entries.values())
     with Progress(len(shards), "groups", "synth verify", done=done) as progress:
         engine = open_engine(verifier.judge.synthesizer, verifier.judge.tokenizer)
         try:
@@ -143,7 +143,7 @@ async def ask_shards(engine: Engine, verifier: Verifier, shards: Shards, output:
     """Fills the journal of each missing shard and seals it."""
     try:
         for shard in range(len(shards.paths)):
-            if not output.has(shard):
+            if shard not in output.entries:
                 with closing(Journal(output.path / "spool" / f"{shard:05d}.spool")) as journal:
                     await fill_journal(journal, engine, verifier, shards, shard, progress)
                     seal(output, shard, shards, journal)

@@ -66,7 +66,7 @@ def test_what_is_whole_is_kept_and_leftovers_go(tmp_path: Path) -> None:
         output.seal(1, 2, [b"one"])
     (tmp_path / "o" / "documents-00000.7.tmp").write_bytes(b"half")
     with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output:
-        assert (output.has(0), output.has(1), output.complete) == (False, True, False)
+        assert list(output.entries) == [1] and not output.manifest.complete
         assert not list((tmp_path / "o").glob("*.tmp"))
     with pytest.raises(UserError, match="has not finished; rerun it"):
         Shards(tmp_path / "o")
@@ -76,7 +76,7 @@ def test_a_deleted_shard_is_made_again(tmp_path: Path) -> None:
     fill(tmp_path / "o")
     (tmp_path / "o" / "documents-00001-of-00002.array_record").unlink()
     with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output:
-        assert (output.has(0), output.has(1), output.complete) == (True, False, False)
+        assert list(output.entries) == [0] and not output.manifest.complete
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
@@ -164,9 +164,9 @@ def test_only_stages_that_ask_no_model_mend_what_is_damaged(tmp_path: Path, caps
     with pytest.raises(UserError, match="documents-00001.*; delete this file, then rerun its stage"):
         Shards(tmp_path / "o")
     with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents") as output:
-        assert output.held == [0, 1] and output.complete
+        assert list(output.entries) == [0, 1] and output.manifest.complete
     with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents", remake=True) as output:
-        assert output.held == [0] and not output.complete
+        assert list(output.entries) == [0] and not output.manifest.complete
     assert "differ from the manifest's checksum" in capsys.readouterr().err
     (tmp_path / "o" / "manifest.json").write_text(listed.replace('"tokens": 20', '"tokens": 30'))
     with pytest.raises(UserError, match="restore it from a backup, or rerun stage 'test'"):
@@ -174,7 +174,7 @@ def test_only_stages_that_ask_no_model_mend_what_is_damaged(tmp_path: Path, caps
     with pytest.raises(UserError, match="restore it from a backup, or write to another output"):
         fill(tmp_path / "o")
     with Output(tmp_path / "o", stage="test", identity=IDENTITY, shard_name="documents", remake=True) as output:
-        assert output.held == []
+        assert output.entries == {}
 
 
 def test_an_output_that_is_a_file_is_told(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_two_writers_and_a_killed_one(tmp_path: Path) -> None:
     holder.wait()
     time.sleep(0.1)
     with Output(tmp_path / "o", stage="test", identity={}, shard_name="documents") as output:
-        assert not output.complete
+        assert not output.manifest.complete
 
 
 def test_another_record_is_named() -> None:
