@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ipt_jax.core.cli_support import Result, Shown, command, quiet_stdout, run_app, show
+from ipt_jax.core.cli_support import Result, Shown, command, run_app, show
 
 if TYPE_CHECKING:
     from ipt_jax.config import Recipe
@@ -67,7 +67,6 @@ def show_rows(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="HTML file to write. Default: print to the terminal.")
     ] = None,
-    as_json: bool = False,
 ) -> Result:
     """Show decoded rows of a training recipe.
 
@@ -78,10 +77,8 @@ def show_rows(
     from ipt_jax.data.plan import build_plan
     from ipt_jax.report.viewer import run_show
 
-    with quiet_stdout():
-        solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
-    result = run_show(solved, output, step=step, rows=rows, quiet=as_json)
-    return result if as_json or output else None
+    solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
+    return Shown(*run_show(solved, output, step=step, rows=rows))
 
 
 @command(app, recipe=RECIPE)

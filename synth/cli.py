@@ -166,7 +166,6 @@ def inspect(
     limit: Annotated[int, typer.Option(help="Number of groups to show.", min=1)] = 5,
     sample: Annotated[int, typer.Option(help="Number of groups counted in the charts of the page.", min=1)] = 10_000,
     rejected: Annotated[bool, typer.Option(help="Show rejected pairs with their reasons.")] = True,
-    as_json: bool = False,
 ) -> Result:
     """Show synthesized groups.
 
@@ -175,8 +174,7 @@ def inspect(
     """
     from synth.inspect.run import run_inspect
 
-    result = run_inspect(groups, output, limit, sample, rejected)
-    return result if as_json or output else None
+    return Shown(*run_inspect(groups, output, limit, sample, rejected))
 
 
 if __name__ == "__main__":  # python -m synth.cli, without the installed console script

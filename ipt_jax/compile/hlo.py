@@ -47,6 +47,7 @@ class HloInstruction:
     opcode: str
     rest: str  # operands and attributes
     root: bool
+    computation: str
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
@@ -81,41 +82,42 @@ Computations = dict[str, list[HloInstruction]]
 def parse(text: str) -> tuple[Computations, str]:
     """Instructions by computation, and the entry's name."""
     computations: Computations = {}
-    entry, current = "", None
+    entry = current = ""
     for line in WRAPPED.sub("", re.sub(r"/\*.*?\*/", "", text)).splitlines():
         if not line.startswith(" ") and (head := COMPUTATION.match(line)):
-            current = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif current is not None and (found := INSTRUCTION.match(line)):
-            current.append(HloInstruction(found[2], found[3], found[4], found[5], bool(found[1])))
+            current = head[2]
+            computations.setdefault(current, [])
+            entry = current if head[1] else entry
+        elif current and (found := INSTRUCTION.match(line)):
+            root, name, shape, opcode, rest = found.groups()
+            computations[current].append(HloInstruction(name, shape, opcode, rest, bool(root), current))
     assert entry, "the program's text has no entry"
     return computations, entry
 
 
 def walk(
     computations: Computations, name: str, loops: tuple[int, ...] = ()
-) -> Iterator[tuple[HloInstruction, str, tuple[int, ...]]]:
-    """Each instruction that runs, in order, its computation, and the trips of the loops around it, outermost first.
+) -> Iterator[tuple[HloInstruction, tuple[int, ...]]]:
+    """Each instruction that runs, in order, and the trips of the loops around it, outermost first.
 
     Fusions and asynchronous starts are not entered.
     """
     for one in computations[name]:
         if one.opcode == "while":
-            trips = trips_of(one, computations, computations[name])
-            yield from walk(computations, attribute(one, "body"), (*loops, trips))
+            yield from walk(computations, attribute(one, "body"), (*loops, trips_of(one, computations)))
         elif one.opcode == "call":
             yield from walk(computations, attribute(one, "to_apply"), loops)
         elif one.opcode == "conditional":
             for branch in NAME.findall(braced(one, "branch_computations")):
                 yield from walk(computations, branch, loops)
         else:
-            yield one, name, loops
+            yield one, loops
 
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of a program."""
     computations, entry = parse(text)
-    return [found for one, _, loops in walk(computations, entry) for found in collectives_of(one, computations, loops)]
+    return [found for one, loops in walk(computations, entry) for found in collectives_of(one, computations, loops)]
 
 
 def is_collective(instruction: HloInstruction) -> bool:
@@ -162,7 +164,7 @@ def braced(instruction: HloInstruction, name: str) -> str:
     return found[1] if found else ""
 
 
-def trips_of(loop: HloInstruction, computations: Computations, around: list[HloInstruction]) -> int:
+def trips_of(loop: HloInstruction, computations: Computations) -> int:
     """How often a loop runs: as the compiler noted, else from the bound that its counter is compared with."""
     if noted := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
         return int(noted[1])
@@ -173,7 +175,7 @@ def trips_of(loop: HloInstruction, computations: Computations, around: list[HloI
     end = int(condition[bound].rest.split(")")[0])
     place = re.search(r"index=(\d+)", condition[counter].rest)
     assert place is not None
-    return end - _start(loop, int(place[1]), {one.name: one for one in around})
+    return end - _start(loop, int(place[1]), {one.name: one for one in computations[loop.computation]})
 
 
 def _start(loop: HloInstruction, place: int, around: dict[str, HloInstruction]) -> int:

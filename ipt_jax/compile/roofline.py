@@ -65,12 +65,12 @@ def kernels(text: str) -> list[Kernel]:
     program = _Program(computations)
     found: list[Kernel] = []
     starts: dict[tuple[str, str], int] = {}  # places of asynchronous kernels that are not done
-    for one, computation, loops in walk(computations, entry):
-        if (started := (computation, _started(one))) in starts:
+    for one, loops in walk(computations, entry):
+        if (started := (one.computation, _started(one))) in starts:
             place = starts.pop(started)
             found[place] = dataclasses.replace(found[place], during=len(found) - 1 - place)
-        elif kernel := program.kernel(one, computation, math.prod(loops)):
-            starts[computation, one.name] = len(found)
+        elif kernel := program.kernel(one, math.prod(loops)):
+            starts[one.computation, one.name] = len(found)
             found.append(kernel)
     return found
 
@@ -167,16 +167,16 @@ class _Program:
                 for operand in dict.fromkeys(one.operands):
                     users[operand].append(one)
 
-    def kernel(self, one: HloInstruction, name: str, times: int) -> Kernel | None:
-        """The kernel of an instruction of computation `name`; None where it does no work."""
+    def kernel(self, one: HloInstruction, times: int) -> Kernel | None:
+        """The kernel of an instruction; None where it does no work."""
         if one.opcode in FREE or one.opcode.endswith("-done") or _target(one) in FREE_CALLS:
             return None
-        part, callee = self._part(one), callee_of(one)
+        part = self._part(one)
         if moved := collectives_of(one, self.computations):
             sent, near = sum(each.sent for each in moved), _neighbours(moved[0].group)
             return Kernel(one.name, part, "collective", 0.0, sent, times, neighbours=near) if sent else None
-        inner, where = (self._root(callee), callee) if one.opcode == "async-start" else (one, name)
-        flops, size = self._flops(inner, where), self._bytes(inner, where)
+        inner = self._root(callee_of(one)) if one.opcode == "async-start" else one
+        flops, size = self._flops(inner), self._bytes(inner)
         if _is_attention(inner):
             backward = "Backward" in _target(inner) or "_dq" in inner.name or "_dkv" in inner.name
             kind = "attention_backward" if backward else "attention"
@@ -198,64 +198,63 @@ class _Program:
 
     # ---- products
 
-    def _flops(self, one: HloInstruction, name: str) -> float:
-        """Multiplications and additions of an instruction of computation `name`, those in fusions included."""
+    def _flops(self, one: HloInstruction) -> float:
+        """Multiplications and additions of an instruction, those in fusions included."""
         if one.opcode == "fusion":
-            callee = callee_of(one)
-            return sum(self._flops(inner, callee) for inner in self.computations[callee])
+            return sum(self._flops(inner) for inner in self.computations[callee_of(one)])
         if one.opcode == "dot":
-            return self._product_flops(one, name, braced(one, "lhs_contracting_dims"))
+            return self._product_flops(one, braced(one, "lhs_contracting_dims"))
         if one.opcode == "convolution":
-            return _convolution_flops(one, *(self._dims(operand, name) for operand in one.operands[:2]))
+            return _convolution_flops(one, *map(_dims, self._operands(one)[:2]))
         if one.opcode != "custom-call":
             return 0.0
         if _target(one).startswith("__cublas$"):
             config = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', one.rest)
             assert config is not None, f"{one.name}: a product without its contracting dims"
-            return self._product_flops(one, name, config[1].replace('"', ""))
-        return self._attention_flops(one, name) if _is_attention(one) else 0.0
+            return self._product_flops(one, config[1].replace('"', ""))
+        return self._attention_flops(one) if _is_attention(one) else 0.0
 
-    def _product_flops(self, one: HloInstruction, name: str, contracting: str) -> float:
-        left = self._dims(one.operands[0], name)
+    def _product_flops(self, one: HloInstruction, contracting: str) -> float:
+        left = _dims(self._operands(one)[0])
         summed = math.prod(left[int(dim)] for dim in contracting.split(",") if dim.strip())
-        return 2.0 * math.prod(arrays_of(one.shape)[0].dims) * summed
+        return 2.0 * math.prod(_dims(one)) * summed
 
-    def _attention_flops(self, one: HloInstruction, name: str) -> float:
+    def _attention_flops(self, one: HloInstruction) -> float:
         """Of a fused call: two products per visible pair forward, five backward; seven in splash's two kernels."""
         if one.name.startswith("splash_mha"):
-            return self._splash_flops(one, name)
+            return self._splash_flops(one)
         shape = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', one.rest)
         assert shape is not None, f"{one.name}: attention without its shape"
         rows, heads, length, keys = (int(size.strip(' "')) for size in shape[1].split(","))
-        width = math.prod(self._dims(one.operands[0], name)) // (rows * heads * length)
+        width = math.prod(_dims(self._operands(one)[0])) // (rows * heads * length)
         limited = re.search(r'"sliding_window_length":\s*"?([1-9]\d*)', one.rest)
         causal = re.search(r'"mask_type":\s*"\w*CAUSAL', one.rest)
         pairs = visible_pairs([length], int(limited[1]) if limited else None)
         products = 5 if "Backward" in _target(one) else 2
         return 2.0 * products * rows * heads * width * (pairs if causal else length * keys)
 
-    def _splash_flops(self, one: HloInstruction, name: str) -> float:
+    def _splash_flops(self, one: HloInstruction) -> float:
         """The first operand lists the next block of keys [heads, blocks of queries, blocks of keys], or transposed.
 
         With a window the shorter side counts the blocks that a block of queries reads.
         """
         products = next(count for key, count in SPLASH.items() if key in one.name)
-        blocks = self._dims(one.operands[0], name)[-2:]
-        arrays = (arrays_of(self.tables[name][operand].shape)[0] for operand in one.operands)
+        operands = self._operands(one)
+        blocks = _dims(operands[0])[-2:]
+        arrays = (arrays_of(operand.shape)[0] for operand in operands)
         heads, length, width = next(array.dims for array in arrays if array.dtype in ("bf16", "f32"))  # q
         window = None if len(set(blocks)) == 1 else (min(blocks) - 1) * length // max(blocks)
         return 2.0 * products * heads * width * visible_pairs([length], window)
 
-    def _dims(self, instruction: str, name: str) -> tuple[int, ...]:
-        return arrays_of(self.tables[name][instruction].shape)[0].dims
+    def _operands(self, one: HloInstruction) -> list[HloInstruction]:
+        table = self.tables[one.computation]
+        return [table[operand] for operand in one.operands if operand in table]
 
     # ---- bytes
 
-    def _bytes(self, one: HloInstruction, name: str) -> float:
-        """Device memory that one run of an instruction of computation `name` reads and writes."""
-        table = self.tables[name]
-        operands = [table[operand] for operand in one.operands if operand in table]
-        size = _size(one.shape)
+    def _bytes(self, one: HloInstruction) -> float:
+        """Device memory that one run of an instruction reads and writes."""
+        operands, size = self._operands(one), _size(one.shape)
         if one.opcode == "fusion":
             callee = callee_of(one)
             sizes = [_size(operand.shape) for operand in operands]
@@ -274,12 +273,12 @@ class _Program:
     def _read(self, name: str, place: int) -> float:
         """Bytes that a fusion reads of its parameter number `place`, at most."""
         parameters = (one for one in self.computations[name] if one.opcode == "parameter")
-        return self._touched(name, next(one for one in parameters if one.rest.startswith(f"{place})")))
+        return self._touched(next(one for one in parameters if one.rest.startswith(f"{place})")))
 
-    def _touched(self, name: str, value: HloInstruction) -> float:
+    def _touched(self, value: HloInstruction) -> float:
         """Bytes of `value` that its users in a fusion need: slices of it, or all."""
         total = 0.0
-        for user in self.users[name].get(value.name, []):
+        for user in self.users[value.computation].get(value.name, []):
             first = user.operands[0] == value.name
             if user.root and user.opcode in ("tuple", "bitcast") or _moved(user):
                 continue
@@ -288,7 +287,7 @@ class _Program:
             elif user.opcode in ("dynamic-update-slice", "scatter") and first:
                 continue  # in place
             elif user.opcode in ("bitcast", "reshape"):
-                total += self._touched(name, user)
+                total += self._touched(user)
             elif user.opcode == "fusion":
                 places = [place for place, operand in enumerate(user.operands) if operand == value.name]
                 total += sum(self._read(callee_of(user), place) for place in places)
@@ -299,19 +298,18 @@ class _Program:
     def _written(self, name: str, arrays: list[HloArray]) -> float:
         """Bytes that a fusion writes to its results `arrays`."""
         root = self._root(name)
-        results = [self.tables[name][operand] for operand in root.operands] if root.opcode == "tuple" else [root]
+        results = self._operands(root) if root.opcode == "tuple" else [root]
         if len(results) != len(arrays):  # a root that returns several arrays itself
             return sum(array.size for array in arrays if array.in_memory)
         pairs = zip(results, arrays, strict=True)
-        return sum(min(array.size, self._new(name, result)) for result, array in pairs if array.in_memory)
+        return sum(min(array.size, self._new(result)) for result, array in pairs if array.in_memory)
 
-    def _new(self, name: str, result: HloInstruction) -> float:
+    def _new(self, result: HloInstruction) -> float:
         """Bytes of a fusion's result that differ from an operand of its own buffer."""
         while result.opcode in ("bitcast", "reshape", "get-tuple-element"):
-            result = self.tables[name][result.operands[0]]
+            result = self._operands(result)[0]
         if result.opcode in ("dynamic-update-slice", "scatter"):
-            update = self.tables[name][result.operands[1 if result.opcode == "dynamic-update-slice" else -1]]
-            return _elements(update.shape)
+            return _elements(self._operands(result)[1 if result.opcode == "dynamic-update-slice" else -1].shape)
         if result.opcode == "parameter" or _moved(result):
             return 0.0
         if result.opcode == "fusion":
@@ -340,7 +338,7 @@ def _convolution_flops(one: HloInstruction, left: tuple[int, ...], right: tuple[
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     assert labels is not None, f"{one.name}: a convolution without labels"
     inputs, filters, outputs = labels.groups()
-    out = arrays_of(one.shape)[0].dims
+    out = _dims(one)
     window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\dx_\-]+)", braced(one, "window"))}
     total = 2.0 * out[outputs.index("b")] * out[outputs.index("f")] * right[filters.index("i")]
     for place, dim in enumerate(sorted(label for label in outputs if label.isdigit())):
@@ -365,6 +363,10 @@ def _neighbours(devices: tuple[int, ...]) -> int:
     """Devices of a collective in the node of its first device; 0 where all are in that node."""
     near = sum(one // GPUS_PER_NODE == devices[0] // GPUS_PER_NODE for one in devices)
     return near if near < len(devices) else 0
+
+
+def _dims(one: HloInstruction) -> tuple[int, ...]:
+    return arrays_of(one.shape)[0].dims
 
 
 def _size(shape: str) -> int:

@@ -54,7 +54,7 @@ class Shown(NamedTuple):
     exit_code: int = 0
 
 
-Result = dict[str, Any] | Shown | None
+Result = dict[str, Any] | Shown
 Body = Callable[..., Result]
 
 
@@ -63,28 +63,27 @@ def command(app: typer.Typer, name: str | None = None, *, recipe: str | None = N
 
     With `recipe` ("module:Class" of a settings class, imported when needed) the command takes CONFIG and overrides,
     passes the loaded settings as the first argument, and lists their fields in `--help`. Every command takes --json.
-    A function with a parameter `as_json` prints to stdout itself when it is false. It may then return None.
     """
 
     def register(body: Body) -> Body:
-        parameters = inspect.signature(body).parameters
-        own = {key: value for key, value in parameters.items() if key != "as_json"}
-        if recipe:
-            del own[next(iter(own))]
+        own = list(inspect.signature(body).parameters.values())[1 if recipe else 0 :]
         taken = [_parameter("config", Config), _parameter("overrides", Overrides, None)] if recipe else []
-        taken += [value.replace(kind=Parameter.KEYWORD_ONLY) for value in own.values()]
+        taken += [value.replace(kind=Parameter.KEYWORD_ONLY) for value in own]
         taken += [_parameter("as_json", AsJson, False)]
 
         def run(
             *, as_json: bool, config: Path | None = None, overrides: list[str] | None = None, **options: Any
         ) -> None:
             settings = [load_settings(_recipe_class(recipe), config, overrides)] if recipe and config else []
-            prints_itself = "as_json" in parameters
-            if prints_itself:
-                options["as_json"] = as_json
-            with contextlib.nullcontext() if prints_itself and not as_json else quiet_stdout():
+            with quiet_stdout():
                 result = body(*settings, **options)
-            _print_result(result, as_json)
+            shown = Shown(result) if isinstance(result, dict) else result
+            if shown.view is None or as_json:
+                show(shown.result, as_json)
+            else:
+                shown.view()
+            if shown.exit_code:
+                raise typer.Exit(shown.exit_code)
 
         run.__name__, run.__doc__ = body.__name__, body.__doc__
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
@@ -97,18 +96,6 @@ def command(app: typer.Typer, name: str | None = None, *, recipe: str | None = N
 
 def _parameter(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _print_result(result: Result, as_json: bool) -> None:
-    shown = Shown(result) if isinstance(result, dict) else result
-    if shown is None:
-        return
-    if shown.view is None or as_json:
-        show(shown.result, as_json)
-    else:
-        shown.view()
-    if shown.exit_code:
-        raise typer.Exit(shown.exit_code)
 
 
 def _recipe_class(recipe: str) -> type[Settings]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ipt_jax.core.html import Markup, draw
 
@@ -18,9 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 14, 30, 44
 POINTS = 400
 BINS = 60
 SCORE_ROW = 38  # a name and its score, the bar below them, a gap
-COUNTS_WIDTH, COUNT_ROW = 330, 30
-COLUMN_HEIGHT = 130
-NAME_LETTERS = 32  # characters of a name that fit
+COUNTS_WIDTH = 330
 
 Point = tuple[float, float]
 
@@ -258,44 +257,34 @@ def score_bars(title: str, bars: Sequence[Bar], *, chance: float | None) -> Mark
 
 def share_bar(title: str, segments: Sequence[tuple[str, float, str]]) -> Markup:
     """A stacked bar of (style, share, words). The shares add up to 1. A wide segment shows its percentage."""
-    drawn, left = [], 0.0
-    for style, share, words in segments:
-        drawn.append((left, share * PLOT_WIDTH, style, f"{share:.0%}", words))
-        left += share * PLOT_WIDTH
-    return draw("share_bar", label=_label(title, [words for *_, words in segments]), width=PLOT_WIDTH, segments=drawn)
+    ends = list(accumulate((share * PLOT_WIDTH for _, share, _ in segments), initial=0.0))
+    label = _label(title, [words for *_, words in segments])
+    return draw("share_bar", label=label, width=PLOT_WIDTH, segments=list(zip(ends, segments, strict=False)))
 
 
 def bar_chart(title: str, counts: Sequence[tuple[str, int]], *, colour: str, total: int) -> Markup:
     """Per name its count, its share of `total`, and a bar whose length is relative to the largest count."""
-    most = max(count for _, count in counts)
-    rows = [
-        (
-            name,
-            name if len(name) <= NAME_LETTERS else name[: NAME_LETTERS - 1] + "…",
-            f"{count:,} · {count / total:.1%}",
-            max(count / most * COUNTS_WIDTH, 1.0),
-            f"{count:,} ({count / total:.1%})",
-        )
-        for name, count in counts
-    ]
-    label = _label(title, [f"{name} {count:,}" for name, count in counts])
-    return draw("bar_chart", label=label, width=COUNTS_WIDTH, row=COUNT_ROW, rows=rows, colour=colour)
+    return draw(
+        "bar_chart",
+        label=_label(title, [f"{name} {count:,}" for name, count in counts]),
+        width=COUNTS_WIDTH,
+        counts=counts,
+        most=max(count for _, count in counts),
+        total=total,
+        colour=colour,
+    )
 
 
 def column_chart(title: str, columns: Sequence[Column], *, colour: str) -> Markup:
     """One column per number or range of numbers, with as many labels below as fit."""
-    most, total = max(column.count for column in columns), sum(column.count for column in columns)
-    width = COUNTS_WIDTH / len(columns)
-    step = 1 + (len(columns) * max(len(column.label) for column in columns) * 8) // COUNTS_WIDTH
-    drawn = [
-        (
-            place * width,
-            width,
-            column.count / most * (COLUMN_HEIGHT - 14),
-            column.label if place % step == 0 else None,
-            f"{column.words}: {column.count:,} ({column.count / total:.1%})",
-        )
-        for place, column in enumerate(columns)
-    ]
-    label = _label(title, [f"{column.words} {column.count:,}" for column in columns])
-    return draw("column_chart", label=label, width=COUNTS_WIDTH, height=COLUMN_HEIGHT, columns=drawn, colour=colour)
+    letters = len(columns) * max(len(column.label) for column in columns)
+    return draw(
+        "column_chart",
+        label=_label(title, [f"{column.words} {column.count:,}" for column in columns]),
+        width=COUNTS_WIDTH,
+        columns=columns,
+        most=max(column.count for column in columns),
+        total=sum(column.count for column in columns),
+        step=1 + letters * 8 // COUNTS_WIDTH,  # columns per label
+        colour=colour,
+    )

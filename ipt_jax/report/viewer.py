@@ -6,8 +6,9 @@ it predicts it. For the first token of a passage that continues a document from 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def _token_spans(tokens: np.ndarray, target: np.ndarray, tokenizer: Tokenizer) -
     return found
 
 
-def print_rows(console: Console, summary: dict[str, Any], rows: list[ShownRow]) -> None:
+def print_rows(summary: dict[str, Any], rows: list[ShownRow]) -> None:
+    console = Console(highlight=False)
     console.print(plan_summary_table(summary))
     legend = Text()
     for kind, colour in COLOURS.items():
@@ -188,18 +190,18 @@ def _strip(row: ShownRow) -> list[tuple[list[tuple[float, float, str]], str, flo
     return strip
 
 
-def run_show(plan: Plan, output: Path | None, *, step: int, rows: int, quiet: bool) -> dict[str, Any]:
-    """Writes the page to `output`, or prints the rows unless `quiet`. Returns counts."""
-    shown = read_rows(plan, load_tokenizer(plan.tokenizer_dir), step=step, rows=rows)
+def run_show(
+    plan: Plan, output: Path | None, *, step: int, rows: int
+) -> tuple[dict[str, Any], Callable[[], None] | None]:
+    """Counts of the shown rows, and without `output` the function that prints them. Writes the page to `output`."""
+    shown, summary = read_rows(plan, load_tokenizer(plan.tokenizer_dir), step=step, rows=rows), plan.summary()
     if output is not None:
-        write_page(output, html_page(plan.summary(), shown))
-    elif not quiet:
-        print_rows(Console(highlight=False), plan.summary(), shown)
+        write_page(output, html_page(summary, shown))
     kinds = Counter[str]()
     for row in shown:
         for passage in row.passages:
             kinds[passage.kind] += passage.tokens
-    return {
+    counts = {
         "rows": len(shown),
         "first_row": shown[0].row,
         "step": shown[0].step,
@@ -211,3 +213,4 @@ def run_show(plan: Plan, output: Path | None, *, step: int, rows: int, quiet: bo
         "fingerprint": plan.fingerprint,
         "output": None if output is None else str(output),
     }
+    return counts, None if output else partial(print_rows, summary, shown)

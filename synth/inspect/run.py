@@ -5,7 +5,8 @@ rejected pairs show their reason. Reads only the shown groups and, for the page,
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,32 +30,36 @@ from synth.inspect.statistics import count_groups
 EXCERPT = 1200  # characters of a text in the terminal
 
 
-def run_inspect(path: Path, output: Path | None, limit: int, sample: int, rejected: bool) -> dict[str, Any]:
-    """Shows the first `limit` groups and returns counts of them. The page's distributions are over `sample` groups."""
+def run_inspect(
+    path: Path, output: Path | None, limit: int, sample: int, rejected: bool
+) -> tuple[dict[str, Any], Callable[[], None] | None]:
+    """Counts of the first `limit` groups, and without `output` the function that prints these groups.
+
+    Writes the page to `output`. Its distributions are over `sample` groups.
+    """
     shards = Shards(path, verify=False)
     groups = [decode_group(record, shards) for record in islice(shards, limit)]
     if not groups:
         raise UserError(f"groups {path}: holds no groups; run synth run on a corpus that is not empty")
-    if output is None:
-        show_groups(Console(), groups, rejected)
-    else:
+    if output is not None:
         write_page(output, html_page(groups, count_groups(shards, sample), rejected))
     texts = [text for group in groups for text in group.texts]
     pairs = [pair for text in texts for pair in text.pairs]
     accepted = [pair for pair in pairs if pair.accepted]
-    reasons = Counter(pair.rejection for pair in pairs if pair.rejection)
-    return {
+    counts = {
         "groups": len(shards),
         "shown": len(groups),
         "texts": len(texts),
         "pairs": len(accepted),
         "formats": dict(sorted(Counter(pair.format for pair in accepted).items())),
-        "rejected": dict(sorted(reasons.items())),
+        "rejected": dict(sorted(Counter(pair.rejection for pair in pairs if pair.rejection).items())),
         "output": None if output is None else str(output),
     }
+    return counts, None if output else partial(show_groups, groups, rejected)
 
 
-def show_groups(console: Console, groups: Sequence[SynthGroup], rejected: bool) -> None:
+def show_groups(groups: Sequence[SynthGroup], rejected: bool) -> None:
+    console = Console()
     for group in groups:
         console.print(Rule(Text(f"group {group.id}", style="bold"), align="left"))
         sampling = " ".join(f"{key}={value}" for key, value in group.sampling.items())

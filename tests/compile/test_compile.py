@@ -244,7 +244,7 @@ def test_other_rows_and_kernels_are_not() -> None:
     assert choice(h100, 2000, attention="xla")[0] == "xla"
     assert choice(h100, 2000, compute_dtype="float32")[0] == "xla"
     assert choice(a100, 2000)[0] == "cudnn"
-    assert choice(a100, 2047) == ("xla", "cuDNN keeps documents apart in rows of an even length, seq_len is 2047")
+    assert choice(a100, 2047) == ("xla", "cuDNN separates documents in rows of an even length, seq_len is 2047")
     allow = recipe_of(data={"seq_len": 2047})
     assert [_attention(allow, model_of(), kind, "gpu")[0] for kind in (h100, a100)] == ["cudnn", "cudnn"]
 

@@ -169,9 +169,9 @@ def quiet(tokens: int = 1):
         return Shown({"tokens": tokens}, view=lambda: print(f"view {tokens}"), exit_code=143)
     return {"tokens": tokens + 1}
 @command(app, recipe="ipt_jax.config:MeshSettings")
-def loud(settings, how: str = "plain", as_json: bool = False):
+def loud(settings, how: str = "plain"):
     print(how, settings.data, settings.fsdp)
-    return {"how": how} if as_json else None
+    return Shown({"how": how}, view=lambda: print(how))
 run_app(app)
 """
 
@@ -183,7 +183,7 @@ run_app(app)
         (["quiet", "--json"], '{"tokens": 2}\n', "a library\na child\n", 0),
         (["quiet", "--tokens", "5"], "view 5\n", "a library\na child\n", 143),
         (["quiet", "--tokens", "5", "--json"], '{"tokens": 5}\n', "a library\na child\n", 143),
-        (["loud", "mesh.yaml", "fsdp=1", "--how", "a"], "a 2 1\n", "", 0),
+        (["loud", "mesh.yaml", "fsdp=1", "--how", "a"], "a\n", "a 2 1\n", 0),
         (["loud", "mesh.yaml", "--json"], '{"how": "plain"}\n', "plain 2 -1\n", 0),
         (
             ["loud", "mesh.yaml", "fdsp=1"],
@@ -196,7 +196,7 @@ run_app(app)
 def test_a_command_prints_its_result_alone(
     arguments: list[str], stdout: str, stderr: str, code: int, tmp_path: Path
 ) -> None:
-    """Results go to stdout; what a stage or its children print goes to stderr, unless the command prints by itself."""
+    """Results go to stdout; what a stage or its children print goes to stderr."""
     (tmp_path / "mesh.yaml").write_text("data: 2\n")
     run = [sys.executable, "-c", STAGES, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -77,7 +77,9 @@ def test_other_records_are_refused(tmp_path: Path) -> None:
 
 
 def test_terminal_shows_everything_as_it_stands(groups: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = run_inspect(groups, None, limit=2, sample=9, rejected=True)
+    figures, view = run_inspect(groups, None, limit=2, sample=9, rejected=True)
+    assert view
+    view()
     shown = capsys.readouterr().out
     assert figures == {
         "groups": 3,
@@ -96,7 +98,9 @@ def test_terminal_shows_everything_as_it_stands(groups: Path, capsys: pytest.Cap
 
 
 def test_rejected_pairs_can_be_left_out(groups: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_inspect(groups, None, limit=1, sample=9, rejected=False)
+    _, view = run_inspect(groups, None, limit=1, sample=9, rejected=False)
+    assert view
+    view()
     assert "truncated" not in capsys.readouterr().out
 
 
@@ -120,7 +124,8 @@ class Page(HTMLParser):
 
 def test_page_is_whole_and_escaped(groups: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "page.html"
-    figures = run_inspect(groups, output, limit=3, sample=9, rejected=True)
+    figures, view = run_inspect(groups, output, limit=3, sample=9, rejected=True)
+    assert view is None
     page = Page(output.read_text(encoding="utf-8"))
     assert capsys.readouterr().out == ""
     assert figures["output"] == str(output)
