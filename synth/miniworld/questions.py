@@ -15,7 +15,6 @@ from ipt_jax.core.seeding import draw
 from synth.format.wire import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
 from synth.miniworld.articles import Article, write_article
 from synth.miniworld.world import (
-    CHOICES,
     KINDS,
     SLOTS,
     Entity,
@@ -29,7 +28,7 @@ from synth.miniworld.world import (
 )
 
 Judgement = Literal["right", "wrong", "unknown_question"]
-TUNING_CHOICES = 3
+TUNING_CHOICES, HELD_OUT_CHOICES = 3, 4
 RATIONALE_PAIRS = 3  # per text: rationales are long, and nearly every example should fit in 256 tokens
 
 
@@ -118,7 +117,7 @@ def held_out_questions(world: World, count: int) -> Iterator[dict[str, Any]]:
             if asked == count:
                 return
             rng = draw(world.seed, "held out", asked)
-            choices = _options(world, fact, CHOICES, [], rng)
+            choices = _options(world, fact, HELD_OUT_CHOICES, [], rng)
             prompt, gold = f"Question: {ask(world, fact, rng)}\nAnswer:", choices.index(world.value(fact))
             yield {"id": f"heldout-{asked:06d}", "prompt": prompt, "choices": choices, "gold": gold}
             asked += 1

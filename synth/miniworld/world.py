@@ -23,7 +23,6 @@ PROVINCE = SLOTS * len(KINDS)
 HELD_OUT = 5  # every fifth raw province
 TUNING_NAMES = 3072  # names of each kind that only tuning articles use
 YEARS = range(1200, 1328)
-CHOICES = 4
 _MASK = (1 << 64) - 1
 
 Split = Literal["article", "tuning"]

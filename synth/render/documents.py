@@ -24,7 +24,7 @@ from synth.format.truncate import split_text
 from synth.groups import contaminated_places, decode_group
 from synth.render.layout import Shot, has_example, lay_out
 from synth.render.pair_filter import keeps, read_keep
-from synth.render.templates import Draws, Layout, draw_style
+from synth.render.templates import DocumentStyle, Draws, Layout
 
 LAYOUT_COUNT = "layout."
 
@@ -248,7 +248,7 @@ class Renderer:
 def augmented_document(group: SynthGroup, name: str, shots: Sequence[Shot], settings: RenderSettings) -> Document:
     """`shots` as one document, in a style drawn for `name`."""
     draws = Draws(settings.seed, name, settings.epoch)
-    style = draw_style(draws, settings.layouts.weights, has_example=has_example(shots))
+    style = DocumentStyle(draws, settings.layouts.weights, has_example=has_example(shots))
     words, spans = lay_out(shots, style, draws)
     texts = [shot.text for shot in shots]
     places = [shot.place for shot in shots]

@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,6 @@ class Export(msgspec.Struct):
         write_whole(folder / "export.json", msgspec.json.format(msgspec.json.encode(self), indent=1))
 
 
-@dataclass(frozen=True)
-class FileJob:
-    settings: RenderSettings
-    shard: int
-    path: Path
-
-
 def open_export(hub: HubSettings, documents: str) -> Export:
     """The complete files in the output, for documents with fingerprint `documents`. Incomplete files are removed."""
     folder, fingerprint = Path(hub.output), digest([documents, hub.format])
@@ -87,10 +80,11 @@ def export_hub(settings: RenderSettings, hub: HubSettings, export: Export, shard
     folder, total = Path(hub.output), len(shards.paths)
     paths = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.{hub.format}" for shard in range(total)]
     complete = {file.name for file in export.files}
-    jobs = [FileJob(settings, shard, path) for shard, path in enumerate(paths) if path.name not in complete]
+    missing = [(shard, path) for shard, path in enumerate(paths) if path.name not in complete]
+    workers = 1 if len(shards) < FEW_GROUPS else None
     counts: Counter[str] = Counter()
     with writing(folder):
-        for _, written in run_units(write_file, jobs, workers=1 if len(shards) < FEW_GROUPS else None):
+        for _, written in run_units(partial(write_file, settings), missing, workers=workers):
             export.files = sorted([*export.files, written], key=lambda file: file.name)
             export.save(folder)
         for file in export.files:
@@ -108,18 +102,19 @@ def examples(settings: RenderSettings) -> list[Document]:
 # ---- one file; runs in a worker process
 
 
-def write_file(job: FileJob) -> ExportFile:
+def write_file(settings: RenderSettings, shard_and_path: tuple[int, Path]) -> ExportFile:
+    shard, path = shard_and_path
     counts: Counter[str] = Counter()
-    temporary = job.path.with_name(job.path.name + TEMPORARY)
-    with writing(job.path.parent):
-        write = write_parquet if job.path.suffix == ".parquet" else write_jsonl
-        write(temporary, rows(job, counts))
+    temporary = path.with_name(path.name + TEMPORARY)
+    with writing(path.parent):
+        write = write_parquet if path.suffix == ".parquet" else write_jsonl
+        write(temporary, rows(settings, shard, counts))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         checksum = file_digest(temporary)
-        os.replace(temporary, job.path)
-        sync_directory(job.path.parent)
-    return ExportFile(job.path.name, counts["documents"], job.path.stat().st_size, checksum, merge_sources(counts))
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    return ExportFile(path.name, counts["documents"], path.stat().st_size, checksum, merge_sources(counts))
 
 
 def write_parquet(path: Path, found: Iterator[dict[str, Any]]) -> None:
@@ -141,8 +136,8 @@ def merge_sources(counts: Counter[str]) -> dict[str, int]:
     return kept | ({"source (others)": sum(sources[name] for name in rare)} if rare else {})
 
 
-def rows(job: FileJob, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    for group, document, _ in shard_documents(job.settings, job.shard, Counter(), Counter()):
+def rows(settings: RenderSettings, shard: int, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    for group, document, _ in shard_documents(settings, shard, Counter(), Counter()):
         row = document_row(group, document)
         counts[f"synthesizer {group.synthesizer}\t{group.weights}"] += 1
         counts.update(["documents", f"kind {row['kind']}", f"source {row['source']}"])
@@ -166,7 +161,7 @@ def document_row(group: SynthGroup, document: Document) -> dict[str, Any]:
         "kind": document.kind,
         "layout": document.meta.get("layout"),
         "pairs": [pair_row(texts[text].pairs[pair], text) for text, pair in numbers],
-        "parents": [{"id": parent.id, "start": parent.start, "end": parent.end} for parent in document.parents],
+        "parents": msgspec.to_builtins(document.parents),
         "spans": [
             {"part": part, "text": text, "pair": numbers[text, owner[0]] if owner else None, "start": start, "end": end}
             for part, found in spans.items()

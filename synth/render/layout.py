@@ -92,14 +92,10 @@ def shot_parts(number: int, shot: Shot, style: DocumentStyle, draws: Draws) -> S
 
 def text_block(one: ShotParts, style: DocumentStyle) -> Fragments:
     opening, bridge = frame(one, style)
-    match style.layout:
-        case "numbered":
-            return join(BLOCKS, [opening, *numbered_blocks(one, style)])
-        case "dialogue":
-            return join(BLOCKS, [opening, bridge, join(style.between, dialogue_turns(one, style))])
-        case "questions_first":
-            return join(BLOCKS, [bridge, join(style.between, inline(one, style)), opening])
-    return join(BLOCKS, [opening, bridge, join(style.between, inline(one, style))])
+    if style.layout == "numbered":
+        return join(BLOCKS, [opening, *numbered_blocks(one, style)])
+    pairs = join(style.between, dialogue_turns(one, style) if style.layout == "dialogue" else inline(one, style))
+    return join(BLOCKS, [bridge, pairs, opening] if style.layout == "questions_first" else [opening, bridge, pairs])
 
 
 def frame(one: ShotParts, style: DocumentStyle) -> tuple[Fragments, Fragments]:
@@ -117,10 +113,9 @@ def inline(one: ShotParts, style: DocumentStyle) -> list[Fragments]:
     return [fill(style.patterns[kind], parts) for kind, parts in one.pairs]
 
 
-def dialogue_turns(one: ShotParts, style: DocumentStyle) -> Iterator[Fragments]:
-    for kind, parts in one.pairs:
-        turn = style.turns[kind]
-        yield fill(style.turn, {"ask": fill(turn.ask, parts), "reply": fill(turn.reply, parts), **speakers(style)})
+def dialogue_turns(one: ShotParts, style: DocumentStyle) -> list[Fragments]:
+    turns = [(fill(style.turns[kind].ask, parts), fill(style.turns[kind].reply, parts)) for kind, parts in one.pairs]
+    return [fill(style.turn, {"ask": ask, "reply": reply, **speakers(style)}) for ask, reply in turns]
 
 
 def numbered_blocks(one: ShotParts, style: DocumentStyle) -> list[Fragments]:

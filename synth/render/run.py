@@ -18,11 +18,9 @@ from ipt_jax.corpus.records import encode
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.groups import counts_under, decode_group, groups_digest, open_groups
 from synth.render.documents import LAYOUT_COUNT, RenderSettings, shard_documents
-from synth.render.hub_export import export_hub, open_export
+from synth.render.hub_export import FEW_GROUPS, export_hub, open_export
 from synth.render.pair_filter import check_scores
 from synth.render.templates import LAYOUTS, load_templates
-
-FEW_GROUPS = 10_000  # rendered before worker processes would start
 
 
 def run_render(settings: RenderSettings) -> dict[str, Any]:

@@ -52,54 +52,30 @@ class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shots: tuple[tuple[str, str], ...] = (("", ""),)
 
 
-class Layouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`bare`: probability of no opening, and, drawn separately, of no bridge."""
-
-    bare: float
-    separators: list[str]
-    text_first: Frame
-    questions_first: Frame
-    dialogue: Frame
-    numbered: Frame
-    few_shot: Frame
-
-
 @dataclass(frozen=True)
 class Templates:
+    """`bare`: probability of no opening, and, drawn separately, of no bridge."""
+
     patterns: dict[Format, list[str]]
     turns: dict[Format, list[Turn]]
     options: list[OptionStyle]
-    layouts: Layouts
+    bare: float
+    separators: list[str]
+    frames: dict[Layout, Frame]
     digest: str
-
-
-@dataclass(frozen=True)
-class DocumentStyle:
-    """The choices drawn for one document, shared by all its texts."""
-
-    layout: Layout
-    patterns: dict[Format, str]
-    turns: dict[Format, Turn]
-    options: OptionStyle
-    opening: str
-    bridge: str
-    between: str
-    separator: str
-    speakers: tuple[str, str]
-    turn: str
-    marks: tuple[str, str]
-    headings: tuple[str, str]
-    shots: tuple[str, str]
 
 
 @cache
 def load_templates() -> Templates:
     content = {path.stem: parse_yaml(path.read_text(encoding="utf-8")) for path in FILES}
+    bare, separators = content["layouts"].pop("bare"), content["layouts"].pop("separators")
     return Templates(
         patterns={name: msgspec.convert(content[name], list[str]) for name in FORMATS},
         turns=msgspec.convert(content["turns"], dict[Format, list[Turn]]),
         options=msgspec.convert(content["options"], list[OptionStyle]),
-        layouts=msgspec.convert(content["layouts"], Layouts),
+        bare=msgspec.convert(bare, float),
+        separators=msgspec.convert(separators, list[str]),
+        frames=msgspec.convert(content["layouts"], dict[Layout, Frame]),
         digest=directory_digest(list(FILES)),
     )
 
@@ -124,27 +100,27 @@ class Draws:
         return draw(*self.keys, purpose).sample(range(count), count) if count else []
 
 
-def draw_style(draws: Draws, weights: Mapping[Layout, float], *, has_example: bool = True) -> DocumentStyle:
-    """`has_example`: an example can precede the test item; without one few_shot is replaced by text_first."""
-    templates = load_templates()
-    layouts = templates.layouts
-    layout = draws.weighted("layout", weights)
-    if layout == "few_shot" and not has_example:
-        layout = "text_first"
-    frame: Frame = getattr(layouts, layout)
-    no_opening, no_bridge = draws.chance("bare opening", layouts.bare), draws.chance("bare bridge", layouts.bare)
-    return DocumentStyle(
-        layout=layout,
-        patterns={name: draws.pick(f"pattern {name}", templates.patterns[name]) for name in FORMATS},
-        turns={name: draws.pick(f"turn {name}", templates.turns[name]) for name in FORMATS},
-        options=draws.pick("option style", templates.options),
-        opening="{text}" if no_opening else draws.pick("opening", frame.openings),
-        bridge="" if no_bridge else draws.pick("bridge", frame.bridges),
-        between=draws.pick("between pairs", frame.between),
-        separator=draws.pick("separator", layouts.separators),
-        speakers=draws.pick("speakers", frame.speakers),
-        turn=draws.pick("turn line", frame.turns),
-        marks=draws.pick("marks", frame.marks),
-        headings=draws.pick("headings", frame.headings),
-        shots=draws.pick("shots", frame.shots),
-    )
+class DocumentStyle:
+    """The choices drawn for one document, shared by all its texts.
+
+    `has_example`: an example can precede the test item. Otherwise few_shot is replaced by text_first.
+    """
+
+    def __init__(self, draws: Draws, weights: Mapping[Layout, float], *, has_example: bool = True) -> None:
+        templates = load_templates()
+        layout = draws.weighted("layout", weights)
+        self.layout: Layout = "text_first" if layout == "few_shot" and not has_example else layout
+        frame = templates.frames[self.layout]
+        has_opening, has_bridge = (not draws.chance(f"bare {part}", templates.bare) for part in ("opening", "bridge"))
+        self.patterns = {name: draws.pick(f"pattern {name}", templates.patterns[name]) for name in FORMATS}
+        self.turns = {name: draws.pick(f"turn {name}", templates.turns[name]) for name in FORMATS}
+        self.options = draws.pick("option style", templates.options)
+        self.opening = draws.pick("opening", frame.openings) if has_opening else "{text}"
+        self.bridge = draws.pick("bridge", frame.bridges) if has_bridge else ""
+        self.between = draws.pick("between pairs", frame.between)
+        self.separator = draws.pick("separator", templates.separators)
+        self.speakers = draws.pick("speakers", frame.speakers)
+        self.turn = draws.pick("turn line", frame.turns)
+        self.marks = draws.pick("marks", frame.marks)
+        self.headings = draws.pick("headings", frame.headings)
+        self.shots = draws.pick("shots", frame.shots)

@@ -25,7 +25,7 @@ def test_counts_of_templates() -> None:
         for name in FORMATS
     ]
     lines.append(f"{'styles of options':<24}{len(templates.options)}")
-    lines += [f"{name:<24}{len(getattr(templates.layouts, name).openings)} openings" for name in LAYOUTS]
+    lines += [f"{name:<24}{len(templates.frames[name].openings)} openings" for name in LAYOUTS]
     assert block("templates").splitlines() == lines
 
 

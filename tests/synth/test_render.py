@@ -21,7 +21,7 @@ from synth.render.documents import Renderer
 from synth.render.run import run_render
 from synth.render.templates import load_templates
 
-SHOTS = load_templates().layouts.few_shot.shots
+SHOTS = load_templates().frames["few_shot"].shots
 TEST_ITEM = re.compile("^(?:" + "|".join(re.escape(test) for _, test in SHOTS) + ")$", re.MULTILINE)
 
 
@@ -173,7 +173,7 @@ def test_no_group_leaves_anything_behind_for_the_next() -> None:
     groups = [group(f"g{i}", [PAIRS, PAIRS[:1]]) for i in range(60)]
     together = [render(one, layouts=EVEN) for one in groups]
     assert [render(one, layouts=EVEN) for one in reversed(groups)] == together[::-1]
-    speakers = {name for pair in load_templates().layouts.dialogue.speakers for name in pair}
+    speakers = {name for pair in load_templates().frames["dialogue"].speakers for name in pair}
     for [document] in together:
         if document.meta["layout"] != "dialogue":
             assert not any(f"{name}:" in document.text or f"[{name}]" in document.text for name in speakers)

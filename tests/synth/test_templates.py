@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from synth.format.wire import wire_pair
 from synth.render.layout import PLACEHOLDER, Fragment, fill, fill_words, pair_values
-from synth.render.templates import FORMATS, LAYOUTS, Draws, OptionStyle, draw_style, load_templates
+from synth.render.templates import FORMATS, LAYOUTS, DocumentStyle, Draws, OptionStyle, load_templates
 
 TEMPLATES = load_templates()
 WANTED = {
@@ -36,7 +36,7 @@ def all_lists() -> Iterator[tuple[str, list[str]]]:
     for name in FORMATS:
         yield f"turns of {name}", [turn.ask + turn.reply for turn in TEMPLATES.turns[name]]
     for layout in LAYOUTS:
-        frame = getattr(TEMPLATES.layouts, layout)
+        frame = TEMPLATES.frames[layout]
         yield f"openings of {layout}", frame.openings
         if any(frame.bridges):
             yield f"bridges of {layout}", frame.bridges
@@ -74,7 +74,7 @@ def test_a_pattern_shows_each_part_once_and_asks_before_it_answers(name: str) ->
 
 def test_a_frame_shows_its_text_once() -> None:
     for layout in LAYOUTS:
-        frame = getattr(TEMPLATES.layouts, layout)
+        frame = TEMPLATES.frames[layout]
         allowed = {"text", "asker", "replier"} if layout == "dialogue" else {"text"}
         for opening in frame.openings:
             assert PLACEHOLDER.findall(opening).count("text") == 1
@@ -108,7 +108,7 @@ def test_draws_do_not_share_a_stream() -> None:
     seen = Counter((one.pick("pattern free", free), one.pick("pattern choice", choice)) for one in draws)
     assert len(seen) == len(free) * len(choice)
     assert chisquare([*seen.values()]).pvalue > 1e-4
-    looks = [draw_style(one, EVEN) for one in draws[:4000]]
+    looks = [DocumentStyle(one, EVEN) for one in draws[:4000]]
     for pair in (
         Counter((document_style.layout, document_style.separator) for document_style in looks),
         Counter((document_style.layout, document_style.opening == "{text}") for document_style in looks),
@@ -120,9 +120,11 @@ def test_draws_do_not_share_a_stream() -> None:
 
 def test_layout_shares() -> None:
     shares = {"text_first": 0.6, "questions_first": 0.1, "dialogue": 0.1, "numbered": 0.1, "few_shot": 0.1}
-    drawn = Counter(draw_style(Draws(1, str(i), 0), recipe().layouts.weights).layout for i in range(5000))
+    drawn = Counter(DocumentStyle(Draws(1, str(i), 0), recipe().layouts.weights).layout for i in range(5000))
     assert chisquare([drawn[name] for name in shares], [5000 * share for share in shares.values()]).pvalue > 1e-4
-    only = {draw_style(Draws(1, str(i), 0), recipe(layouts={"dialogue": 2}).layouts.weights).layout for i in range(50)}
+    only = {
+        DocumentStyle(Draws(1, str(i), 0), recipe(layouts={"dialogue": 2}).layouts.weights).layout for i in range(50)
+    }
     assert only == {"dialogue"}
 
 
