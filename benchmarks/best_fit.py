@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ import grain
 import numpy as np
 from token_corpus import web_lengths
 
-from ipt_jax.data.block_table import documents_in_memory
 from ipt_jax.data.packing import CHUNK_ROWS, BestFit
 from ipt_jax.data.shuffle import MergedOrder, Stream
 
@@ -33,6 +33,9 @@ def text_lengths(path: Path) -> np.ndarray:
 
 def ours(lengths: np.ndarray, seq_len: int) -> tuple[int, float]:
     """Rows, and the share of padding in all but the last."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+    from token_shards import documents_in_memory
+
     stream = Stream(documents_in_memory(lengths.tolist()), int(lengths.sum()), 0, "documents")
     packing = BestFit(MergedOrder([stream], CHUNK_ROWS * seq_len), seq_len)
     pieces = packing.pieces(0, packing.rows - 1)

@@ -39,8 +39,8 @@ Batches = Iterator[np.ndarray]
 
 def ours(root: Path, _: int) -> Batches:
     from ipt_jax.data.loader import batches
+    from ipt_jax.data.mixture import DataSettings
     from ipt_jax.data.plan import build_plan
-    from ipt_jax.data.settings import DataSettings
 
     source = {"name": "raw", "path": str(root / "raw"), "epochs": 1}
     plan = build_plan(DataSettings.model_validate({"seq_len": SEQ_LEN, "sources": [source]}), rows_per_step=ROWS)

@@ -24,8 +24,8 @@ from token_corpus import web_lengths, write_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ipt_jax.data.loader import batches
+from ipt_jax.data.mixture import DataSettings
 from ipt_jax.data.plan import build_plan
-from ipt_jax.data.settings import DataSettings
 from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
 
 SEQ_LEN, ROWS_PER_STEP = 2048, 16

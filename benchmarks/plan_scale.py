@@ -34,8 +34,8 @@ from ipt_jax.core.hashing import digest, file_digest
 from ipt_jax.core.stage import SCHEMA, UNPACKED, Manifest, ShardEntry, write_shard
 from ipt_jax.corpus.records import Kind, TokenDocument
 from ipt_jax.data.loader import batches
+from ipt_jax.data.mixture import DataSettings
 from ipt_jax.data.plan import Plan, build_plan
-from ipt_jax.data.settings import DataSettings
 from ipt_jax.data.token_index import INDEX, PARENTS, id_key, index_path
 from ipt_jax.data.token_shards import PAGE_TOKENS, RECORDS, encode_page
 
@@ -119,13 +119,14 @@ def write_records(root: Path) -> None:
     plan = open_plan(root)
     rows = {*timed_rows(plan), *range((plan.steps - LAST_STEPS) * ROWS, plan.rows)}
     wanted: dict[tuple[int, int], set[int]] = {}
-    for piece in (piece for row in rows for piece in plan.pieces(row)):
-        documents = plan.sources[piece.source].documents
+    pieces = plan.pieces(sorted(rows))
+    for source, record in zip(pieces["source"].tolist(), pieces["document"]["record"].tolist(), strict=True):
+        documents = plan.sources[source].documents
         block = max(documents.table.size, SMALLEST_BLOCK)  # the loader reads all of it
-        first = piece.record // block * block
-        for record in range(first, min(first + block, documents.records)):
-            shard, local = divmod(record, SHARD_DOCUMENTS)
-            wanted.setdefault((piece.source, shard), set()).add(local)
+        first = record // block * block
+        for number in range(first, min(first + block, documents.records)):
+            shard, local = divmod(number, SHARD_DOCUMENTS)
+            wanted.setdefault((source, shard), set()).add(local)
     for number, source in enumerate(plan.sources):
         shards = source.manifest.shards
         for (_, shard), locals_ in sorted(item for item in wanted.items() if item[0][0] == number):
@@ -173,7 +174,7 @@ def measure(what: str, root: Path) -> dict[str, Any]:
         seconds, cpu = [], []
         for row in timed_rows(plan):
             at, used = time.perf_counter(), time.process_time()
-            plan.row(row)
+            plan.batch([row])
             seconds.append(time.perf_counter() - at)
             cpu.append(time.process_time() - used)
             result = {"first_row_s": at - started + seconds[0]} if len(seconds) == 1 else result

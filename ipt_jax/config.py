@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.settings import Settings
-from ipt_jax.data.settings import DataSettings
+from ipt_jax.data.mixture import DataSettings
 from ipt_jax.model.config import ModelSettings
 
 Saved = Literal["query", "key", "value", "output", "gate", "up"]

@@ -23,7 +23,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "ipt_jax.corpus": ("ipt_jax.core",),
     "ipt_jax.data": ("ipt_jax.core", "ipt_jax.corpus"),
     "ipt_jax.model": ("ipt_jax.core",),
-    "ipt_jax.config": ("ipt_jax.core", "ipt_jax.data.settings", "ipt_jax.model.config"),
+    "ipt_jax.config": ("ipt_jax.core", "ipt_jax.data.mixture", "ipt_jax.model.config"),
     "ipt_jax.parallel": ("ipt_jax.core", "ipt_jax.model"),
     "ipt_jax.hf": ("ipt_jax.core", "ipt_jax.corpus.tokenizer", "ipt_jax.model"),
     "ipt_jax.inference": ("ipt_jax.core", "ipt_jax.corpus.tokenizer", "ipt_jax.hf", "ipt_jax.model"),

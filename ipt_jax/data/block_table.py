@@ -1,19 +1,18 @@
-"""The documents of a source by block: what a plan holds of each source, 24 bytes a block of records.
+"""The documents of a source by block: what a plan holds of a source, 24 bytes per block.
 
-A block is a run of neighbouring records, a power of two of them: in the mean about 131,072 tokens, or a thousandth of
-a corpus that is smaller than a thousand such. The table of tokens and documents a block is made in one pass over the
-shards' index files, which are checked on the way, and kept beside the shards as `blocks-<digest>.npz`, so that later
-starts read megabytes. Lengths of single documents are read from the index files when a block is used, and must make the
-block's sum.
+A block is a power of two of consecutive records: about 131,072 tokens in the mean, or a thousandth of a smaller corpus.
+The tokens and documents of each block come from one pass over the checked index files, and are cached beside the shards
+as `blocks-<digest>.npz`, so that later starts read megabytes. The lengths of single documents are read from the index
+files when a block is used, and must sum to the tokens of the block.
 """
 
 import contextlib
 import io
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -21,25 +20,25 @@ import numpy as np
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
 from ipt_jax.core.stage import Manifest
-from ipt_jax.data.exclude_converted import PARTS, Exclusion, Remains
-from ipt_jax.data.token_index import INDEX, IndexFiles, document_count, read_index, read_parents
+from ipt_jax.data.exclude_converted import Exclusion, Remains
+from ipt_jax.data.token_index import IndexFiles, document_count, read_index, read_parents
 
 BLOCK_TOKENS = 1 << 17
-LEAST_BLOCKS = 1 << 10  # of a corpus that has as many records: what is near in it is spread over the epoch
-MOST_RECORDS = 1 << 16  # of a block
-_NO_PARTS = np.zeros(0, PARTS)
-VERSION = 3  # raised when the same shards would give another table
+MIN_BLOCKS = 1 << 10  # if the corpus has as many records: neighbouring documents spread over the epoch
+MAX_RECORDS = 1 << 16  # per block
+VERSION = 3  # incremented when the same shards give another table
+ReadIndex = Callable[[Sequence[tuple[int, int]]], np.ndarray]  # index rows of ranges [first, stop) of records, joined
 
-# One document: tokens [start, start + length) of a record, which holds `tokens` in all, lies in record `page` of its
-# shard, and whose id has the key `id`.
+# A document: tokens [start, start + length) of a record. The record has `tokens` tokens and an id with the key `id`,
+# and is stored in page `page` of its shard.
 DOCUMENT = np.dtype(
     [("record", "<i8"), ("start", "<u4"), ("length", "<u4"), ("tokens", "<u4"), ("page", "<u4"), ("id", "<u8")]
 )
 
 
 class BlockTable(NamedTuple):
-    """Of each block of `size` records tokens, documents, and the pages (of their shards) of its first and last record;
-    and what stays of the records that lost tokens."""
+    """For each block of `size` records: tokens, documents, and the pages (in their shards) of its first and last
+    record. `remains`: the parts that remain of records that lost tokens."""
 
     size: int
     tokens: np.ndarray
@@ -48,33 +47,27 @@ class BlockTable(NamedTuple):
     remains: Remains
 
 
-class Index(Protocol):
-    """Index rows of ranges [first, stop) of records, joined."""
-
-    def __call__(self, ranges: Sequence[tuple[int, int]]) -> np.ndarray: ...
-
-
 def contents(manifest: Manifest) -> str:
-    """What a directory holds: changes with any byte of its shards, whatever its path."""
+    """A digest of the bytes of all shards, independent of their path."""
     return digest([shard.sha256 for shard in manifest.shards])
 
 
 def block_size(records: int, tokens: int) -> int:
-    """The largest power of two of mean records that fits BLOCK_TOKENS and makes LEAST_BLOCKS; at least one record."""
-    most = min(BLOCK_TOKENS * records // max(tokens, 1), records // LEAST_BLOCKS, MOST_RECORDS)
+    """The largest power of two of mean records within BLOCK_TOKENS that makes MIN_BLOCKS blocks; at least 1."""
+    most = min(BLOCK_TOKENS * records // max(tokens, 1), records // MIN_BLOCKS, MAX_RECORDS)
     return 1 << max(most.bit_length() - 1, 0)
 
 
 class SourceDocuments:
     """The documents of one source, by block."""
 
-    def __init__(self, table: BlockTable, index: Index, records: int, name: str):
+    def __init__(self, table: BlockTable, index: ReadIndex, records: int, name: str):
         self.table, self.index, self.records, self._name = table, index, records, name
         self.tokens = int(table.tokens.sum())
         self.documents = int(table.documents.sum())
 
     def of_blocks(self, blocks: np.ndarray) -> np.ndarray:
-        """The documents of some blocks, block after block, each in corpus order."""
+        """The documents of some blocks, in the order of `blocks`, in corpus order within a block."""
         size = self.table.size
         ranges = [(block * size, min((block + 1) * size, self.records)) for block in blocks.tolist()]
         rows = self.index(ranges)
@@ -89,60 +82,59 @@ class SourceDocuments:
         return documents
 
     def _check(self, blocks: np.ndarray, documents: np.ndarray) -> None:
-        """The lengths must make the sums that the plan was made from."""
+        """Lengths must sum to the tokens of the blocks, from which the plan was made."""
         order = np.argsort(blocks)
         place = order[np.searchsorted(blocks[order], documents["record"] // self.table.size)]
         sums = np.bincount(place, documents["length"], minlength=len(blocks)).astype(np.int64)
-        if (sums != self.table.tokens[blocks]).any():
-            block = int(blocks[np.argmax(sums != self.table.tokens[blocks])])
-            first = block * self.table.size
+        changed = sums != self.table.tokens[blocks]
+        if changed.any():
+            first = int(blocks[np.argmax(changed)]) * self.table.size
             raise UserError(
                 f"source {self._name!r}: the index of records {first} to {first + self.table.size - 1} has changed "
-                "since the plan was made; delete the source's directory and run ipt tokenize again"
+                "since the plan was made; delete the directory of the source and rerun ipt tokenize"
             )
 
 
-def open_table(name: str, directory: Path, manifest: Manifest, converted: tuple[Path, Manifest] | None) -> BlockTable:
-    """The table of a source without what `converted` was made from: the kept one, or made and kept."""
+def open_documents(
+    name: str, directory: Path, manifest: Manifest, converted: tuple[Path, Manifest] | None
+) -> SourceDocuments:
+    """The documents of a source without the texts that `converted` was made from. Caches the block table."""
     size = block_size(document_count(manifest), manifest.tokens)
-    check_manifest(directory, manifest)
+    _check_manifest(directory, manifest)
     counts = [[document_count(entry), entry.tokens] for entry in manifest.shards]
     made_from = [VERSION, size, contents(manifest), counts, manifest.summary["side_files"]]
     if converted:
         made_from += [contents(converted[1]), converted[1].summary["side_files"]]
     path = directory / f"blocks-{digest(made_from)[:16]}.npz"
-    if path.is_file():
-        with contextlib.suppress(PermissionError):  # another user's, closed to us: made anew
-            return _load(path, size)
-    parents = read_parents(*converted) if converted else None
-    table = make_table(name, directory, manifest, size, parents)
-    _keep(path, table)
-    return table
+    table = _load(path, size)
+    if table is None:
+        table = _make_table(name, directory, manifest, size, read_parents(*converted) if converted else None)
+        _save(path, table)
+    return SourceDocuments(table, IndexFiles(directory, manifest), document_count(manifest), name)
 
 
-def check_manifest(directory: Path, manifest: Manifest) -> None:
-    """Raises UserError when a manifest contradicts itself: it was edited, or mixed from two."""
+def _check_manifest(directory: Path, manifest: Manifest) -> None:
+    """Raises UserError if a manifest contradicts itself."""
     total = len(manifest.shards)
+    shards = manifest.shards
+    names = [f"-{number:05d}-of-{total:05d}.array_record" for number in range(total)]
     faults = {
-        "its fingerprint is not that of its identity": manifest.fingerprint != digest(manifest.identity),
-        "its shards are not those of one run, in order": any(
-            not entry.name.endswith(f"-{number:05d}-of-{total:05d}.array_record")
-            for number, entry in enumerate(manifest.shards)
+        "its fingerprint does not match its identity": manifest.fingerprint != digest(manifest.identity),
+        "its shards are not those of one run, in order": not all(
+            entry.name.endswith(name) for entry, name in zip(shards, names, strict=True)
         ),
-        "its records are not the sum of its shards'": manifest.records != sum(one.records for one in manifest.shards),
-        "its counts are not the sums of its shards'": document_count(manifest)
-        != sum(map(document_count, manifest.shards)),
-        "its tokens are not the sum of its shards'": manifest.tokens != sum(one.tokens for one in manifest.shards),
+        "its records are not the sum over shards": manifest.records != sum(one.records for one in shards),
+        "its counts are not the sums over shards": document_count(manifest) != sum(map(document_count, shards)),
+        "its tokens are not the sum over shards": manifest.tokens != sum(one.tokens for one in shards),
     }
-    for fault, found in faults.items():
-        if found:
-            raise UserError(
-                f"{directory / 'manifest.json'}: edited by hand or damaged ({fault}); "
-                "delete the directory and run ipt tokenize again"
-            )
+    if fault := next((fault for fault, found in faults.items() if found), None):
+        raise UserError(
+            f"{directory / 'manifest.json'}: edited by hand or damaged ({fault}); "
+            "delete the directory and rerun ipt tokenize"
+        )
 
 
-def make_table(name: str, directory: Path, manifest: Manifest, size: int, parents: np.ndarray | None) -> BlockTable:
+def _make_table(name: str, directory: Path, manifest: Manifest, size: int, parents: np.ndarray | None) -> BlockTable:
     """One pass over the index files."""
     blocks = -(-document_count(manifest) // size)
     tokens, documents = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
@@ -151,37 +143,36 @@ def make_table(name: str, directory: Path, manifest: Manifest, size: int, parent
     first = 0
     for shard, index in enumerate(read_index(directory, manifest)):
         lengths = index["tokens"].astype(np.int64)
-        gone, parts = exclusion.shard(shard, first, index) if exclusion else (np.zeros(len(index), bool), _NO_PARTS)
-        places = (first + np.flatnonzero(~gone)) // size
-        _add(tokens, places, lengths[~gone])
-        _add(documents, places, np.ones(len(places), np.int64))
-        part_places = parts["record"] // size
-        _add(tokens, part_places, parts["stop"].astype(np.int64) - parts["start"])
-        _add(documents, part_places, np.ones(len(parts), np.int64))
+        blocks_of = (first + np.arange(len(index))) // size
+        if exclusion:
+            touched, parts = exclusion.shard(shard, first, index)
+            blocks_of, lengths = blocks_of[~touched], lengths[~touched]
+            _add(tokens, documents, parts["record"] // size, parts["stop"].astype(np.int64) - parts["start"])
+        _add(tokens, documents, blocks_of, lengths)
         _add_pages(pages, size, first, index["page"])
         first += len(index)
     return BlockTable(size, tokens, documents, pages, exclusion.finish() if exclusion else Remains.nothing())
 
 
 def _add_pages(pages: np.ndarray, size: int, first: int, of_records: np.ndarray) -> None:
-    """Notes where blocks begin and end among the records from `first` on."""
+    """Sets the pages of blocks that begin or end in the records from `first` on."""
     records = np.arange(first, first + len(of_records))
     begins, ends = records % size == 0, (records + 1) % size == 0
-    ends[-1:] = True  # the last block may end here; if not, a later shard says where
+    ends[-1:] = True  # the last block may end here; if not, a later shard overwrites it
     pages[records[begins] // size, 0] = of_records[begins]
     pages[records[ends] // size, 1] = of_records[ends]
 
 
-def _add(sums: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
-    """Adds values at places that stand in ascending order."""
-    if not len(places):
-        return
-    starts = np.flatnonzero(np.diff(places, prepend=-1))
-    sums[places[starts]] += np.add.reduceat(values, starts)
+def _add(tokens: np.ndarray, documents: np.ndarray, blocks: np.ndarray, lengths: np.ndarray) -> None:
+    """Adds documents of these lengths to their blocks, which are in ascending order."""
+    if len(blocks):
+        starts = np.flatnonzero(np.diff(blocks, prepend=-1))
+        tokens[blocks[starts]] += np.add.reduceat(lengths, starts)
+        documents[blocks[starts]] += np.diff(starts, append=len(blocks))
 
 
-def _keep(path: Path, table: BlockTable) -> None:
-    """Writes the table whole or not at all. Several hosts may do so at once: they write the same."""
+def _save(path: Path, table: BlockTable) -> None:
+    """Writes the table atomically. Several hosts may write it at once: the bytes are the same."""
     remains, temporary = table.remains, path.with_name(f"{path.stem}-{uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -198,34 +189,18 @@ def _keep(path: Path, table: BlockTable) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        print(f"{path.parent}: cannot keep the block table ({error.strerror}); each start makes it", file=sys.stderr)
+        print(f"{path.parent}: cannot save the block table ({error.strerror}); each start makes it", file=sys.stderr)
 
 
-def _load(path: Path, size: int) -> BlockTable:
-    data = path.read_bytes()  # one read of a network disk
+def _load(path: Path, size: int) -> BlockTable | None:
+    """None if there is no table, or one of another user that may not be read."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as kept:
-            remains = Remains(kept["touched"], kept["parts"], tuple(kept["counts"].tolist()))
-            return BlockTable(size, kept["tokens"], kept["documents"], kept["pages"], remains)
+        data = path.read_bytes()  # one read of a network disk
+    except (FileNotFoundError, PermissionError):
+        return None
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as saved:
+            remains = Remains(saved["touched"], saved["parts"], tuple(saved["counts"].tolist()))
+            return BlockTable(size, saved["tokens"], saved["documents"], saved["pages"], remains)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it, it is made again") from error
-
-
-def open_documents(name: str, directory: Path, manifest: Manifest, table: BlockTable) -> SourceDocuments:
-    return SourceDocuments(table, IndexFiles(directory, manifest), document_count(manifest), name)
-
-
-def documents_in_memory(lengths: Sequence[int], name: str = "memory") -> SourceDocuments:
-    """A source of whole documents of the given lengths, without files."""
-    index = np.zeros(len(lengths), INDEX)
-    index["tokens"] = lengths
-    size = block_size(len(lengths), int(index["tokens"].sum(dtype=np.int64)))
-    firsts = np.arange(0, len(lengths), size)
-    tokens = np.add.reduceat(index["tokens"].astype(np.int64), firsts)
-    documents = np.diff(np.append(firsts, len(lengths)))
-
-    def read(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-        return np.concatenate([index[first:stop] for first, stop in ranges])
-
-    pages = np.zeros((len(firsts), 2), np.uint32)
-    return SourceDocuments(BlockTable(size, tokens, documents, pages, Remains.nothing()), read, len(lengths), name)
+        raise UserError(f"{path}: damaged ({error}); delete it and rerun") from error

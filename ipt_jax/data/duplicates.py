@@ -1,8 +1,7 @@
-"""Exact duplicates over all inputs of `ipt tokenize`: the first document with a text stays, later ones drop out.
+"""Duplicate texts over all inputs of `ipt tokenize`: the first document with a text is kept, later ones are dropped.
 
-A pass of its own reads every document once and hashes its text (64 bits of BLAKE2b: among 2e8 texts two different ones
-share a hash with probability 1e-3); what is the first is decided by the order of inputs and units, so the number of
-workers changes nothing. Holds some 24 bytes a document meanwhile.
+One pass reads every document and hashes its text (64 bits). The first document is that of the first input and unit, so
+the number of workers changes nothing. Memory: about 24 bytes per document.
 """
 
 from collections import Counter
@@ -25,7 +24,7 @@ class HashTask(NamedTuple):
 
 
 def usable(rows: Iterable[Document | Dropped], dropped: Counter[str]) -> Iterator[Document]:
-    """The documents that hold text; the others are counted by reason."""
+    """The documents with text. Others are counted by reason."""
     for row in rows:
         if isinstance(row, Dropped):
             dropped[row.reason] += 1
@@ -38,23 +37,21 @@ def usable(rows: Iterable[Document | Dropped], dropped: Counter[str]) -> Iterato
 def hash_unit(task: HashTask) -> np.ndarray:
     """The hash of each usable document's text, in order. Runs in a worker process."""
     documents = usable(read_unit(task.unit, task.source), Counter())
-    hashes = (hash64(one.text) for one in documents)
-    return np.frombuffer(b"".join(hashes), np.uint64)
+    return np.frombuffer(b"".join([hash64(one.text) for one in documents]), np.uint64)
 
 
 def find_duplicates(
     units: Sequence[tuple[Unit, SourceSettings]], *, workers: int | None, executor: ExecutorName
 ) -> list[np.ndarray]:
-    """For each unit the numbers of its usable documents whose text stood before."""
-    hashes: dict[int, np.ndarray] = {}
+    """For each unit the numbers of its usable documents whose text an earlier document has."""
+    hashes = [np.zeros(0, np.uint64)] * len(units)
     with Progress(len(units), "units", "ipt tokenize: duplicates") as progress:
         tasks = [HashTask(*unit) for unit in units]
         for index, found in run_units(hash_unit, tasks, workers=workers, executor=executor):
             hashes[index] = found
             progress.advance()
-    in_order = [hashes[index] for index in range(len(units))]
-    every = np.concatenate(in_order)
-    again = np.ones(len(every), bool)
-    again[np.unique(every, return_index=True)[1]] = False  # the first of each stays
-    starts = np.cumsum([0] + [len(one) for one in in_order])[1:-1]
-    return [np.flatnonzero(part) for part in np.split(again, starts)]
+    every = np.concatenate(hashes)
+    duplicate = np.ones(len(every), bool)
+    duplicate[np.unique(every, return_index=True)[1]] = False
+    starts = np.cumsum([0] + [len(one) for one in hashes])[1:-1]
+    return [np.flatnonzero(part) for part in np.split(duplicate, starts)]

@@ -1,9 +1,9 @@
-"""What stays of raw documents when the spans that were converted into augmented ones drop out.
+"""What remains of raw documents without the spans that were converted into augmented documents.
 
-A token goes when its last character lies in a converted span (a word's token often begins with the space before it).
-What is left of a document becomes one document a stretch; BOS and EOS stay with the text beside them, and go with it.
-Records are matched with converted texts shard by shard: held in memory are the converted spans (16 bytes each, thrice
-while they are sorted) and a byte a raw record, afterwards a bit a record and 16 bytes a stretch that stays.
+A token is excluded if its last character is in a converted span: the token of a word often begins with the space before
+it. Each remaining range of tokens becomes a document. BOS and EOS belong to the text beside them. Records are matched
+with converted texts shard by shard. Memory: 16 bytes per converted span (three times that while they are sorted) and a
+byte per raw record; afterwards a bit per record and 16 bytes per remaining range.
 """
 
 from pathlib import Path
@@ -18,16 +18,9 @@ from ipt_jax.data.token_index import CharacterEnds, document_count
 PARTS = np.dtype([("record", "<i8"), ("start", "<u4"), ("stop", "<u4")])
 
 
-class Counts(NamedTuple):
-    """Documents that lost tokens, the tokens, and the converted texts that are of other sources (no id here fits)."""
-
-    documents: int
-    tokens: int
-    unmatched: int
-
-
 class Remains(NamedTuple):
-    """`touched`: a bit a record that lost tokens. `parts`: the token ranges that stay of those, by record."""
+    """`touched`: a bit per record, set if it lost tokens. `parts`: the token ranges that remain of those, by record.
+    `counts`: documents that lost tokens, the tokens lost, and converted texts of other sources (no id matches)."""
 
     touched: np.ndarray
     parts: np.ndarray
@@ -35,17 +28,16 @@ class Remains(NamedTuple):
 
     @classmethod
     def nothing(cls) -> Self:
-        """What stays where nothing was excluded."""
+        """For a source without exclusion."""
         return cls(np.zeros(0, np.uint8), np.zeros(0, PARTS), (0, 0, 0))
 
     def apply(self, documents: np.ndarray) -> np.ndarray:
-        """Whole records, each replaced by what stays of it, in their order."""
+        """Replaces complete records by their remaining parts, in order."""
         if not len(self.touched):
             return documents
         record = documents["record"]
         touched = (self.touched[record >> 3] >> (7 - (record & 7)).astype(np.uint8)) & 1 > 0
-        first = np.searchsorted(self.parts["record"], record[touched], side="left")
-        stop = np.searchsorted(self.parts["record"], record[touched], side="right")
+        first, stop = (np.searchsorted(self.parts["record"], record[touched], side) for side in ("left", "right"))
         counts = np.ones(len(documents), np.int64)
         counts[touched] = stop - first
         result = np.repeat(documents, counts)
@@ -57,7 +49,7 @@ class Remains(NamedTuple):
 
 
 class Exclusion:
-    """Goes through the shards of a source in order and finds what the converted spans `parents` leave of each."""
+    """Call `shard` for each shard of a source in order, then `finish`. `parents`: the converted spans."""
 
     def __init__(self, name: str, directory: Path, manifest: Manifest, parents: np.ndarray):
         self._name, self._directory, self._manifest = name, directory, manifest
@@ -68,33 +60,30 @@ class Exclusion:
         self._shared, self._lost = 0, 0
 
     def shard(self, shard: int, first: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each record of a shard, which begins at record `first`, lost tokens; and the parts that stay."""
+        """Whether each record of a shard lost tokens, and the remaining parts. `first`: number of its first record."""
         matched, spans = self._match(index["id"])
-        whole = (spans["start"] == 0) & (spans["end"] >= index["characters"][matched])
-        gone = np.zeros(len(index), bool)
-        gone[matched] = True
-        all_gone = np.zeros(len(index), bool)
-        all_gone[matched[whole]] = True
-        cut = ~all_gone[matched]
+        complete = (spans["start"] == 0) & (spans["end"] >= index["characters"][matched])
+        touched, excluded = np.zeros(len(index), bool), np.zeros(len(index), bool)
+        touched[matched], excluded[matched[complete]] = True, True
+        cut = ~excluded[matched]
         parts = self._remaining(shard, index, matched[cut], spans[cut])
         parts["record"] += first
-        self._touched[first : first + len(index)] = gone
+        self._touched[first : first + len(index)] = touched
         self._parts.append(parts)
-        self._lost += int(index["tokens"][gone].sum(dtype=np.int64)) - int((parts["stop"] - parts["start"]).sum())
-        return gone, parts
+        self._lost += int(index["tokens"][touched].sum(dtype=np.int64)) - int((parts["stop"] - parts["start"]).sum())
+        return touched, parts
 
     def _match(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(record of the shard, span) for each converted span of the shard's documents, by record and start."""
-        by_id = np.argsort(ids)  # in order, a binary search in many converted spans stays in the processor's cache
+        """(record of the shard, span) for each converted span of its documents, by record and start."""
+        by_id = np.argsort(ids)  # a binary search for sorted ids stays in the processor's cache
         ordered = ids[by_id]
         low = np.searchsorted(self._parents["id"], ordered, side="left")
         inside = np.flatnonzero(low < len(self._parents))
         hits = inside[self._parents["id"][low[inside]] == ordered[inside]]
         low = low[hits]
         high = np.searchsorted(self._parents["id"], ordered[hits], side="right")
-        again = np.diff(low, prepend=-1) == 0
-        self._shared += int((high - low)[again | self._found[low]].sum())
-        self._found[low] = True
+        repeated = np.diff(low, prepend=-1) == 0
+        self._shared += int((high - low)[repeated | self._found[low]].sum())
         records = np.repeat(by_id[hits], high - low)
         places = ranges(low, high)
         self._found[places] = True
@@ -109,29 +98,29 @@ class Exclusion:
         ends = CharacterEnds(self._directory, self._manifest.shards[shard].name, index)
         documents, firsts = np.unique(records, return_index=True)
         for record, mine in zip(documents.tolist(), np.split(spans, firsts[1:]), strict=True):
-            stretches = stay(ends(record), [(int(a), int(b)) for _, a, b in mine])
-            rows += [(record, start, stop) for start, stop in stretches]
+            remaining = token_ranges_outside(ends(record), [(int(a), int(b)) for _, a, b in mine])
+            rows += [(record, start, stop) for start, stop in remaining]
         return np.array(rows, PARTS)
 
     def finish(self) -> Remains:
-        """What stays. Raises UserError when no converted text is of this source, or when ids cannot tell."""
+        """Raises UserError if no converted text is of this source, or if documents share an id."""
         if self._shared:
             raise UserError(
                 f"source {self._name!r}: {self._shared:,} converted texts have an id that several of its documents "
-                "share, so exclude_converted cannot tell them apart; give the documents unique ids"
+                "share, so exclude_converted cannot distinguish them; tokenize documents with unique ids"
             )
         if not len(self._parents):
             raise UserError(
-                f"source {self._name!r}: exclude_converted names documents that have no parents (nothing was converted "
-                "into them); name what synth render wrote, or take exclude_converted out"
+                f"source {self._name!r}: exclude_converted names a source whose documents have no parents; name one "
+                "that was tokenized from the output of synth render, or remove exclude_converted"
             )
         if not self._found.any():
             raise UserError(
                 f"source {self._name!r}: none of the {len(self._parents):,} texts to exclude is among its ids; "
-                "take exclude_converted out, or name the id column in ipt tokenize as in synth run"
+                "remove exclude_converted, or set the id column of ipt tokenize to that of synth run"
             )
-        counts = Counts(int(self._touched.sum()), self._lost, int((~self._found).sum()))
-        return Remains(np.packbits(self._touched), np.concatenate(self._parts), tuple(counts))
+        counts = int(self._touched.sum()), self._lost, int((~self._found).sum())
+        return Remains(np.packbits(self._touched), np.concatenate(self._parts), counts)
 
 
 def ranges(first: np.ndarray, stop: np.ndarray) -> np.ndarray:
@@ -140,7 +129,7 @@ def ranges(first: np.ndarray, stop: np.ndarray) -> np.ndarray:
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
 
 
-def stay(ends: np.ndarray, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def token_ranges_outside(ends: np.ndarray, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Token ranges outside the character `spans` (sorted by start); ends[t] is where token t ends.
 
     ends 0 3 6 9 9 (BOS, three words, EOS), span [0, 3): [(2, 5)]; span [3, 6): [(0, 2), (3, 5)]; span [0, 9): [].

@@ -1,9 +1,9 @@
-"""Batches of a plan, read ahead: a Grain MapDataset whose element i is what one host feeds at some steps in a row.
+"""Batches of a plan, read ahead: a Grain MapDataset whose element i is the input of one host at consecutive steps.
 
-The rows of a step are a pure function of (plan, step, host, hosts), so there is no state to save: a run goes on from
-its step on any number of hosts and sees the same global batches. Steps are read several at a time, as many as make
-about 262,144 tokens of this host: documents then share reads. This module imports no jax; Grain, imported on the
-first call, uses jax's tree functions where jax is installed.
+The rows of a step are a pure function of (plan, step, host, hosts), so there is no state to save: a run resumes from
+its step on any number of hosts and sees the same global batches. An element has about 262,144 tokens of this host, so
+that documents share reads. This module imports no jax; Grain, imported on the first call, uses the tree functions of
+jax if it is installed.
 """
 
 import time
@@ -16,15 +16,15 @@ import numpy as np
 from ipt_jax.core.errors import UserError
 from ipt_jax.data.plan import Plan
 
-READ_THREADS = 2  # where there are several hosts, and reads wait for pages; on one, two would only take turns
-READ_TOKENS = 1 << 18  # of one host, in one element of the data set: larger ones outgrow the processor's caches
-READS_TO_LOAD = 64  # so far ahead the blocks of the next windows are read: on a network disk they take a while
-READS_TOGETHER = 4  # whose blocks are looked up at once
+READ_THREADS = 2  # with several hosts, which wait for pages; with one host a second thread does not help
+READ_TOKENS = 1 << 18  # per element and host: more does not fit into the caches of the processor
+READS_TO_LOAD = 64  # elements ahead whose blocks are read: on a network disk reads are slow
+READS_TOGETHER = 4  # elements whose blocks are looked up in one call
 LOADING_THREADS = 6
-QUICK_SECONDS = 0.01  # a window's blocks take less from memory: they are then read where they are wanted
-AHEAD_BYTES = 256 << 20  # most memory that elements read ahead may take, beyond the two that overlap with a step
-AHEAD_READS = 4  # more outgrow the caches; blocks are read further ahead
-TOKEN_BYTES = 5 * 4 + 1  # of a row's fields
+QUICK_SECONDS = 0.01  # blocks that load faster come from memory and are not read ahead
+AHEAD_BYTES = 256 << 20  # maximum memory of elements read ahead, beyond the two that overlap with a step
+AHEAD_READS = 4  # more does not fit into the caches; blocks are read further ahead
+TOKEN_BYTES = 5 * 4 + 1  # of all fields
 
 
 class HostReads:
@@ -52,7 +52,7 @@ class HostReads:
         return {name: array.reshape(*rows.shape, -1) for name, array in made.items()}
 
     def _load_ahead(self, read: int) -> None:
-        """Has the blocks of the reads after this one read. What fails there fails again, and is told, in its turn."""
+        """Reads the blocks of later elements in threads. An error there is raised when their own read fails."""
         with self._lock:
             first = max(self._loaded, read)
             self._loaded = max(first, min((read + READS_TO_LOAD) // READS_TOGETHER * READS_TOGETHER, len(self)))
@@ -62,13 +62,13 @@ class HostReads:
             self._ahead.submit(self._load, np.concatenate(rows).tolist())
 
     def _load(self, rows: list[int]) -> None:
-        """Has their blocks read, and tells by the time it took whether reading ahead is worth its threads."""
+        """Reads the blocks of these rows, and measures whether reading ahead is necessary."""
         began = time.perf_counter()
         self._plan.load_blocks(rows)
         self._quick = time.perf_counter() - began < QUICK_SECONDS
 
     def _rows(self, read: int) -> np.ndarray:
-        """The rows of this host at the steps of a read; none beyond the last."""
+        """The rows of this host at the steps of an element, up to the last step."""
         first = self._start + read * self.steps
         steps = np.arange(first, min(first + self.steps, self.stop))
         mine = self._rows_per_step // self._hosts

@@ -1,14 +1,12 @@
-"""Rows from documents: which pieces of which documents make up a row.
+"""Packing: the pieces of documents that make up each row.
 
 `concat` joins the documents and cuts at the row length: row i is tokens [i T, (i + 1) T) of the joined stream; only the
-last row is padded. `best_fit` keeps documents whole (longer ones are cut into rows of T and a rest) and puts each where
-it fits best, among the pieces of one chunk of the order, so that the mixed order holds and any chunk is packed alone.
+last row is padded. `best_fit` keeps documents complete (longer ones are cut into rows of T and a rest) and puts each
+where it fits best, within one chunk of the order, so that the mixture holds and each chunk is packed independently.
 
     concat,   T = 8, documents of 5, 6, 3:   1 1 1 1 1 2 2 2 | 2 2 2 3 3 3 . .
     best_fit, the same:                      1 1 1 1 1 3 3 3 | 2 2 2 2 2 2 . .
 """
-
-from typing import Protocol
 
 import numpy as np
 
@@ -16,28 +14,12 @@ from ipt_jax.data.block_table import DOCUMENT
 from ipt_jax.data.shared_cache import SharedCache
 from ipt_jax.data.shuffle import Chunk, MergedOrder
 
-CHUNK_ROWS = 512  # rows' worth of tokens in a chunk: what best_fit sees at a time
-CHUNKS_KEPT = 16
+CHUNK_ROWS = 512  # a chunk has the tokens of so many rows; best_fit packs within it
+CHUNKS_CACHED = 16
 
 # A piece: tokens [offset, offset + length) of a document, from column `at` of a row.
-PIECE = np.dtype(
-    [
-        ("row", "<i8"),
-        ("at", "<i4"),
-        ("source", "u1"),
-        ("offset", "<i4"),
-        ("length", "<i4"),
-        ("document", DOCUMENT),
-    ]
-)
-
-
-class Packing(Protocol):
-    rows: int
-
-    def pieces(self, first: int, stop: int) -> np.ndarray:
-        """The pieces of rows [first, stop), in the order of rows and columns. Not to be written to."""
-        ...
+_NUMBERS = [("row", "<i8"), ("at", "<i4"), ("source", "u1"), ("offset", "<i4"), ("length", "<i4")]
+PIECE = np.dtype([*_NUMBERS, ("document", DOCUMENT)])
 
 
 class Concat:
@@ -45,16 +27,17 @@ class Concat:
 
     def __init__(self, order: MergedOrder, seq_len: int):
         self._order, self._seq_len = order, seq_len
-        self._layouts = SharedCache(self._layout, CHUNKS_KEPT)
+        self._layouts = SharedCache(self._layout, CHUNKS_CACHED)
         self.rows = -(-order.tokens // seq_len)
 
     def pieces(self, first: int, stop: int) -> np.ndarray:
+        """The pieces of rows [first, stop), ordered by row and column. Read-only for the caller."""
         chunk = self._order.chunk_at(first * self._seq_len)
         found = [_of_rows(self._layouts(chunk), first, stop)]
         while self._order.start(chunk + 1) < min(stop * self._seq_len, self._order.tokens):
             chunk += 1
             found.append(_of_rows(self._layouts(chunk), first, stop))
-        return found[0] if len(found) == 1 else np.concatenate(found)  # which takes as long as all else here
+        return found[0] if len(found) == 1 else np.concatenate(found)  # concatenate doubles the time
 
     def _layout(self, number: int) -> np.ndarray:
         chunk, seq_len = self._order.chunk(number), self._seq_len
@@ -72,16 +55,17 @@ class Concat:
 
 
 class BestFit:
-    """Documents whole, each where it fits best. Packs every chunk once to count its rows, eight bytes a chunk."""
+    """Complete documents, each where it fits best. Packs every chunk once to count its rows, eight bytes per chunk."""
 
     def __init__(self, order: MergedOrder, seq_len: int):
         self._order, self._seq_len = order, seq_len
-        self._layouts = SharedCache(self._layout, CHUNKS_KEPT)
+        self._layouts = SharedCache(self._layout, CHUNKS_CACHED)
         counts = [self._packed(chunk)["row"][-1:] + 1 for chunk in range(order.chunks)]
         self._ends = np.cumsum([int(count.sum()) for count in counts])
         self.rows = int(self._ends[-1])
 
     def pieces(self, first: int, stop: int) -> np.ndarray:
+        """As `Concat.pieces`."""
         low, high = np.searchsorted(self._ends, [first, min(stop, self.rows) - 1], side="right")
         return np.concatenate([_of_rows(self._layouts(chunk), first, stop) for chunk in range(low, high + 1)])
 
@@ -91,7 +75,7 @@ class BestFit:
         return pieces
 
     def _packed(self, number: int) -> np.ndarray:
-        """The pieces of a chunk, its rows counted from 0."""
+        """The pieces of a chunk. Rows count from 0."""
         chunk, seq_len = self._order.chunk(number), self._seq_len
         length = chunk.documents["length"].astype(np.int64)
         pieces, document, nth = _repeated(chunk, -(-length // seq_len))
@@ -107,7 +91,7 @@ class BestFit:
 
 
 def _repeated(chunk: Chunk, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Room for `counts` pieces of each document; the document of each, and which piece of it."""
+    """An array of `counts` pieces per document, the document of each, and its number within the document."""
     document = np.repeat(np.arange(len(counts)), counts)
     pieces = np.zeros(len(document), PIECE)
     pieces["source"], pieces["document"] = chunk.source[document], chunk.documents[document]
@@ -121,8 +105,7 @@ def _of_rows(pieces: np.ndarray, first: int, stop: int) -> np.ndarray:
 def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     """The row of each piece: the longest first, each into the fullest row with room for it.
 
-    Rows come in the order of the pieces that opened them: longest-first would sort them by length. About a
-    microsecond a piece.
+    Rows are ordered by the pieces that opened them, else they would be sorted by length. About 1 µs per piece.
     """
     row = np.empty(len(lengths), np.int64)
     opener: list[int] = []
@@ -140,7 +123,7 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
 
 
 class OpenRows:
-    """Rows with room left, by room. The smallest room that is large enough is the lowest high bit of one integer."""
+    """Rows with free tokens, by their number. The smallest sufficient number is the lowest set bit above `length`."""
 
     def __init__(self, seq_len: int):
         self._rows: list[list[int]] = [[] for _ in range(seq_len + 1)]

@@ -1,17 +1,15 @@
-"""The plan of a run's data: how many tokens of what, in which order, in which row. Decided before training starts.
+"""The plan of a run's data: the mixture, the order and the packing, decided before training starts.
 
-The row at (step, slot) is a pure function of the plan, so resuming needs the step alone and any number of hosts sees
-the same global batches. The fingerprint covers the sources' contents, the amounts, the order and the packing. A plan
-holds bytes a block of documents, not bytes a document; lengths and tokens are read when a row is.
-
-The plan as a table for people.
+Guarantees: the row at (step, slot) is a pure function of the plan, so resuming needs the step alone, and any number of
+hosts sees the same global batches. The fingerprint covers the contents of the sources, the amounts, the order and the
+packing. Memory grows with blocks of documents, not with documents: lengths and tokens are read when a row is read.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -23,24 +21,24 @@ from rich.text import Text
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
 from ipt_jax.core.stage import Manifest
-from ipt_jax.corpus.records import KINDS, TokenType
+from ipt_jax.corpus.records import KINDS
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.data.batch import render
-from ipt_jax.data.block_table import SourceDocuments, contents, open_documents, open_table
-from ipt_jax.data.mixture import check_sources, solve_mix
-from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat, Packing
-from ipt_jax.data.settings import DataSettings, SourceMix
+from ipt_jax.data.block_table import SourceDocuments, contents, open_documents
+from ipt_jax.data.encode import token_dtype
+from ipt_jax.data.mixture import DataSettings, SourceMix, check_sources, solve_mix
+from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat
 from ipt_jax.data.shuffle import MergedOrder, Stream
 from ipt_jax.data.token_reader import FOUND, FoundDocuments, TokenReader
 from ipt_jax.data.token_shards import open_token_shards
 
-PLAN_VERSION = 3  # raised when the same settings would give other rows
+PLAN_VERSION = 3  # incremented when the same settings give other rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of the mix: its directory and the documents of it that take part. `converted`: the contents of the
-    source whose parents were excluded."""
+    """One source of the mix: its directory and documents. `converted`: contents of the source whose parents are
+    excluded."""
 
     settings: SourceMix
     path: Path
@@ -54,18 +52,8 @@ class Source:
         return "+".join(kind for kind in KINDS if self.manifest.counts.get(kind))
 
 
-class RowPiece(NamedTuple):
-    """Tokens [start, start + length) of a record of a source, by its place in the recipe, from column `at` of a row."""
-
-    source: int
-    record: int
-    start: int
-    length: int
-    at: int
-
-
 class Plan:
-    """Rows 0 … rows - 1 of a mix, by index. Rows beyond are padding, masked: they fill the last batch."""
+    """Rows 0 to rows - 1 of a mix, by index. Later rows are masked padding, which fills the last batch."""
 
     def __init__(
         self, settings: DataSettings, sources: Sequence[Source], amounts: Sequence[int], *, rows_per_step: int
@@ -75,9 +63,8 @@ class Plan:
             Stream(source.documents, amount, settings.seed, source.settings.name)
             for source, amount in zip(sources, amounts, strict=True)
         ]
-        packing = Concat if settings.packing == "concat" else BestFit
         order = MergedOrder(self._streams, CHUNK_ROWS * settings.seq_len)
-        self._packing: Packing = packing(order, settings.seq_len)
+        self._packing = (Concat if settings.packing == "concat" else BestFit)(order, settings.seq_len)
         self.rows = self._packing.rows
         self.steps = -(-self.rows // rows_per_step)
         self.tokens = sum(amounts)
@@ -85,7 +72,7 @@ class Plan:
         self.vocab_size: int = identity["vocab_size"]
         self.tokenizer_digest: str = identity["tokenizer"]
         self.tokenizer_dir = sources[0].path / "tokenizer"
-        self._dtype: TokenType = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        self._dtype = token_dtype(self.vocab_size)
         self._readers = [
             TokenReader(source.path, source.manifest, source.documents, window=stream.window_blocks, dtype=self._dtype)
             for source, stream in zip(sources, self._streams, strict=True)
@@ -93,7 +80,7 @@ class Plan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the fingerprint covers, field by field, so that a refusal can name what changed."""
+        """What the fingerprint covers, by field, so that an error can name the field that changed."""
         sources = [
             {
                 "name": source.settings.name,
@@ -135,34 +122,19 @@ class Plan:
             "fingerprint": self.fingerprint,
         }
 
-    def pieces(self, row: int) -> list[RowPiece]:
-        """What row `row` is made of; nothing beyond the last row."""
-        if row >= self.rows:
-            return []
-        found = self._packing.pieces(row, row + 1)
-        start = found["document"]["start"] + found["offset"]
-        columns = (found["source"], found["document"]["record"], start, found["length"], found["at"])
-        return [RowPiece(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
-
-    def row(self, row: int) -> dict[str, np.ndarray]:
-        """Row `row`: each field's array [T]."""
-        return {name: array[0] for name, array in self.batch([row]).items()}
-
     def batch(self, rows: Sequence[int], *, whole_blocks: bool = False) -> dict[str, np.ndarray]:
-        """Several rows: each field's array [len(rows), T]. `whole_blocks` reads the neighbours of each document with
-        it and keeps them for a while, for a reader that goes through all rows."""
-        pieces = self._pieces(rows)
-        found = self._read(pieces, whole_blocks)
-        return render(pieces, found, len(rows), self.settings.seq_len, self._dtype)
+        """Each field's array [len(rows), T]. `whole_blocks`: read and cache whole blocks, for a reader of all rows."""
+        pieces = self.pieces(rows)
+        return render(pieces, self._read(pieces, whole_blocks), len(rows), self.settings.seq_len, self._dtype)
 
     def load_blocks(self, rows: Sequence[int]) -> None:
-        """Reads the blocks that `batch(rows, whole_blocks=True)` will ask for."""
-        pieces = self._pieces(rows)
+        """Reads the blocks that `batch(rows, whole_blocks=True)` needs."""
+        pieces = self.pieces(rows)
         for source, reader in enumerate(self._readers):
             reader.load_blocks(pieces["document"]["record"][pieces["source"] == source])
 
-    def _pieces(self, rows: Sequence[int]) -> np.ndarray:
-        """The pieces of some rows; `row` counts from 0."""
+    def pieces(self, rows: Sequence[int]) -> np.ndarray:
+        """The pieces (data.packing PIECE) of some rows. `row` is the index into `rows`."""
         found = []
         for slot, first, stop in _runs(rows, self.rows):
             found.append(self._packing.pieces(first, stop).copy())
@@ -187,7 +159,7 @@ class Plan:
 
 
 def _runs(rows: Sequence[int], end: int) -> Iterator[tuple[int, int, int]]:
-    """(slot, first row, stop row) of each run of neighbouring rows before `end`."""
+    """(slot, first row, stop row) of each run of consecutive rows before `end`."""
     numbers = np.asarray(rows, np.int64)
     for run in np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) != 1) + 1):
         if len(run) and numbers[run[0]] < end:
@@ -214,8 +186,10 @@ def _source_summary(source: Source, amount: int, documents: int, total: int) -> 
 
 
 def build_plan(settings: DataSettings, *, rows_per_step: int) -> Plan:
-    """The plan of `settings`. Checks that shards are whole by size, and index files by checksum when their block table
-    is made; each record is checked when it is read. Raises UserError for what is damaged or cannot be met."""
+    """The plan of `settings`. Raises UserError for damage and for an amount that cannot be met.
+
+    Shards are checked by size, index files by checksum when their block table is made, each record when it is read.
+    """
     check_sources(settings.sources)
     opened = {source.name: open_token_shards(source.path, verify=False) for source in settings.sources}
     _check_tokenizers(settings, opened)
@@ -237,18 +211,16 @@ def _check_tokenizers(settings: DataSettings, opened: dict[str, Shards]) -> None
 def _open_source(source: SourceMix, opened: dict[str, Shards]) -> Source:
     path, manifest = opened[source.name].path, opened[source.name].manifest
     other = opened[source.exclude_converted] if source.exclude_converted else None
-    table = open_table(source.name, path, manifest, (other.path, other.manifest) if other else None)
-    documents = open_documents(source.name, path, manifest, table)
+    documents = open_documents(source.name, path, manifest, (other.path, other.manifest) if other else None)
     return Source(source, path, manifest, documents, contents(other.manifest) if other else None)
 
 
 def print_plan(plan: Plan) -> None:
-    """The summary as a table."""
     Console().print(plan_summary_table(plan.summary()))
 
 
 def plan_summary_table(summary: dict[str, Any]) -> Table:
-    """`summary` is what `Plan.summary()` gives."""
+    """`Plan.summary()` as a table."""
     table = Table(
         title="{tokens:,} tokens in {rows:,} rows of {seq_len:,} ({packing})".format(**summary),
         box=box.SIMPLE_HEAD,
@@ -275,7 +247,7 @@ def plan_summary_table(summary: dict[str, Any]) -> Table:
 
 
 def _cap(source: dict[str, Any]) -> str:
-    """How often the source may be repeated, where that is stated or was left open."""
+    """The maximum number of epochs, if the recipe states it or the source repeats without one."""
     if source["max_epochs"]:
         return f" of {source['max_epochs']:g}"
     return " (no cap)" if source["epochs"] > 1 and not source["asked"].startswith("epochs") else ""
@@ -284,9 +256,9 @@ def _cap(source: dict[str, Any]) -> str:
 def _caption(summary: dict[str, Any]) -> str:
     steps = "{steps:,} steps of {rows_per_step:,} rows, padding {padding_fraction:.3%}".format(**summary)
     cut = "{truncated_tokens:,} tokens cut from last documents, plan {fingerprint:.12}".format(**summary)
-    left_out = (
-        "{name}: {converted_tokens:,} tokens of {converted_documents:,} converted documents left out; "
+    excluded = (
+        "{name}: {converted_tokens:,} tokens of {converted_documents:,} converted documents excluded; "
         "{converted_elsewhere:,} converted texts are of other sources"
     )
-    lines = [left_out.format(**source) for source in summary["sources"] if source["converted_documents"]]
+    lines = [excluded.format(**source) for source in summary["sources"] if source["converted_documents"]]
     return "\n".join([f"{steps}, {cut}", *lines])

@@ -1,24 +1,25 @@
-"""Results that several threads need for a while: made once each, the `size` made last are kept.
+"""Results that threads share, and threads that wait for reads.
 
-Threads that wait for reads: on a network disk a read costs milliseconds however small, so many run at once.
+On a network disk a read costs milliseconds, however small it is, so many reads run at once.
 """
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 THREADS = 32
-QUICK_SECONDS = 1e-4  # a read from memory; handing it to a thread costs as much
-A = TypeVar("A")
-B = TypeVar("B")
+QUICK_SECONDS = 1e-4  # a read from memory; passing it to a thread costs as much
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+Item = TypeVar("Item")
 
 
-def in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """`function` of each item, in order: here as long as it is quick, then in threads. It must not call this one."""
-    results: list[B] = []
+def in_threads(function: Callable[[Item], V], items: Sequence[Item]) -> list[V]:
+    """`function` of each item, in order: in this thread until one is slow, then in threads. It must not call this."""
+    results: list[V] = []
     began = time.perf_counter()
     for item in items:
         results.append(function(item))
@@ -39,49 +40,30 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="reads")
 
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
+class _Slot:
+    __slots__ = ("lock", "made", "value")
+
+    def __init__(self, key: Hashable):
+        self.lock, self.made = Lock(), False
+        self.value: Any = None
 
 
 class SharedCache(Generic[K, V]):
-    """`make(key)` with a memory. Who asks for what another thread is making waits for it; an error is not kept."""
+    """`make(key)`, kept for the `size` keys used last. Threads that ask for one key share one call of `make`. An error
+    is not kept."""
 
     def __init__(self, make: Callable[[K], V], size: int):
-        self._make, self._size = make, size
-        self._made: dict[K, V] = {}
-        self._making: dict[K, Future[V]] = {}
-        self._lock = Lock()
+        self._make, self._slots = make, lru_cache(size)(_Slot)
 
     def __call__(self, key: K) -> V:
-        with self._lock:
-            if key in self._made:
-                return self._made[key]
-            future, mine = self._making.get(key), key not in self._making
-            if future is None:
-                future = self._making[key] = Future()
-        if mine:
-            self._finish(key, future)
-        return future.result()
+        slot = self._slots(key)
+        if not slot.made:
+            with slot.lock:
+                if not slot.made:
+                    slot.value = self._make(key)
+                    slot.made = True
+        return slot.value
 
     def many(self, keys: Sequence[K]) -> list[V]:
-        """The results of several keys; what is missing is made in threads. `make` must not call this."""
-        with self._lock:
-            found = {key: self._made[key] for key in keys if key in self._made}
-        missing = [key for key in keys if key not in found]
-        found.update(zip(missing, in_threads(self, missing), strict=True))
-        return [found[key] for key in keys]
-
-    def _finish(self, key: K, future: Future[V]) -> None:
-        try:
-            made = self._make(key)
-        except BaseException as error:
-            with self._lock:
-                del self._making[key]
-            future.set_exception(error)
-            return
-        with self._lock:
-            del self._making[key]
-            self._made[key] = made
-            if len(self._made) > self._size:
-                del self._made[next(iter(self._made))]
-        future.set_result(made)
+        """The results of several keys, made in threads. `make` must not call this."""
+        return in_threads(self, keys)

@@ -1,13 +1,12 @@
-"""The order of training data as arithmetic: a document's place follows from (seed, source, epoch) and sums of blocks.
+"""The order of training data: the place of a document follows from (seed, source, epoch) and sums of blocks.
 
-A source's records lie in blocks of at most about 131,072 tokens. An epoch deals the blocks out to windows, of every W
-neighbours one to each of the W windows, and shuffles the documents of each window among themselves: every window is
-drawn evenly from the whole corpus, and reads stay near. A corpus of up to 16.8M tokens is one window: its epochs are
-full shuffles. Sources are merged by tokens: a document stands at the fraction of its source's tokens that its middle
-has reached, so every source keeps within one document of its share at every point. The merged order is cut into chunks
-at fractions c / chunks, and any chunk is computed alone.
+An epoch deals the blocks of a source out to W windows, of every W consecutive blocks one to each window, and shuffles
+the documents within a window: every window is an even sample of the corpus, and reads stay local. A corpus of up to
+16.8M tokens is one window, so its epochs are full shuffles. Sources are merged by tokens: a document is placed at the
+fraction of the tokens of its source that its middle has reached, so every source stays within one document of its share
+at every point. The merged order is cut into chunks at fractions c / chunks, and each chunk is computed independently.
 
-Held in memory: 16 bytes a block and epoch in use, and the latest windows. No table of documents, no state.
+Memory: 16 bytes per block and epoch in use, and the latest windows. There is no table of documents and no state.
 """
 
 from collections.abc import Sequence
@@ -19,24 +18,20 @@ from ipt_jax.core.seeding import draw
 from ipt_jax.data.block_table import DOCUMENT, SourceDocuments
 from ipt_jax.data.shared_cache import SharedCache
 
-WINDOW_TOKENS = 1 << 22  # what a window of a large corpus holds at most, in the mean: a row read alone costs all of it
-WINDOW_DOCUMENTS = 1 << 18  # the same where documents are tiny: 8 MiB of them
-ONE_WINDOW_TOKENS = 1 << 24  # a corpus of so many is shuffled as a whole; the loader keeps its records in memory
-EPOCHS_KEPT = 2
-WINDOWS_KEPT = 6  # of each source: the chunks at hand lie in one or two
-
-
-def order_key(seed: int, *names: str | int) -> int:
-    return draw(seed, "order", *names).getrandbits(64)
+WINDOW_TOKENS = 1 << 22  # mean tokens per window of a large corpus: a single row reads the index of a complete window
+WINDOW_DOCUMENTS = 1 << 18  # mean documents per window if documents are tiny: 8 MiB
+ONE_WINDOW_TOKENS = 1 << 24  # a corpus of at most this size is one window; the loader caches its records
+EPOCHS_CACHED = 2
+WINDOWS_CACHED = 6  # per source; the chunks in use need one or two
 
 
 def shuffle(count: int, key: int) -> np.ndarray:
-    """A permutation of [0, count) chosen by `key`: places sorted by their hash, the same on every machine."""
+    """A permutation of [0, count) by `key`: numbers sorted by their hash, the same on every machine."""
     return np.argsort(_mix(np.arange(count, dtype=np.uint64), key))
 
 
 def _mix(value: np.ndarray, key: int) -> np.ndarray:
-    """A bijection of 64-bit numbers (splitmix64's finalizer): every bit of value and key reaches every bit of it."""
+    """The finalizer of splitmix64, a bijection: every bit of value and key affects every bit of the result."""
     value = value ^ np.uint64(key)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -44,15 +39,15 @@ def _mix(value: np.ndarray, key: int) -> np.ndarray:
 
 
 def windows_of(tokens: int, documents: int, blocks: int) -> int:
-    """How many windows an epoch of a source has."""
+    """The number of windows of an epoch of a source."""
     by_documents = -(-documents // WINDOW_DOCUMENTS)
     by_tokens = -(-tokens // WINDOW_TOKENS) if tokens > ONE_WINDOW_TOKENS else 1
     return min(max(by_documents, by_tokens), blocks)
 
 
 def deal(blocks: int, windows: int, key: int) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks window after window, and where each window stops: of every `windows` neighbours each window gets one,
-    chosen by `key`; what is left at the end goes to some."""
+    """The blocks window by window, and where each window ends. Of every `windows` consecutive blocks each window gets
+    one, chosen by `key`; the last, incomplete run goes to some windows."""
     neighbours = np.arange(-(-blocks // windows) * windows).reshape(-1, windows)
     chosen = np.argsort(_mix(neighbours.astype(np.uint64), key), axis=1)
     dealt = (chosen + neighbours[:, :1]).T
@@ -65,7 +60,7 @@ def _window_key(key: int, window: int) -> int:
 
 
 class Epoch(NamedTuple):
-    """One pass over a source: its blocks in order; blocks, tokens and documents up to the end of each window."""
+    """One pass over a source: its blocks in order, and the blocks, tokens and documents up to each window's end."""
 
     blocks: np.ndarray
     stops: np.ndarray
@@ -75,26 +70,26 @@ class Epoch(NamedTuple):
 
 
 class StreamSlice(NamedTuple):
-    """Consecutive documents of a stream; `begins`: the token of the stream at which each begins."""
+    """Consecutive documents of a stream. `begins`: the token of the stream at which each begins."""
 
     documents: np.ndarray
     begins: np.ndarray
 
 
 class Stream:
-    """One source's documents in training order: epoch after epoch, cut after exactly `amount` tokens."""
+    """The documents of one source in training order, epoch by epoch, cut after exactly `amount` tokens."""
 
     def __init__(self, documents: SourceDocuments, amount: int, seed: int, name: str):
         self.amount, self.source = amount, documents
         blocks = len(documents.table.tokens)
         self.windows = windows_of(documents.tokens, documents.documents, blocks)
-        self.window_blocks = -(-blocks // self.windows)  # the most that a window has
+        self.window_blocks = -(-blocks // self.windows)  # at most, per window
         self._seed, self._name = seed, name
-        self._epochs = SharedCache(self._epoch, EPOCHS_KEPT)
-        self._windows = SharedCache(self._window, WINDOWS_KEPT)
+        self._epochs = SharedCache(self._epoch, EPOCHS_CACHED)
+        self._windows = SharedCache(self._window, WINDOWS_CACHED)
 
     def before(self, part: int, parts: int) -> int:
-        """Tokens of the documents whose middle lies before the fraction part / parts of the stream."""
+        """Tokens of the documents whose middle is before the fraction part / parts of the stream."""
         token = self.amount * part // parts
         if token >= self.amount:
             return self.amount
@@ -132,7 +127,7 @@ class Stream:
         return epoch, int(np.searchsorted(self._epochs(epoch).ends, inside, side="right"))
 
     def _epoch(self, epoch: int) -> Epoch:
-        key = order_key(self._seed, self._name, epoch)
+        key = draw(self._seed, "order", self._name, epoch).getrandbits(64)
         table = self.source.table
         blocks, stops = deal(len(table.tokens), self.windows, key)
         ends, documents = (np.cumsum(sums[blocks])[stops - 1] for sums in (table.tokens, table.documents))
@@ -150,7 +145,7 @@ class Stream:
         return StreamSlice(documents, begins)
 
     def _shuffled(self, place: tuple[int, int]) -> np.ndarray:
-        """The documents of a window, none of them cut."""
+        """The documents of a window, none cut by the amount."""
         epoch, window = self._epochs(place[0]), place[1]
         first = epoch.stops[window - 1] if window else 0
         documents = self.source.of_blocks(epoch.blocks[first : epoch.stops[window]])
@@ -192,7 +187,7 @@ class MergedOrder:
         return Chunk(source, np.concatenate([one.documents for one in slices])[merged], self.start(chunk))
 
     def chunk_at(self, token: int) -> int:
-        """The chunk that holds a token of the merged order. Chunks are of almost equal size, so a guess is near."""
+        """The chunk with a token of the merged order. Chunks have almost equal size, so the first guess is close."""
         chunk = min(token * self.chunks // self.tokens, self.chunks - 1)
         while self.start(chunk) > token:
             chunk -= 1

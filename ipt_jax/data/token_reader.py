@@ -1,15 +1,13 @@
-"""The tokens of planned documents, read from a source's shards and checked.
+"""Reads the tokens of planned documents from the shards of a source and checks them.
 
-A record is a page of documents (data.token_shards). Every page read is checked: ArrayRecord keeps a hash of its bytes,
-it must be the page that the index says, and the length and the id of each document used must be those of the index
-which the plan was made from. A shard that was cut, damaged or exchanged is found when it is read, before any of it is
-trained on, and named with the record.
+Guarantees: a shard that was cut, damaged or replaced is found when it is read, before training on it, and the error
+names file and record. ArrayRecord checks a hash of the bytes of each page, and page, length and id of each document
+used must match the index that the plan was made from.
 
-On one host a block of neighbouring documents is one read and is kept until its window is through; on several, each host
-reads and keeps the pages of its own rows.
+A single host reads a block of consecutive documents at a time and caches it until its window is used. Of several
+hosts, each reads and caches the pages of its own rows.
 """
 
-import bisect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,20 +24,18 @@ from ipt_jax.data.shared_cache import SharedCache
 from ipt_jax.data.token_index import document_count, shards_of
 from ipt_jax.data.token_shards import PAGE_TOKENS, ROW
 
-READER_OPTIONS = (
-    "readahead_buffer_size:1M,max_parallelism:0,footer_prefetch_bytes:256K"  # a range is one read of the disk
-)
-BUFFER_BYTES = 1 << 14  # what a single page costs; the default of 1 MiB reads that much for each
-OPEN_SHARDS = 128  # an open reader holds eight bytes a page of its shard
+READER_OPTIONS = "readahead_buffer_size:1M,max_parallelism:0,footer_prefetch_bytes:256K"  # a range is one disk read
+BUFFER_BYTES = 1 << 14  # about a page; the default is 1 MiB, which every read of a page would read
+OPEN_SHARDS = 128  # an open reader uses eight bytes per page of its shard
 SMALL_TOKENS = 1 << 26
-WINDOWS_KEPT = 6  # those that are read ahead of the one in use, and a part of one
+WINDOWS_CACHED = 6  # the one in use and those that are read ahead
 
-# A document found: its tokens begin at token `start` of buffer `buffer`; its loss runs are runs [run, run + runs).
+# Where a document is: its tokens begin at token `start` of buffer `buffer`; its loss runs are runs [run, run + runs).
 FOUND = np.dtype([("buffer", "<i8"), ("start", "<i8"), ("kind", "<u4"), ("run", "<i8"), ("runs", "<i8")])
 
 
 class FoundDocuments(NamedTuple):
-    """FOUND of each document; buffers of token ids; loss runs (start, stop) within their document, [runs, 2]."""
+    """FOUND of each document, buffers of token ids, and loss runs (start, stop) within their document, [runs, 2]."""
 
     places: np.ndarray
     buffers: list[bytes]
@@ -47,7 +43,7 @@ class FoundDocuments(NamedTuple):
 
 
 class PageColumns(msgspec.Struct):
-    """What rows need of a TokenPage."""
+    """The fields of a TokenPage that rows need."""
 
     first: int
     dtype: TokenType
@@ -57,7 +53,7 @@ class PageColumns(msgspec.Struct):
 
 
 class PageSpan(NamedTuple):
-    """`documents` of a source from number `first` on, out of neighbouring pages: the pages' columns, joined."""
+    """The joined columns of consecutive pages: `documents` documents of a source from number `first`."""
 
     first: int
     documents: int
@@ -70,27 +66,27 @@ _DECODER = msgspec.msgpack.Decoder(PageColumns)
 
 
 class TokenReader:
-    """Documents of one source by number. A window of it has at most `window` blocks. Any thread may call it."""
+    """Reads documents of one source by number. A window has at most `window` blocks. Safe to call from any thread."""
 
     def __init__(self, directory: Path, manifest: Manifest, source: SourceDocuments, *, window: int, dtype: TokenType):
         self._paths = [directory / entry.name for entry in manifest.shards]
         self._ends = np.cumsum([document_count(entry) for entry in manifest.shards]).tolist()
         self._page_ends = np.cumsum([entry.records for entry in manifest.shards]).tolist()
-        self._arrays = np.array(self._ends), np.array([0, *self._page_ends])  # the same, to look up many at once
+        self._arrays = np.array(self._ends), np.array([0, *self._page_ends])  # the same, for lookups of many at once
         self._bytes = [entry.bytes for entry in manifest.shards]
         self._source, self._dtype = source, dtype
         self._block = source.table.size
-        # A page is held once, not in many blocks; a small corpus, all of which stays here, comes in fewer reads.
+        # Blocks have at least a page, so a page is cached once. A small corpus is cached in fewer, larger blocks.
         least = BLOCK_TOKENS if manifest.tokens <= SMALL_TOKENS else PAGE_TOKENS
         while self._block * manifest.tokens < least * self._ends[-1]:
             self._block *= 2
         self._readers = SharedCache(self._open, OPEN_SHARDS)
-        self._blocks = SharedCache(self._read_block, WINDOWS_KEPT * window)
-        pages = WINDOWS_KEPT * window * source.table.size * manifest.records // self._ends[-1]
+        self._blocks = SharedCache(self._read_block, WINDOWS_CACHED * window)
+        pages = WINDOWS_CACHED * window * source.table.size * manifest.records // self._ends[-1]
         self._pages = SharedCache(self._read_page, pages + 1)
 
     def read(self, documents: np.ndarray, *, whole_blocks: bool) -> FoundDocuments:
-        """The documents of DOCUMENT rows."""
+        """`documents`: DOCUMENT rows."""
         if whole_blocks:
             units, which = np.unique(documents["record"] // self._block, return_inverse=True)
             spans = self._blocks.many(units.tolist())
@@ -111,23 +107,19 @@ class TokenReader:
         return pages_before[np.searchsorted(ends, documents["record"], side="right")] + documents["page"]
 
     def _read_block(self, block: int) -> PageSpan:
-        """The pages that hold a block, or several where they are smaller than a page."""
+        """The pages of `self._block` documents: one block of the table, or several small ones."""
         table, blocks = self._source.table, self._block // self._source.table.size
         first, last = block * self._block, min((block + 1) * self._block, self._ends[-1]) - 1
         pages = int(table.pages[block * blocks, 0]), int(table.pages[last // table.size, 1])
-        low, high = (self._pages_before(number) + page for number, page in zip((first, last), pages, strict=True))
-        return self._read_span(low, high + 1)
-
-    def _pages_before(self, document: int) -> int:
-        """The pages of the shards before that of a document."""
-        shard = bisect.bisect_right(self._ends, document)
-        return self._page_ends[shard - 1] if shard else 0
+        ends, pages_before = self._arrays
+        low, high = pages_before[np.searchsorted(ends, [first, last], side="right")].tolist()
+        return self._read_span(low + pages[0], high + pages[1] + 1)
 
     def _read_page(self, page: int) -> PageSpan:
         return self._read_span(page, page + 1)
 
     def _read_span(self, low: int, high: int) -> PageSpan:
-        """Pages [low, high), one read of each shard that they lie in."""
+        """Pages [low, high), with one read per shard."""
         pages: list[PageColumns] = []
         first = -1
         for shard, start, stop in shards_of(self._page_ends, low, high):
@@ -146,20 +138,19 @@ class TokenReader:
     def _open(self, shard: int) -> ArrayRecordReader:
         path = self._paths[shard]
         if not path.is_file():
-            raise UserError(f"{path}: listed in the manifest but absent; run ipt tokenize again")
+            raise UserError(f"{path}: listed in the manifest but missing; rerun ipt tokenize")
         size = path.stat().st_size
         if size != self._bytes[shard]:
             raise UserError(
-                f"{path}: {size} bytes where the manifest says {self._bytes[shard]}; "
-                "delete it and run ipt tokenize again"
+                f"{path}: {size} bytes, the manifest says {self._bytes[shard]}; delete it and rerun ipt tokenize"
             )
-        path.open("rb").close()  # a file that may not be read is told as such, not as a damaged one
+        path.open("rb").close()  # a missing permission is not damage
         reader = ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=BUFFER_BYTES)
         expected = self._page_ends[shard] - (self._page_ends[shard - 1] if shard else 0)
         if not reader.ok() or reader.num_records() != expected:
             raise UserError(
                 f"{path}: damaged (holds {reader.num_records()} records, the manifest says {expected}); "
-                "delete it and run ipt tokenize again"
+                "delete it and rerun ipt tokenize"
             )
         return reader
 
@@ -173,40 +164,40 @@ class TokenReader:
         return page
 
     def _check(self, documents: np.ndarray, rows: np.ndarray, there: np.ndarray) -> None:
-        """Every document is where the index says, of the length that the plan counts on, and of the very id."""
+        """Every document must be in the page that the index says, and have the length and the id of the index."""
         length, key = rows["tokens"] == documents["tokens"], rows["id"] == documents["id"]
-        if (there & length & key).all():
+        correct = there & length & key
+        if correct.all():
             return
-        at = int(np.argmin(there & length & key))
+        at = int(np.argmin(correct))
         number = int(documents["record"][at])
         ((shard, local, _),) = shards_of(self._ends, number, number + 1)
-        said = "its id is not that of the index"
+        fault = "its id is not that of the index"
         if not there[at]:
-            said = "it is not there"
+            fault = "it is missing"
         elif not length[at]:
-            said = f"it holds {rows['tokens'][at]} tokens, its index says {documents['tokens'][at]}"
-        raise UserError(self._damaged(shard, int(documents["page"][at]), f"document {local}: {said}"))
+            fault = f"it has {rows['tokens'][at]} tokens, its index says {documents['tokens'][at]}"
+        raise UserError(self._damaged(shard, int(documents["page"][at]), f"document {local}: {fault}"))
 
-    def _damaged(self, shard: int, page: int, what: object) -> str:
-        """`what` is wrong with a page, and which documents it holds by the index."""
+    def _damaged(self, shard: int, page: int, fault: object) -> str:
+        """The error for a page, with its documents by the index."""
         first = self._ends[shard - 1] if shard else 0
         rows = self._source.index([(first, self._ends[shard])])
         mine = np.flatnonzero(rows["page"] == page)
-        holds = f"documents {mine[0]} to {mine[-1]}" if len(mine) else "no documents"
+        held = f"documents {mine[0]} to {mine[-1]}" if len(mine) else "no documents"
         return (
-            f"{self._paths[shard]}: record {page} is damaged, which holds {holds} ({what}); "
-            "delete the file and run ipt tokenize again"
+            f"{self._paths[shard]}: record {page} ({held}) is damaged ({fault}); delete the file and rerun ipt tokenize"
         )
 
 
 def _find(
     numbers: np.ndarray, spans: Sequence[PageSpan], which: np.ndarray
 ) -> tuple[FoundDocuments, np.ndarray, np.ndarray]:
-    """Where the documents of these numbers are in their stretches, what ROW they have, and whether they are there."""
+    """For documents by number and the span of each: where they are, their ROW, and whether they are in the span."""
     rows = np.frombuffer(b"".join([one.rows for one in spans]), ROW)
     runs = np.frombuffer(b"".join([one.runs for one in spans]), "<u4").reshape(-1, 2)
     counts = np.array([one.documents for one in spans])
-    begins = np.cumsum(counts) - counts  # of each stretch among all rows
+    begins = np.cumsum(counts) - counts  # of each span among all rows
     place = numbers - np.array([one.first for one in spans])[which]
     there = (place >= 0) & (place < counts[which])
     place = np.where(there, place, 0) + begins[which]

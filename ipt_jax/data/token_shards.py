@@ -1,8 +1,8 @@
-"""Token shards: documents written page by page with their side files, and read back one by one.
+"""Token shards: documents written in pages with their side files, and read back.
 
-A page is one ArrayRecord record of about 8,192 tokens of consecutive documents, or of one that is longer; the index
-beside the shard says which page holds a document. Pages are not compressed: ids compress by a quarter, and unpacking
-them is two thirds of what reading a page costs.
+A page is one ArrayRecord record of about 8,192 tokens of consecutive documents, or of one longer document. The index
+beside the shard says which page holds a document. Pages are not compressed: it would save a quarter of the bytes and
+make a read three times as slow.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,27 +18,21 @@ from ipt_jax.corpus.shards import Shards
 from ipt_jax.data.token_index import TokenIndexWriter, id_key
 
 PAGE_TOKENS = 1 << 13
-# A document of a page: its kind by KIND_CODES, how many loss runs and tokens it has, the key of its id
-# (data.token_index).
+# A document of a page: code of its kind (KIND_CODES), number of loss runs and tokens, key of its id (data.token_index).
 ROW = np.dtype([("kind", "<u4"), ("runs", "<u4"), ("tokens", "<u4"), ("id", "<u8")])
-RECORDS = "pages 1"  # what the records of a token directory are, in its identity: raised when they change
+RECORDS = "pages 1"  # format of the records, part of the identity of a directory: incremented when it changes
 
 
 class Written(NamedTuple):
-    """A document, and how many characters of its text each token covers, for a raw one."""
+    """A document, and the characters that each token covers if it is raw."""
 
     document: TokenDocument
     characters: np.ndarray | None = None
 
 
 def token_pages(documents: Iterable[Written], shard: NewShard) -> Iterator[bytes]:
-    """The records of a shard. Writes its side files meanwhile."""
+    """Yields the records of a shard and writes its side files."""
     side = TokenIndexWriter(shard)
-    yield from _pages(documents, side)
-    shard.side_files = side.close()
-
-
-def _pages(documents: Iterable[Written], side: TokenIndexWriter) -> Iterator[bytes]:
     page, first, tokens = 0, 0, 0
     held: list[TokenDocument] = []
     for document, characters in documents:
@@ -51,6 +45,7 @@ def _pages(documents: Iterable[Written], side: TokenIndexWriter) -> Iterator[byt
         tokens += size
     if held:
         yield encode_page(first, held)
+    shard.side_files = side.close()
 
 
 def encode_page(first: int, documents: list[TokenDocument]) -> bytes:
@@ -71,18 +66,18 @@ def encode_page(first: int, documents: list[TokenDocument]) -> bytes:
 
 
 def open_token_shards(path: str | Path, *, verify: bool = True) -> Shards:
-    """The shards of a directory that `ipt tokenize` wrote. Raises UserError when another version did."""
+    """The shards of an output directory of `ipt tokenize`. Raises UserError if another version wrote it."""
     shards = Shards(path, "tokenize", verify=verify)
     if (found := shards.manifest.identity.get("records")) != RECORDS:
         raise UserError(
             f"{path}: its records are {found or 'single documents'!r}, this version reads {RECORDS!r}; "
-            "delete it and run ipt tokenize again"
+            "delete it and rerun ipt tokenize"
         )
     return shards
 
 
 def read_token_documents(path: str | Path) -> Iterator[TokenDocument]:
-    """The documents of a token directory, in order. Raises UserError for what is damaged."""
+    """The documents of a token directory, in order. Raises UserError for damage."""
     for record in open_token_shards(path):
         yield from documents_of(decode(record, TokenPage))
 

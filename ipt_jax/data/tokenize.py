@@ -171,7 +171,7 @@ def _open_tokenizer(path: str) -> Tokenizer:
 
 
 def _token_documents(item: TokenizeItem, tokenizer: Tokenizer, shard: NewShard) -> Iterator[Written]:
-    dtype = token_dtype(tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
     little_endian = np.dtype(dtype).newbyteorder("<")
     for batch in _batches(item, shard):
         rows = tokenize_documents(batch, tokenizer, bos=item.source.bos, eos=item.source.eos)

@@ -1,15 +1,14 @@
 """Evaluation tasks: JSON Lines files of questions, and how an answer to one is scored.
 
-A row is `{id, prompt, choices, gold}` (log-likelihood: which choice does the model find likeliest) or `{id, prompt,
-answer}` (greedy generation; `answer` is a string or a list of accepted ones). One file holds one sort of row; other
-fields are ignored. A mistake in a file is a UserError that names the file and the line, before any model is loaded.
+A row is `{id, prompt, choices, gold}` (log-likelihood of each choice) or `{id, prompt, answer}` (greedy generation;
+`answer` is a string or a list of accepted strings). A file has one sort of row; other fields are ignored. A mistake is
+a UserError that names the file and the line.
 
-Scores of a choice, from its tokens' log-probabilities: `acc` picks by their sum; `acc_norm` by the sum a byte of the
-choice as written (the headline: it does not depend on the tokenizer; lm-eval's acc_norm where choices are ASCII);
-`acc_token` by the mean a token (what the paper's own domain benchmarks use, LMOps `choice_losses`). Scores of a
-generated answer: `exact_match` (the headline) after folding case and white space and cutting one final full stop;
-`f1` over its words, the best of the accepted answers. A standard error is the sample standard deviation over sqrt(n),
-as lm-eval has it; None for a single question.
+Scores of choices, from the log-probabilities of their tokens: `acc` picks by their sum; `acc_norm` by the sum per byte
+of the choice (the headline: independent of the tokenizer, and lm-eval's acc_norm for ASCII choices); `acc_token` by the
+mean per token (as in the paper's domain benchmarks, LMOps `choice_losses`). Scores of a generated answer:
+`exact_match` (the headline) ignores case, white space and one final full stop; `f1` is over words, the best of the
+accepted answers. A standard error is the sample standard deviation over sqrt(n), as in lm-eval; None for one question.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Question:
     prompt: str
     choices: tuple[str, ...] = ()
     gold: int = 0  # index into choices
-    answers: tuple[str, ...] = ()  # accepted ones
+    answers: tuple[str, ...] = ()  # accepted
 
 
 @dataclass(frozen=True)
@@ -49,23 +48,23 @@ class Task:
 
     @property
     def chance(self) -> float | None:
-        """What guessing scores, on average over the questions."""
+        """The mean score of guessing."""
         if self.sort == "answer":
             return None
         return statistics.fmean(1 / len(question.choices) for question in self.questions)
 
 
 def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:
-    """The tasks of `FILE`, `NAME=FILE`, and comma-joined lists of these; `limit` keeps each file's first questions."""
+    """The tasks of `FILE`, `NAME=FILE`, and comma-joined lists of these. `limit`: questions per file."""
     if limit is not None and limit < 1:
-        raise UserError(f"limit {limit}: expected a whole number of questions above 0; leave it out for all of them")
+        raise UserError(f"limit {limit}: expected at least 1 question; omit it for all questions")
     parts = [part for spec in specs for part in ([spec] if Path(spec).is_file() else spec.split(",")) if part]
     if not parts:
         raise UserError("no tasks given; name at least one JSON Lines file of questions")
     tasks = [_read_task(*_name_and_path(part), limit) for part in parts]
-    for name, count in Counter(task.name for task in tasks).items():
-        if count > 1:
-            raise UserError(f"tasks: {count} files are called {name!r}; tell them apart with NAME=FILE")
+    name, count = Counter(task.name for task in tasks).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"tasks: {count} files are named {name!r}; rename one with NAME=FILE")
     return tasks
 
 
@@ -85,15 +84,15 @@ def _read_task(name: str, path: Path, limit: int | None) -> Task:
         where = f"task {path}: line {line}"
         sort, question = _question(row, where)
         if sort != (first or sort):
-            raise UserError(
-                f"{where} has {sort!r} where the lines before have {first!r}; keep the two sorts in two files"
-            )
+            raise UserError(f"{where} has {sort!r}, earlier lines have {first!r}; write the two sorts to two files")
         if question.id in lines:
-            raise UserError(f"{where}: id {question.id!r} stands on line {lines[question.id]} already; make ids unique")
+            raise UserError(
+                f"{where}: duplicate id {question.id!r}, also on line {lines[question.id]}; make ids unique"
+            )
         first, lines[question.id] = sort, line
         questions.append(question)
     if first is None:
-        raise UserError(f"task {path}: no questions in it; give rows with id, prompt and choices or answer")
+        raise UserError(f"task {path}: has no questions; add rows with id, prompt and choices or answer")
     return Task(name, path, first, tuple(questions[:limit]))
 
 
@@ -101,19 +100,17 @@ def _question(row: dict[str, Any], where: str) -> tuple[Sort, Question]:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair, which no tokenizer takes; mend the text") from None
+        raise UserError(f"{where}: has a lone surrogate, which is not valid text; correct it") from None
     for field in ("id", "prompt"):
         if field not in row:
-            raise UserError(
-                f"{where}: no field {field!r}; a row needs id, prompt and either choices and gold or answer"
-            )
+            raise UserError(f"{where}: no field {field!r}; add id, prompt and either choices and gold or answer")
     if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
-        raise UserError(f"{where}: id is {row['id']!r}, expected a string or a whole number")
+        raise UserError(f"{where}: id is {row['id']!r}, expected a string or an integer")
     if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-        raise UserError(f"{where}: prompt is {row['prompt']!r}, expected a text that is not empty")
+        raise UserError(f"{where}: prompt is {row['prompt']!r}, expected a non-empty text")
     if ("choices" in row) == ("answer" in row):
         found = "both choices and answer" if "choices" in row else "neither choices nor answer"
-        raise UserError(f"{where} has {found}; give one of them")
+        raise UserError(f"{where} has {found}; set one of them")
     if "answer" in row:
         return "answer", Question(str(row["id"]), row["prompt"], answers=_answers(row["answer"], where))
     choices = _choices(row["choices"], where)
@@ -123,9 +120,7 @@ def _question(row: dict[str, Any], where: str) -> tuple[Sort, Question]:
 def _answers(value: Any, where: str) -> tuple[str, ...]:
     answers = value if isinstance(value, list) else [value]
     if not answers or not all(isinstance(answer, str) and normalise(answer) for answer in answers):
-        raise UserError(
-            f"{where}: answer is {value!r}, expected a text or a list of accepted texts, none of them empty"
-        )
+        raise UserError(f"{where}: answer is {value!r}, expected a non-empty text or a list of accepted texts")
     return tuple(answers)
 
 
@@ -133,13 +128,13 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
         raise UserError(f"{where}: choices is {value!r}, expected a list of at least two texts")
     if not all(isinstance(choice, str) and choice.strip() for choice in value):
-        raise UserError(f"{where}: choices holds something other than a text, or an empty text; give a text for each")
+        raise UserError(f"{where}: choices has an item that is not a text or is empty; set a text for each")
     return tuple(value)
 
 
 def _gold(row: dict[str, Any], count: int, where: str) -> int:
     if "gold" not in row:
-        raise UserError(f"{where}: choices without gold; add the index of the right choice, counted from 0")
+        raise UserError(f"{where}: choices without gold; add the index of the correct choice, counted from 0")
     gold = row["gold"]
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < count:
         raise UserError(f"{where}: gold is {gold!r}, expected an index from 0 to {count - 1}")
@@ -147,12 +142,12 @@ def _gold(row: dict[str, Any], count: int, where: str) -> int:
 
 
 def normalise(text: str) -> str:
-    """`' The  Guild. '` and `'the guild'` are the same answer."""
+    """`' The  Guild. '` -> `'the guild'`"""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
 def token_f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall over words (letters and digits, case folded), repeats counted."""
+    """Harmonic mean of precision and recall over words (letters and digits, case folded), with repeats."""
     predicted, wanted = (Counter(re.findall(r"\w+", text.casefold())) for text in (prediction, answer))
     shared = (predicted & wanted).total()
     return 2 * shared / (predicted.total() + wanted.total()) if shared else 0.0
@@ -164,7 +159,7 @@ def score_answer(prediction: str, answers: Sequence[str]) -> dict[str, float]:
 
 
 def score_choices(question: Question, sums: Sequence[float], tokens: Sequence[int]) -> tuple[dict[str, float], int]:
-    """The three accuracies of one question and the headline's pick."""
+    """The three accuracies of one question, and the choice that the headline metric picks."""
     sizes = [len(choice.encode()) for choice in question.choices]
     picks = {
         "acc": _likeliest(sums, [1] * len(sums)),
@@ -175,7 +170,7 @@ def score_choices(question: Question, sums: Sequence[float], tokens: Sequence[in
 
 
 def _likeliest(sums: Sequence[float], sizes: Sequence[int]) -> int:
-    """The first of equally likely ones, so that a model which prefers nothing still gives one answer."""
+    """The choice of the highest rate; the first of equal ones."""
     rates = [total / size for total, size in zip(sums, sizes, strict=True)]
     return rates.index(max(rates))
 

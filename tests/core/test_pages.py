@@ -16,8 +16,8 @@ from ipt_jax.core.stage import Manifest, NewShard
 from ipt_jax.corpus.records import KINDS, Parent, TokenDocument, TokenPage, decode
 from ipt_jax.data import token_shards
 from ipt_jax.data.loader import batches
+from ipt_jax.data.mixture import DataSettings
 from ipt_jax.data.plan import Plan, build_plan
-from ipt_jax.data.settings import DataSettings
 from ipt_jax.data.token_shards import Written, documents_of, open_token_shards, read_token_documents
 
 
@@ -82,7 +82,7 @@ def test_a_damaged_page_is_named_with_its_documents(tmp_path: Path) -> None:
     data[at + 100] ^= 4
     file.write_bytes(data)
     for hosts in (1, 2):
-        with pytest.raises(UserError, match=f"{file.name}: record 1 is damaged, which holds documents 2 to 3 "):
+        with pytest.raises(UserError, match=f"{file.name}: record 1 .documents 2 to 3. is damaged "):
             read_all(plan_of(path), hosts)
 
 
@@ -94,12 +94,12 @@ def test_a_shard_of_other_documents_is_named_by_the_document(tmp_path: Path, hos
     first, second = (path / f"tokens-{shard:05d}-of-00002.array_record" for shard in range(2))
     assert first.stat().st_size == second.stat().st_size
     second.write_bytes(first.read_bytes())
-    with pytest.raises(UserError, match="00001-of-00002.array_record: record 0 is damaged, .*its id is not that"):
+    with pytest.raises(UserError, match="00001-of-00002.array_record: record 0 .*is damaged .*its id is not that"):
         read_all(plan, hosts)
     lengths = write_tokens(tmp_path / "other", random_documents([60, 50] * 20), shards=2)
     (lengths / second.name).replace(second)
     plan = plan_of(path)
-    with pytest.raises(UserError, match=r"document \d+: it holds \d0 tokens, its index says \d0"):
+    with pytest.raises(UserError, match=r"document \d+: it has \d0 tokens, its index says \d0"):
         read_all(plan, hosts)
 
 

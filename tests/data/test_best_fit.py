@@ -9,8 +9,8 @@ import grain
 import numpy as np
 import pytest
 from extras import shared
+from token_shards import documents_in_memory
 
-from ipt_jax.data.block_table import documents_in_memory
 from ipt_jax.data.packing import CHUNK_ROWS, BestFit
 from ipt_jax.data.shuffle import MergedOrder, Stream
 

@@ -11,14 +11,14 @@ import msgspec
 import numpy as np
 import pytest
 from extras import ROOT
-from token_shards import random_documents, write_tokens
+from token_shards import random_documents, row_fields, row_pieces, write_tokens
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.stage import Manifest
 from ipt_jax.corpus.records import TokenPage, decode
 from ipt_jax.data.loader import batches
+from ipt_jax.data.mixture import DataSettings
 from ipt_jax.data.plan import Plan, build_plan
-from ipt_jax.data.settings import DataSettings
 from ipt_jax.data.token_reader import PageSpan, TokenReader
 from ipt_jax.data.token_shards import open_token_shards
 
@@ -42,7 +42,7 @@ def test_rows_of_concat(tmp_path: Path) -> None:
     plan = tiny_plan(tmp_path, "concat")
     assert (plan.rows, plan.steps, plan.tokens) == (2, 1, 12)
     check(
-        plan.row(0),
+        row_fields(plan, 0),
         tokens="1 11 12 13 2 1 21 22",
         targets="11 12 13 2 0 21 22 23",
         loss_mask="1 1 1 1 0 0 0 1",
@@ -51,7 +51,7 @@ def test_rows_of_concat(tmp_path: Path) -> None:
         kinds="1 1 1 1 1 3 3 3",
     )
     check(
-        plan.row(1),
+        row_fields(plan, 1),
         tokens="23 24 25 2 0 0 0 0",
         targets="24 25 2 0 0 0 0 0",
         loss_mask="1 0 1 0 0 0 0 0",
@@ -64,7 +64,7 @@ def test_rows_of_concat(tmp_path: Path) -> None:
 def test_rows_of_best_fit(tmp_path: Path) -> None:
     plan = tiny_plan(tmp_path, "best_fit")
     check(
-        plan.row(0),
+        row_fields(plan, 0),
         tokens="1 11 12 13 2 0 0 0",
         targets="11 12 13 2 0 0 0 0",
         loss_mask="1 1 1 1 0 0 0 0",
@@ -73,7 +73,7 @@ def test_rows_of_best_fit(tmp_path: Path) -> None:
         kinds="1 1 1 1 1 0 0 0",
     )
     check(
-        plan.row(1),
+        row_fields(plan, 1),
         tokens="1 21 22 23 24 25 2 0",
         targets="21 22 23 24 25 2 0 0",
         loss_mask="0 0 1 1 0 1 0 0",
@@ -148,7 +148,7 @@ def test_a_host_reads_the_pages_of_its_rows_alone(plan: Plan, monkeypatch: pytes
     steps = list(batches(fresh, start_step=plan.steps - 20, rows_per_step=8, host=3, hosts=4))
     rows = [step * 8 + slot for step in range(plan.steps - 20, plan.steps) for slot in (6, 7)]
     wanted = set()
-    for piece in (piece for row in rows for piece in plan.pieces(row)):
+    for piece in (piece for row in rows for piece in row_pieces(plan, row)):
         shards = open_token_shards(plan.sources[piece.source].path)
         held = np.cumsum([len(decode(record, TokenPage).ids) for record in shards])  # documents up to each page
         wanted.add((shards.paths[0], int(np.searchsorted(held, piece.record, side="right"))))
@@ -180,7 +180,7 @@ def test_a_row_alone_is_that_of_the_batch(plan: Plan) -> None:
     for whole_blocks in (False, True):
         together = plan.batch(rows, whole_blocks=whole_blocks)
         for slot, row in enumerate(rows):
-            assert all((values == together[name][slot]).all() for name, values in plan.row(row).items())
+            assert all((values == together[name][slot]).all() for name, values in row_fields(plan, row).items())
 
 
 # ---- damage
@@ -217,7 +217,7 @@ def test_no_damaged_record_is_trained_on(tmp_path: Path, how: str, hosts: int) -
     planned = build_plan(data, rows_per_step=8)
     name = damaged(tmp_path, how)
     late = how in ("byte flipped", "another's copy")
-    with pytest.raises(UserError, match=f"{name}: record [0-9]+ is damaged" if late else name):
+    with pytest.raises(UserError, match=f"{name}: record [0-9]+ .*is damaged" if late else name):
         list(batches(build_plan(data, rows_per_step=8), start_step=0, rows_per_step=8, hosts=hosts))
     with pytest.raises(UserError, match=name):  # the same after a plan that was made before
         list(batches(planned, start_step=0, rows_per_step=8, hosts=hosts))
@@ -231,7 +231,7 @@ def test_no_damaged_record_is_trained_on(tmp_path: Path, how: str, hosts: int) -
         (lambda m: m["shards"].append(m["shards"][0]), "not those of one run"),
         (lambda m: m["shards"].reverse(), "not those of one run"),
         (lambda m: m["shards"].pop(), "not those of one run"),
-        (lambda m: m["shards"][0].update(bytes=5), "tokens-00000-of-00002.array_record: .* bytes, the manifest says"),
+        (lambda m: m["shards"][0].update(bytes=5), "tokens-00000-of-00002.array_record: .* bytes, the manifest says 5"),
         (lambda m: (m["shards"][0].update(tokens=301), m.update(tokens=601)), "tokens-00000-of-00002.index.npy"),
         (lambda m: m["summary"]["side_files"].clear(), "tokens-00000-of-00002.index.npy"),
         (lambda m: m.update(complete=False), "has not finished"),
@@ -248,7 +248,7 @@ def test_an_edited_manifest_is_refused(tmp_path: Path, edit: Callable[[dict], No
     file.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"manifest.json: was edited \(checksum mismatch\)"):
         build_plan(data, rows_per_step=8)
-    edited = msgspec.json.decode(file.read_bytes(), type=Manifest)  # by a tool that mends the checksum too
+    edited = msgspec.json.decode(file.read_bytes(), type=Manifest)  # by a tool that updates the checksum too
     edited.checksum = edited.digest()
     file.write_bytes(msgspec.json.encode(edited))
     with pytest.raises(UserError, match=message):
@@ -265,7 +265,7 @@ def test_an_index_that_changed_after_planning_is_refused(tmp_path: Path) -> None
     index["tokens"][7] = 299
     np.save(file, index)
     with pytest.raises(UserError, match="the index of records 7 to 7 has changed"):
-        build_plan(data, rows_per_step=8).row(0)
+        build_plan(data, rows_per_step=8).batch([0])
 
 
 # ---- memory
@@ -275,7 +275,7 @@ import sys
 from pathlib import Path
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import build_plan
-from ipt_jax.data.settings import DataSettings
+from ipt_jax.data.mixture import DataSettings
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

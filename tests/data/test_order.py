@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from token_shards import documents_in_memory
 
-from ipt_jax.data.block_table import block_size, documents_in_memory
+from ipt_jax.data.block_table import block_size
 from ipt_jax.data.shuffle import Stream, deal, shuffle, windows_of
 
 
@@ -82,7 +83,7 @@ def test_each_tenth_of_an_epoch_is_like_the_whole(documents: int, windows: int, 
 )
 def test_every_epoch_has_every_document_once(lengths: list[int], epochs: int, window: int, least_blocks: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ipt_jax.data.block_table.LEAST_BLOCKS", least_blocks)
+        patch.setattr("ipt_jax.data.block_table.MIN_BLOCKS", least_blocks)
         patch.setattr("ipt_jax.data.shuffle.WINDOW_DOCUMENTS", window)
         stream = stream_of(lengths, epochs)
         whole = stream.between(0, stream.amount).documents

@@ -13,16 +13,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from token_shards import random_documents, write_tokens
+from token_shards import documents_in_memory, random_documents, row_fields, write_tokens
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.records import Parent
-from ipt_jax.data.block_table import documents_in_memory
-from ipt_jax.data.exclude_converted import stay
-from ipt_jax.data.mixture import check_sources, solve_mix
-from ipt_jax.data.packing import CHUNK_ROWS, BestFit, Concat, Packing
+from ipt_jax.data.exclude_converted import token_ranges_outside
+from ipt_jax.data.mixture import DataSettings, SourceMix, check_sources, solve_mix
+from ipt_jax.data.packing import CHUNK_ROWS, BestFit, Concat
 from ipt_jax.data.plan import Plan, build_plan, plan_summary_table
-from ipt_jax.data.settings import DataSettings, SourceMix
 from ipt_jax.data.shuffle import MergedOrder, Stream
 
 # Many short, a few very long, all of one length, one alone: what breaks packers.
@@ -127,8 +125,8 @@ def test_shares_of_one_fill_the_budget_to_the_token() -> None:
             "ask for 800 .* 100 short of .*set data.tokens to 800",
         ),
         (mix(tokens=700, a={"epochs": 1}, b={"epochs": 1}), [500, 300], "100 more than the budget of 700"),
-        (mix(tokens=900, a={"share": 0.7}, b={"share": 0.4}), [500, 300], "sum to 1.1, 0.1 more than the whole"),
-        (mix(a={"share": 0.7}, b={"share": 0.3}), [500, 300], "data.tokens is missing.*give data.tokens"),
+        (mix(tokens=900, a={"share": 0.7}, b={"share": 0.4}), [500, 300], "sum to 1.1, 0.1 more than 1"),
+        (mix(a={"share": 0.7}, b={"share": 0.3}), [500, 300], "data.tokens is missing.*set data.tokens"),
         (mix(a={}, b={"epochs": 1}), [500, 300], "the rest for source 'a' is unknown.*epochs: 1"),
         (
             mix(tokens=900, a={"share": 0.5, "max_epochs": 4}, b={}),
@@ -190,9 +188,9 @@ def test_the_budget_that_a_refusal_names_is_accepted(parts: list[tuple[dict, dic
 def test_names_are_checked() -> None:
     with pytest.raises(UserError, match="'a' and 'b' state no amount"):
         check_sources(mix(a={}, b={}).sources)
-    with pytest.raises(UserError, match="names 'x', which is no source"):
+    with pytest.raises(UserError, match="names 'x', which is not a source"):
         check_sources(mix(a={"exclude_converted": "x"}).sources)
-    with pytest.raises(UserError, match="'a' stands twice"):
+    with pytest.raises(UserError, match="two sources have the name 'a'"):
         check_sources([*mix(a={}).sources, *mix(a={}).sources])
     with pytest.raises(pydantic.ValidationError, match="states epochs and share; keep one"):
         SourceMix(name="a", path="a", epochs=1, share=0.5)
@@ -208,7 +206,7 @@ def test_any_window_of_rows_holds_the_shares(seed: int) -> None:
     data = mix(2048, a={"epochs": 1}, b={"epochs": 2}, c={"epochs": 4})
     amounts = solve_mix(data, [int(one.sum()) for one in lengths])
     order = order_of(data, [one.tolist() for one in lengths], amounts)
-    packings: list[Packing] = [Concat(order.merged, 2048), BestFit(order.merged, 2048)]
+    packings: list[BestFit | Concat] = [Concat(order.merged, 2048), BestFit(order.merged, 2048)]
     for packing in packings:
         held = np.zeros((packing.rows, 3))
         pieces = packing.pieces(0, packing.rows)
@@ -285,7 +283,7 @@ def test_converted_spans_drop_out_and_the_rest_stays(corpora: Path) -> None:
     documents = random_documents([12, 12, 12, 7])
     wanted = {tuple(one) for one in (documents[1][:4], documents[1][7:], documents[2], documents[3])}
     found = set()
-    for row in map(plan.row, range(plan.rows)):
+    for row in (row_fields(plan, row) for row in range(plan.rows)):
         for segment in range(1, row["segment_ids"].max() + 1):
             here = row["segment_ids"] == segment
             if row["kinds"][here][0] == 1:
@@ -296,14 +294,16 @@ def test_converted_spans_drop_out_and_the_rest_stays(corpora: Path) -> None:
 
 def test_what_stays_around_spans() -> None:
     ends = np.array([0, 3, 6, 9, 9])  # BOS, three words, EOS
-    assert stay(ends, [(0, 3)]) == [(2, 5)]
-    assert stay(ends, [(3, 6)]) == [(0, 2), (3, 5)]
-    assert stay(ends, [(6, 9)]) == [(0, 3)]
-    assert stay(ends, [(0, 9)]) == stay(ends, [(0, 3), (3, 9)]) == []
-    assert stay(ends, [(2, 4)]) == [(2, 5)]  # a token goes when its last character does
-    assert stay(ends, [(0, 3), (1, 5), (7, 9)]) == [(2, 3)]
-    assert stay(np.array([0, 1, 2, 2, 2, 3, 3]), [(0, 2)]) == [(5, 7)]  # the later bytes of a character go with it
-    assert stay(np.array([0, 1, 2, 2, 2, 3, 3]), [(2, 3)]) == [(0, 5)]
+    assert token_ranges_outside(ends, [(0, 3)]) == [(2, 5)]
+    assert token_ranges_outside(ends, [(3, 6)]) == [(0, 2), (3, 5)]
+    assert token_ranges_outside(ends, [(6, 9)]) == [(0, 3)]
+    assert token_ranges_outside(ends, [(0, 9)]) == token_ranges_outside(ends, [(0, 3), (3, 9)]) == []
+    assert token_ranges_outside(ends, [(2, 4)]) == [(2, 5)]  # a token goes when its last character does
+    assert token_ranges_outside(ends, [(0, 3), (1, 5), (7, 9)]) == [(2, 3)]
+    assert token_ranges_outside(np.array([0, 1, 2, 2, 2, 3, 3]), [(0, 2)]) == [
+        (5, 7)
+    ]  # the later bytes of a character go with it
+    assert token_ranges_outside(np.array([0, 1, 2, 2, 2, 3, 3]), [(2, 3)]) == [(0, 5)]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=15), st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9))))
@@ -312,7 +312,7 @@ def test_no_character_is_lost_or_kept_by_mistake(sizes: list[int], drawn: list[t
     spans = sorted((start, start + size) for start, size in drawn)
     begins = np.concatenate([[0], ends[:-1]])
     gone = [any(a < end <= b for a, b in spans) for end in ends]
-    kept = {token for low, high in stay(ends, spans) for token in range(low, high)}
+    kept = {token for low, high in token_ranges_outside(ends, spans) for token in range(low, high)}
     with_characters = [token for token in range(len(ends)) if ends[token] > begins[token]]
     assert [token for token in with_characters if not gone[token]] == [t for t in with_characters if t in kept]
 
@@ -424,12 +424,12 @@ def test_no_token_or_target_is_lost_on_the_way_to_the_rows(
     sources = [{"name": "raw", "path": str(root / "raw"), "epochs": epochs}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ipt_jax.data.block_table.BLOCK_TOKENS", block_tokens)
-        patch.setattr("ipt_jax.data.block_table.LEAST_BLOCKS", 1)
+        patch.setattr("ipt_jax.data.block_table.MIN_BLOCKS", 1)
         patch.setattr("ipt_jax.data.shuffle.WINDOW_DOCUMENTS", 3)
         patch.setattr("ipt_jax.data.plan.CHUNK_ROWS", 3)
         plan = plan_of(root, seq_len, packing=packing, sources=sources)
         rows = plan.batch(range(plan.rows + 2))
-        assert all((plan.row(1)[name] == rows[name][1]).all() for name in rows)
+        assert all((row_fields(plan, 1)[name] == rows[name][1]).all() for name in rows)
     tokens = Counter(token for document in documents for token in document for _ in range(epochs))
     assert Counter(rows["tokens"][rows["segment_ids"] > 0].tolist()) == tokens
     targets = Counter(
@@ -487,5 +487,5 @@ def test_a_table_that_cannot_be_kept_leaves_nothing(
 
     monkeypatch.setattr(np, "savez", full)
     plan_of(write_tokens(tmp_path / "raw", random_documents([30] * 40)).parent)
-    assert "cannot keep the block table (No space left on device)" in capsys.readouterr().err
+    assert "cannot save the block table (No space left on device)" in capsys.readouterr().err
     assert not list((tmp_path / "raw").glob("blocks-*"))

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from extras import ROOT
-from token_shards import random_documents, write_tokens
+from token_shards import random_documents, row_pieces, write_tokens
 
 from ipt_jax.corpus.records import Parent
+from ipt_jax.data.mixture import DataSettings
 from ipt_jax.data.plan import Plan, build_plan
-from ipt_jax.data.settings import DataSettings
 
 PAGE = (ROOT / "docs" / "reference" / "data.md").read_text(encoding="utf-8")
 RAW, AUGMENTED, TASKS = [12, 7, 10, 20, 9, 14], [16, 11], [9]
@@ -49,7 +49,7 @@ def row_lines(plan: Plan) -> list[str]:
     names = [source.settings.name for source in plan.sources]
     return [
         f"row {row}  "
-        + ", ".join(f"{names[p.source]} {p.record} [{p.start}, {p.start + p.length})" for p in plan.pieces(row))
+        + ", ".join(f"{names[p.source]} {p.record} [{p.start}, {p.start + p.length})" for p in row_pieces(plan, row))
         for row in range(plan.rows)
     ]
 

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import ipt_jax
 from ipt_jax.core.errors import UserError
 from ipt_jax.evaluate import run_eval
-from ipt_jax.evaluate.scoring import first_line, join
+from ipt_jax.evaluate.run import first_line, join
 from ipt_jax.evaluate.tasks import (
     Question,
     mean_and_stderr,
@@ -201,8 +201,11 @@ def test_the_standard_error_of_a_proportion(values: list[float]) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([choice("a"), {"id": "b", "prompt": "x", "answer": "y"}], r"line 2 has 'answer' where .* 'choices'"),
-        ([choice("a"), choice("a")], r"line 2: id 'a' stands on line 1"),
+        (
+            [choice("a"), {"id": "b", "prompt": "x", "answer": "y"}],
+            r"line 2 has 'answer', earlier lines have 'choices'",
+        ),
+        ([choice("a"), choice("a")], r"line 2: duplicate id 'a', also on line 1"),
         ([{"id": "a", "choices": ["x", "y"], "gold": 0}], r"line 1: no field 'prompt'"),
         ([{"prompt": "a", "answer": "x"}], r"line 1: no field 'id'"),
         ([choice("a", 2)], r"line 1: gold is 2, expected an index from 0 to 1"),
@@ -210,7 +213,7 @@ def test_the_standard_error_of_a_proportion(values: list[float]) -> None:
         ([choice("a", True)], r"gold is True"),
         ([{"id": "a", "prompt": "p", "choices": ["x", "y"]}], r"choices without gold"),
         ([choice("a", choices=["x"])], r"at least two"),
-        ([choice("a", choices=["x", " "])], r"empty text"),
+        ([choice("a", choices=["x", " "])], r"not a text or is empty"),
         ([choice("a", answer="x")], r"both choices and answer"),
         ([{"id": "a", "prompt": "p"}], r"neither choices nor answer"),
         ([{"id": "a", "prompt": "p", "answer": " . "}], r"answer is ' \. '"),
@@ -218,7 +221,7 @@ def test_the_standard_error_of_a_proportion(values: list[float]) -> None:
         ([{"id": "a", "prompt": " ", "answer": "x"}], r"prompt is ' '"),
         ([{"id": None, "prompt": "p", "answer": "x"}], r"id is None"),
         ([choice("a"), "{broken"], r"line 2 is not valid JSON"),
-        ([choice("a"), r'{"id": "b", "prompt": "\ud800", "answer": "x"}'], r"line 2: holds half of a surrogate"),
+        ([choice("a"), r'{"id": "b", "prompt": "\ud800", "answer": "x"}'], r"line 2: has a lone surrogate"),
         ([""], r"no questions"),
     ],
 )
@@ -236,7 +239,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path) -> None:
     for tasks, message in [
         ([str(tmp_path / "none.jsonl")], "no such file"),
         ([str(tmp_path / "empty.jsonl")], "empty"),
-        ([good, str(tmp_path / "sub" / "t.jsonl")], "2 files are called 't'"),
+        ([good, str(tmp_path / "sub" / "t.jsonl")], "2 files are named 't'"),
         ([], "no tasks"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -250,7 +253,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path) -> None:
 def test_a_broken_model_is_told(tmp_path: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = SimpleNamespace(logprob=math.nan, tokens=1)
     monkeypatch.setattr(model, "loglikelihood", lambda prompts, continuations: [broken] * len(prompts))
-    with pytest.raises(UserError, match="no numbers"):
+    with pytest.raises(UserError, match="not numbers"):
         run_eval("m", [write(tmp_path / "t.jsonl", [choice("a")])])
 
 

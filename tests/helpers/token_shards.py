@@ -1,7 +1,9 @@
 """Token shards for tests, made from ids alone, as `ipt tokenize` would write them."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer as JsonTokenizer
@@ -9,7 +11,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ipt_jax.core.stage import UNPACKED, NewShard, Output, write_shard
 from ipt_jax.corpus.records import Kind, Parent, TokenDocument
-from ipt_jax.data.token_index import index_digests
+from ipt_jax.data.block_table import BlockTable, SourceDocuments, block_size
+from ipt_jax.data.exclude_converted import Remains
+from ipt_jax.data.plan import Plan
+from ipt_jax.data.token_index import INDEX, index_digests
 from ipt_jax.data.token_shards import RECORDS, Written, token_pages
 
 
@@ -50,6 +55,44 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
     """Documents of the given lengths: BOS 1, ids from 3 to 99, EOS 2."""
     generator = np.random.default_rng(seed)
     return [[1, *generator.integers(3, 100, length - 2).tolist(), 2][:length] for length in lengths]
+
+
+def documents_in_memory(lengths: Sequence[int]) -> SourceDocuments:
+    """A source of documents of the given lengths, without files."""
+    index = np.zeros(len(lengths), INDEX)
+    index["tokens"] = lengths
+    size = block_size(len(lengths), int(index["tokens"].sum(dtype=np.int64)))
+    firsts = np.arange(0, len(lengths), size)
+    tokens = np.add.reduceat(index["tokens"].astype(np.int64), firsts)
+    documents = np.diff(np.append(firsts, len(lengths)))
+
+    def read(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        return np.concatenate([index[first:stop] for first, stop in ranges])
+
+    pages = np.zeros((len(firsts), 2), np.uint32)
+    return SourceDocuments(BlockTable(size, tokens, documents, pages, Remains.nothing()), read, len(lengths), "memory")
+
+
+class RowPiece(NamedTuple):
+    """Tokens [start, start + length) of a record of a source, by its place in the recipe, from column `at` of a row."""
+
+    source: int
+    record: int
+    start: int
+    length: int
+    at: int
+
+
+def row_pieces(plan: Plan, row: int) -> list[RowPiece]:
+    found = plan.pieces([row])
+    start = found["document"]["start"] + found["offset"]
+    columns = (found["source"], found["document"]["record"], start, found["length"], found["at"])
+    return [RowPiece(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def row_fields(plan: Plan, row: int) -> dict[str, np.ndarray]:
+    """Each field's array [T]."""
+    return {name: array[0] for name, array in plan.batch([row]).items()}
 
 
 def save_tokenizer(folder: Path, *, controls: bool = True) -> Path:

@@ -11,8 +11,8 @@ from token_shards import save_tokenizer
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import load_tokenizer
+from ipt_jax.data.mixture import DataSettings
 from ipt_jax.data.plan import Plan, build_plan
-from ipt_jax.data.settings import DataSettings
 from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
 from ipt_jax.report.viewer import TokenSpan, html_page, passage_text, read_rows
 
