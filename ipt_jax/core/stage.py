@@ -283,11 +283,13 @@ def make_shards(
         return
     total = sum(size(item) for _, items in work for item in items)
     missing = sum(size(job.item) for job in jobs)
+    shards = sum(len(items) for _, items in work)
     with Progress(total, unit, label, done=total - missing) as progress:
-        for at, shard in run_units(write_job, jobs, workers=workers, executor=executor):
-            output, index, shards = places[at]
-            output.seal_file(index, shards, shard)
-            progress.advance(size(jobs[at].item))
+        results = run_units(write_job, jobs, workers=workers, executor=executor)
+        for complete, (at, shard) in enumerate(results, start=shards - len(jobs) + 1):
+            output, index, count = places[at]
+            output.seal_file(index, count, shard)
+            progress.advance(size(jobs[at].item), shards=f"{complete:,}/{shards:,}")
 
 
 def write_job(job: ShardJob[Item]) -> NewShard:
