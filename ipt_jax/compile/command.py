@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,44 +72,26 @@ def search(
     flops = model_flops_per_token(model, recipe.data.seq_len)
     for remat in REMATS:
 
-        def attempt(microbatch: int, remat: Remat = remat) -> dict[str, Any]:
+        def is_too_large(microbatch: int, remat: Remat = remat) -> bool:
             settings = recipe.train.model_copy(update={"microbatch": microbatch, "remat": remat})
             result = compile_step(recipe.model_copy(update={"train": settings}), model, topology)
             result["recomputed"] = recomputed_flops_per_token(model, recipe.data.seq_len, remat) / flops
             tried.append(result)
-            print(f"ipt compile: {_attempt_line(result, remat, microbatch)}", file=sys.stderr, flush=True)
-            return result
+            fits = "fits, predicted {predicted_tokens_per_second:,.0f} tokens/s" if result["fits"] else "does not fit"
+            figures = f"{_gib(result['peak_bytes_per_device'])}, {fits} (compiled in {{compile_seconds}} s)"
+            line = f"ipt compile: remat {_label(remat)}, microbatch {microbatch}: {figures.format_map(result)}"
+            print(line, file=sys.stderr, flush=True)
+            return not result["fits"]
 
-        largest(sizes(rows_per_step(recipe), shards), attempt)
+        bisect_left(sizes(rows_per_step(recipe), shards), True, key=is_too_large)
     fitting = [one for one in tried if one["fits"]]
     return sorted(fitting, key=lambda one: one["predicted_tokens_per_second"], reverse=True), len(tried)
-
-
-def _attempt_line(result: dict[str, Any], remat: Remat, microbatch: int) -> str:
-    speed = f"fits, predicted {result['predicted_tokens_per_second']:,.0f} tokens/s" if result["fits"] else ""
-    return (
-        f"remat {_label(remat)}, microbatch {microbatch}: {_gib(result['peak_bytes_per_device'])}, "
-        f"{speed or 'does not fit'} (compiled in {result['compile_seconds']} s)"
-    )
 
 
 def sizes(rows: int, shards: int) -> list[int]:
     """Micro-batches that divide the rows per shard, ascending."""
     each = rows // shards
     return [size for size in range(1, each + 1) if each % size == 0]
-
-
-def largest(ascending: list[int], attempt: Callable[[int], dict[str, Any]]) -> dict[str, Any] | None:
-    """The result of the largest size that fits, by bisection; None if none does."""
-    best, low, high = None, 0, len(ascending)
-    while low < high:
-        middle = (low + high) // 2
-        result = attempt(ascending[middle])
-        if result["fits"]:
-            best, low = result, middle + 1
-        else:
-            high = middle
-    return best
 
 
 # ---- tables
@@ -133,15 +116,13 @@ def print_result(result: dict[str, Any]) -> None:
 
 def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
-    batch = (
-        f"{result['microbatch']} rows of {result['seq_len']:,} a shard x {result['accumulation']} accumulation steps"
-    )
+    batch = "{microbatch} rows of {seq_len:,} a shard x {accumulation} accumulation steps = {batch_tokens:,} tokens"
     lines = [
         ("devices", f"{result['devices']} x {result['device_kind']}, mesh {mesh}"),
         ("model", f"{result['params']:,} parameters, {result['model_flops_per_token'] / 1e9:.2f} GFLOP a token"),
-        ("batch", f"{batch} = {result['batch_tokens']:,} tokens"),
+        ("batch", batch.format_map(result)),
         ("remat", f"{_label(result['remat'])}, {result['compute_dtype']} compute"),
-        ("attention", f"{result['attention_chosen']['kernel']} ({result['attention_chosen']['reason']})"),
+        ("attention", "{kernel} ({reason})".format_map(result["attention_chosen"])),
     ]
     if "attention_calls" in result:
         calls = result["attention_calls"].get(result["attention"], {})
@@ -160,14 +141,16 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _predicted(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The predicted speed: an estimate where the device's rates were measured, else a bound."""
-    products, memory = result["predicted_products_seconds"], result["predicted_memory_seconds"]
-    exposed, moved = result["predicted_exposed_collective_seconds"], result["predicted_collective_seconds"]
-    shares = f"products {products:.3f}, memory {memory:.3f}, exposed collectives {exposed:.3f} of {moved:.3f}"
-    speed, each = result["predicted_tokens_per_second"], result["predicted_tokens_per_second_per_device"]
     least, most = ("about", "about") if result["predicted_from"]["measured"] else ("at least", "at most")
+    step = (
+        "{predicted_step_seconds:.3f} s (products {predicted_products_seconds:.3f}, memory "
+        "{predicted_memory_seconds:.3f}, exposed collectives {predicted_exposed_collective_seconds:.3f} of "
+        "{predicted_collective_seconds:.3f})"
+    )
+    speed = "{predicted_tokens_per_second:,.0f} tokens/s, {predicted_tokens_per_second_per_device:,.0f} a device"
     return [
-        ("predicted step", f"{least} {result['predicted_step_seconds']:.3f} s ({shares})"),
-        ("predicted speed", f"{most} {speed:,.0f} tokens/s, {each:,.0f} a device"),
+        ("predicted step", f"{least} {step.format_map(result)}"),
+        ("predicted speed", f"{most} {speed.format_map(result)}"),
         ("predicted MFU", f"{most} {result['predicted_mfu']:.1%}"),
         ("predicted limit", result["predicted_limit"]),
     ]

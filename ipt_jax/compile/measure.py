@@ -163,4 +163,4 @@ def _needed(message: str) -> int | None:
     if numbers is None:
         return 0
     used, over = float(numbers[1]) * units[numbers[2]], float(numbers[3]) * units[numbers[4]]
-    return int(max(used, used + over if used < over else used))
+    return int(used + over if used < over else used)

@@ -16,9 +16,10 @@ import pytest
 from extras import ROOT, ask_for_extra, in_ci
 from trainkit import model_of, program_of, recipe_of
 
-from ipt_jax.compile.command import largest, sizes
+from ipt_jax.compile.command import search, sizes
 from ipt_jax.compile.hlo import attention_kernels, collectives
 from ipt_jax.compile.measure import _needed, ideal_fsdp
+from ipt_jax.config import Recipe
 from ipt_jax.core.errors import UserError
 from ipt_jax.hf.config import resolve_model
 from ipt_jax.model.config import ModelSettings
@@ -191,15 +192,18 @@ def test_sizes_divide_the_rows_of_a_shard() -> None:
 
 @pytest.mark.parametrize(("fits", "found"), [(0, None), (1, 1), (5, 4), (6, 6), (99, 12)])
 def test_the_largest_that_fits_is_found_with_few_compilations(fits: int, found: int | None) -> None:
-    tried = []
+    tried: list[int] = []
 
-    def attempt(size: int) -> dict[str, Any]:
+    def compile_step(recipe: Recipe, *_: object) -> dict[str, Any]:
+        size = recipe.train.microbatch
         tried.append(size)
-        return {"microbatch": size, "fits": size <= fits}
+        figures = {"predicted_tokens_per_second": size, "peak_bytes_per_device": 0, "compile_seconds": 0}
+        return {"microbatch": size, "fits": size <= fits and recipe.train.remat == "none", **figures}
 
-    result = largest(sizes(96, 8), attempt)
-    assert (result["microbatch"] if result else None) == found
-    assert len(tried) <= 3 and len(set(tried)) == len(tried)
+    recipe = recipe_of(data={"seq_len": 64}, train={"batch_tokens": 96 * 64})
+    frontier, _ = search(recipe, model_of(), parse_topology("h100:8"), 8, compile_step)
+    assert (frontier[0]["microbatch"] if frontier else None) == found
+    assert len(tried) <= 3 * 4  # of six sizes, for each of four ways of recomputing
 
 
 def test_what_libtpu_says_of_too_large_a_program() -> None:
