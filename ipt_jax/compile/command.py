@@ -116,10 +116,10 @@ def print_result(result: dict[str, Any]) -> None:
 
 def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
-    batch = "{microbatch} rows of {seq_len:,} a shard x {accumulation} accumulation steps = {batch_tokens:,} tokens"
+    batch = "{microbatch} rows of {seq_len:,} per shard x {accumulation} accumulation steps = {batch_tokens:,} tokens"
     lines = [
         ("devices", f"{result['devices']} x {result['device_kind']}, mesh {mesh}"),
-        ("model", f"{result['params']:,} parameters, {result['model_flops_per_token'] / 1e9:.2f} GFLOP a token"),
+        ("model", f"{result['params']:,} parameters, {result['model_flops_per_token'] / 1e9:.2f} GFLOP per token"),
         ("batch", batch.format_map(result)),
         ("remat", f"{_label(result['remat'])}, {result['compute_dtype']} compute"),
         ("attention", "{kernel} ({reason})".format_map(result["attention_chosen"])),
@@ -131,7 +131,7 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("arguments", _gib(result["argument_bytes"])))
         lines.append(("temporaries", _gib(result["temporary_bytes"])))
     room = f"{_gib(result['hbm_bytes'])} of the device, {_gib(result['usable_bytes'])} of them usable"
-    lines.append(("peak", f"{_gib(result['peak_bytes_per_device'])} a device ({room})"))
+    lines.append(("peak", f"{_gib(result['peak_bytes_per_device'])} per device ({room})"))
     lines.append(("fits", "yes" if result["fits"] else f"no: {result.get('refused', 'more than is usable')}"))
     lines.extend(("fallback", note) for note in result["fallbacks"])
     if "predicted_step_seconds" in result:
@@ -147,7 +147,7 @@ def _predicted(result: dict[str, Any]) -> list[tuple[str, str]]:
         "{predicted_memory_seconds:.3f}, exposed collectives {predicted_exposed_collective_seconds:.3f} of "
         "{predicted_collective_seconds:.3f})"
     )
-    speed = "{predicted_tokens_per_second:,.0f} tokens/s, {predicted_tokens_per_second_per_device:,.0f} a device"
+    speed = "{predicted_tokens_per_second:,.0f} tokens/s, {predicted_tokens_per_second_per_device:,.0f} per device"
     return [
         ("predicted step", f"{least} {step.format_map(result)}"),
         ("predicted speed", f"{most} {speed.format_map(result)}"),
@@ -158,7 +158,7 @@ def _predicted(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _predicted_parts(result: dict[str, Any]) -> Table:
     """Seconds, products and bytes of a device's step, by part."""
-    table = _table("part", "predicted seconds", "predicted share", "TFLOP a device", "GB of memory")
+    table = _table("part", "predicted seconds", "predicted share", "TFLOP per device", "GB of memory")
     for part, total in sorted(result["predicted_parts"].items(), key=lambda item: -item[1]["seconds"]):
         share = total["seconds"] / result["predicted_step_seconds"]
         counted = (f"{total['flops'] / 1e12:,.2f}", f"{total['bytes'] / 1e9:,.2f}")
@@ -169,14 +169,14 @@ def _predicted_parts(result: dict[str, Any]) -> Table:
     table.caption = (
         f"Predicted from {peaks['flops_per_second'] / 1e12:,.1f} TFLOP/s, "
         f"{peaks['memory_bytes_per_second'] / 1e9:,.0f} GB/s of memory and "
-        f"{peaks['link_bytes_per_second'] / 1e9:,.0f} GB/s of links a device{between}: {source}."
+        f"{peaks['link_bytes_per_second'] / 1e9:,.0f} GB/s of links per device{between}: {source}."
     )
     return table
 
 
 def _collectives(result: dict[str, Any]) -> Table:
     """Bytes that a device sends per step, compared with an ideal schedule."""
-    table = _table("collective", "a step", "of them in loops", "MB sent a device", "ideal FSDP", "ratio")
+    table = _table("collective", "per step", "of them in loops", "MB sent per device", "ideal FSDP", "ratio")
     for kind, total in result["collectives"].items():
         ideal = result["ideal"].get(kind, 0)
         inside = result["collectives_in_loops"].get(kind, {"count": 0})["count"]
@@ -185,13 +185,13 @@ def _collectives(result: dict[str, Any]) -> Table:
             f"{total['bytes'] / ideal:.3f}" if ideal else "–",
         )  # fmt: skip
     dtypes = ", ".join(result["reduce_dtypes"]) or "none"
-    table.caption = f"Ideal: each split parameter gathered twice, reduce-scattered once a micro-batch ({dtypes})."
+    table.caption = f"Ideal: each split parameter gathered twice, reduce-scattered once per micro-batch ({dtypes})."
     return table
 
 
 def _frontier(frontier: list[dict[str, Any]]) -> Table:
     predicted = ("predicted tokens/s", "predicted MFU")
-    table = _table("remat", "microbatch", "peak a device", "FLOPs recomputed", *predicted)
+    table = _table("remat", "microbatch", "peak per device", "FLOPs recomputed", *predicted)
     for one in frontier:
         settings = (_label(one["remat"]), str(one["microbatch"]), _gib(one["peak_bytes_per_device"]))
         speed = (f"{one['predicted_tokens_per_second']:,.0f}", f"{one['predicted_mfu']:.1%}")

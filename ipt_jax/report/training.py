@@ -91,7 +91,7 @@ OVERVIEW: list[tuple[str, Callable[[Run], str | None]]] = [
     ("tokens seen", lambda run: _progress(run, "token", short)),
     ("loss", lambda run: _loss(run.series("loss"))),
     *(_kind_row(kind) for kind in KINDS),
-    ("tokens a second (median)", _speed),
+    ("tokens per second (median)", _speed),
     ("time in steps", _time),
 ]
 
@@ -126,7 +126,7 @@ def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
     logged = [run for run in runs if run.steps]
     if not logged:
         return []
-    per_token = "nats a token"
+    per_token = "nats per token"
     zero, plain = {"zero": True}, {"zero": True, "smooth": False}
     charts: list[tuple[str, str | None, str, Callable[[Run], list[Point]], dict[str, bool]]] = [
         ("Loss", "all target tokens", per_token, lambda run: run.series("loss"), {}),
