@@ -46,6 +46,12 @@ class TrainSettings(Settings):
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Number of latest checkpoints to keep."""
+    skip_steps: tuple[int, ...] = ()
+    """Steps whose update is skipped, such as one whose batch makes the loss diverge."""
+    max_bad_steps: int = Field(default=10, gt=0)
+    """Steps in a row without a finite loss and gradient after which training stops. Their updates are skipped."""
+    stall_minutes: float | None = Field(default=60.0, gt=0)
+    """Minutes without a finished step after which training exits with the stack traces. null: no limit."""
 
 
 class OptimizerSettings(Settings):

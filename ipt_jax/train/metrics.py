@@ -3,8 +3,8 @@
 Guarantees: metrics.jsonl has each step at most once, also after a kill and a resume, since lines after the step that a
 run resumes from are removed first. A last line that a kill or a power cut damaged is removed and reported; any other
 damaged line is a UserError with its number. The host does not wait for the step it has just started. Steps are settled
-in order, each one once; one whose loss or gradient is not finite raises FloatingPointError with its number.
-A checkpoint records settled steps only.
+in order, each one once; a spike of the loss and a step that is not finite are reported. A checkpoint records settled
+steps only.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import Summary
 
+from ipt_jax.config import TrainSettings
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import write_whole
 from ipt_jax.core.progress import Progress
 from ipt_jax.data.plan import Plan
 from ipt_jax.model.flops import model_flops, peak_flops
+from ipt_jax.train.bad_steps import LossWindow
 from ipt_jax.train.checkpoint import CheckpointRecord
 from ipt_jax.train.loss import KINDS
 from ipt_jax.train.run_info import report
@@ -156,30 +158,34 @@ def last_line(run_dir: Path) -> dict[str, Any] | None:
 
 
 def loss_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Loss, loss by document kind and gradient norm of one step, from its sums on the host."""
+    """Loss, loss by document kind and gradient norm of one step, from its sums on the host. None: not finite, or no
+    targets."""
     losses, targets = metrics["loss_sums"].astype(float), metrics["targets"].astype(float)
     return {
-        "loss": float(losses.sum() / max(targets.sum(), 1.0)),
+        "loss": _finite(losses.sum() / targets.sum()) if targets.sum() else None,
         "loss_by_kind": {
-            kind: float(losses[code] / targets[code]) for code, kind in enumerate(KINDS, start=1) if targets[code]
+            kind: _finite(losses[code] / targets[code]) for code, kind in enumerate(KINDS, start=1) if targets[code]
         },
-        "grad_norm": float(metrics["grad_norm"]),
+        "grad_norm": _finite(metrics["grad_norm"]),
         "learning_rate": float(metrics["learning_rate"]),
     }
 
 
-def check_finite(step: int, measured: dict[str, Any]) -> None:
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(measured[name]):
-            raise FloatingPointError(f"step {step}: {name} is {measured[name]}; the last checkpoint is untouched")
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 class Ledger:
     """`log` is None in all processes but the first."""
 
-    def __init__(self, log: MetricsLog | None, record: CheckpointRecord, program: Program, plan: Plan, log_every: int):
+    def __init__(
+        self, log: MetricsLog | None, record: CheckpointRecord, program: Program, plan: Plan, settings: TrainSettings
+    ):
+        self.bad: list[int] = []  # the last settled steps, where they were not finite; kept when they are too many
         self.record, self.last = record, (log.last if log else None)
-        self._log, self._log_every, self._steps = log, log_every, plan.steps
+        self._bad_steps = self.last.get("bad_steps", 0) if self.last else 0
+        self._max_bad, self._window = settings.max_bad_steps, LossWindow()
+        self._log, self._log_every, self._steps = log, settings.log_every, plan.steps
         self._progress = Progress(plan.tokens, "tokens", "ipt train", done=record.tokens) if log else None
         self._pending: list[tuple[int, Any]] = []
         self._model = program.model
@@ -187,10 +193,12 @@ class Ledger:
         self._settled_at, self._waited = time.monotonic(), 0.0
 
     @classmethod
-    def open(cls, run_dir: Path, record: CheckpointRecord, program: Program, plan: Plan, log_every: int) -> Self:
+    def open(
+        cls, run_dir: Path, record: CheckpointRecord, program: Program, plan: Plan, settings: TrainSettings
+    ) -> Self:
         """The ledger of this process; only the first one writes."""
         log = MetricsLog(run_dir, record.step) if jax.process_index() == 0 else None
-        return cls(log, record, program, plan, log_every)
+        return cls(log, record, program, plan, settings)
 
     def __enter__(self) -> Self:
         if self._progress:
@@ -239,11 +247,28 @@ class Ledger:
 
     def _settle_one(self, step: int, metrics: dict[str, Any], speed: dict[str, float | None]) -> None:
         measured = loss_metrics(metrics)
-        check_finite(step, measured)
         tokens = int(metrics["tokens"])
         self.record = msgspec.structs.replace(self.record, step=step, tokens=self.record.tokens + tokens)
-        self.last = {"step": step, "tokens": self.record.tokens, **measured, **speed}
+        self.last = {"step": step, "tokens": self.record.tokens, **measured, **speed, "unix_seconds": time.time()}
+        self._check(step, measured, has_targets=bool(metrics["targets"].sum()), applied=bool(metrics["applied"]))
+        if self._bad_steps:
+            self.last["bad_steps"] = self._bad_steps
         if self._log and (step % self._log_every == 0 or step in (1, self._steps)):
             self._log.write(self.last)
         if self._progress:
             self._progress.advance(tokens, step=step, loss=measured["loss"])
+
+    def _check(self, step: int, measured: dict[str, Any], *, has_targets: bool, applied: bool) -> None:
+        """Reports spikes and skipped updates."""
+        spike = self._window.add(step, measured["loss"]) if applied else None
+        if spike and self._log:
+            report(spike)
+        if applied or not has_targets:
+            if applied and len(self.bad) < self._max_bad:
+                self.bad = []
+            return
+        self.bad.append(step)
+        self._bad_steps += 1
+        name = "loss" if measured["loss"] is None else "gradient norm"
+        if self._log:
+            report(f"warning: step {step}: the {name} is not finite; its update is skipped")

@@ -3,7 +3,7 @@
 Guarantees: the loss is the sum over the global batch divided once by the global count of target tokens, so neither
 micro-batches nor meshes change what is optimized; gradients and moments are float32 whatever the compute dtype. A batch
 is a dict of arrays [A, M, T]: A accumulation steps of M rows. Metrics are scalars and sums by document kind; the caller
-checks that they are finite.
+decides what follows from them. A step that is not finite, or has no targets, leaves parameters and moments unchanged.
 
 `build_program` makes every choice that the recipe leaves open (attention kernel, dtype, accumulation, loss chunk), with
 its reason, for `ipt train` and `ipt compile` alike. `strict: true` turns a fallback into an error. Devices may be
@@ -151,13 +151,20 @@ def make_step(
         with jax.named_scope("optimizer"):
             norm = optax.global_norm(grads)
             grads = clip(grads, norm, settings.clip_norm)
-            updates, moments = optimizer.update(grads, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
+            directions, moments = optimizer.update(grads, state.optimizer, state.params)
+            rate = learning_rate(settings, state.step, total_steps)
+            params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
+            # A step that is not finite, or has no targets, changes nothing but the count of steps.
+            applied = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].sum()) & (sums["targets"].sum() > 0)
+            params, moments = jax.tree.map(
+                lambda new, old: jnp.where(applied, new, old), (params, moments), (state.params, state.optimizer)
+            )
         metrics = {
             "loss_sums": sums["loss"],
             "targets": sums["targets"],
             "grad_norm": norm,
-            "learning_rate": learning_rate(settings, state.step, total_steps),
+            "applied": applied,
+            "learning_rate": rate,
             "tokens": (batch["segment_ids"] > 0).sum(),
             "pairs": visible_pairs(batch, config, shape),
         }
@@ -182,8 +189,8 @@ def learning_rate(settings: OptimizerSettings, step: Array | int, total_steps: i
     return settings.learning_rate * warmup * shape
 
 
-def make_optimizer(settings: OptimizerSettings, total_steps: int, decay: Any) -> optax.GradientTransformation:
-    """What turns clipped gradients into updates. `decay` is a tree of bool, one per parameter."""
+def make_optimizer(settings: OptimizerSettings, decay: Any) -> optax.GradientTransformation:
+    """Turns clipped gradients into directions, before the learning rate. `decay`: a bool per parameter."""
     direction = {
         "adamw": optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps, mu_dtype=jnp.float32),
         "sgd": optax.identity(),
@@ -191,7 +198,6 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int, decay: Any) ->
     return optax.chain(
         direction,
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
-        optax.scale_by_learning_rate(lambda step: learning_rate(settings, step, total_steps)),
     )
 
 
@@ -252,7 +258,7 @@ def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: i
         z_loss=recipe.train.z_loss,
         unroll=device.platform in ("cuda", "gpu") and recipe.train.remat != "full",
     )
-    optimizer = make_optimizer(recipe.optimizer, total_steps, decay_mask(model))
+    optimizer = make_optimizer(recipe.optimizer, decay_mask(model))
     state = abstract_state(model, optimizer)
     placement = place_params(logical_axes(model), state.params, mesh)
     fallbacks = fallbacks + placement.notes

@@ -1,15 +1,16 @@
 """`ipt train`: from a recipe to a trained model, in order.
 
 Guarantees: a run resumes by itself from its newest checkpoint that verifies, and steps k+1 … N after a kill give the
-bits that an undisturbed run gives (same hardware); SIGTERM saves and ends the run when the save is on disk, which
-`ipt train` reports as unfinished by exit code 143; a loss or gradient that is not finite stops it, naming the step,
-before anything is saved; two processes never write into one run directory.
+bits that an undisturbed run gives (same hardware); SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and end the run when the
+save is on disk, which `ipt train` reports as unfinished by exit code 143; weights that are not finite are never saved;
+a run that finishes no step for `train.stall_minutes` ends; two processes never write into one run directory.
 The host never waits for the step it has just started: metrics are fetched a logging interval later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import logging
 import operator
@@ -40,6 +41,7 @@ from ipt_jax.model.decoder import abstract_params
 from ipt_jax.parallel.devices import training_devices
 from ipt_jax.parallel.distributed import enable_compile_cache, initialize_distributed
 from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
+from ipt_jax.train.bad_steps import all_finite, write_dump
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
 from ipt_jax.train.metrics import Ledger, last_line
 from ipt_jax.train.resume import find_newest, refuse_changed, set_aside
@@ -47,9 +49,11 @@ from ipt_jax.train.run_info import copy_tokenizer, describe, report, report_star
 from ipt_jax.train.state import TrainState, check_layout, fresh_state, state_from_params
 from ipt_jax.train.step import Program, build_program, lower
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # save, then exit
+
 
 def run_train(recipe: Recipe) -> dict[str, Any]:
-    """Trains to the end of the plan, or until SIGTERM: {run_dir, step, steps, tokens, loss}; `steps` are the plan's."""
+    """Trains to the end of the plan or until a signal: {run_dir, step, steps (of the plan), tokens, loss}."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # so do its tasks, once for each array of a failed save
     processes = initialize_distributed()
@@ -88,7 +92,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         if jax.process_index() == 0:
             for line in layout:
                 report(line)
-        with Ledger.open(run_dir, start, program, plan, recipe.train.log_every) as ledger:
+        with Ledger.open(run_dir, start, program, plan, recipe.train) as ledger:
             train(recipe, plan, program, step, state, ledger, checkpoints)
         return result(recipe, plan, ledger.record, ledger.last)
 
@@ -101,25 +105,43 @@ def train(
     host, hosts = host_slot(program.mesh)
     source = batches(plan, start_step=done, rows_per_step=program.rows, host=host, hosts=hosts)
     sharding = batch_sharding(program.mesh)
-    with stop_signal() as stop_asked:
+    with stop_signal() as stop_asked, stall_limit(settings.stall_minutes) as alive:
         while done < plan.steps:
             with ledger.waiting_for_data():
                 rows = next(source)
-            state, metrics = step(state, place_batch(rows, program.shape.accumulation, sharding))
+            if done + 1 in settings.skip_steps:
+                rows["loss_mask"] = np.zeros_like(rows["loss_mask"])
+            batch = place_batch(rows, program.shape.accumulation, sharding)
+            state, metrics = step(state, batch)
             done += 1
             ledger.add(done, metrics)
             stop = stop_asked(done)
             last = stop or done == plan.steps
-            if last or done % settings.checkpoint_every == 0:
-                ledger.settle(done)  # all of them are known to be finite before anything is saved
+            due = last or done % settings.checkpoint_every == 0
+            if due or done % settings.log_every == 0:
+                alive()
+                ledger.settle(done if due else done - 1)  # the devices are busy with step `done` meanwhile
+                if len(ledger.bad) >= settings.max_bad_steps or (due and ledger.bad and not all_finite(state.params)):
+                    raise bad_steps(Path(recipe.run_dir), ledger.bad, state, batch, program)
+            if due:
                 checkpoints.save(state, ledger.record, last=last)
-            elif done % settings.log_every == 0:
-                ledger.settle(done - 1)  # the devices are busy with step `done` meanwhile
             if last:
-                checkpoints.finish()  # a further SIGTERM waits for it
+                checkpoints.finish()  # a further signal waits for it
             if stop:
-                report(f"SIGTERM: saved at step {done} of {plan.steps}; rerun the same command to resume")
+                report(f"stopped by a signal: saved at step {done} of {plan.steps}; rerun the same command to resume")
                 return
+
+
+def bad_steps(
+    run_dir: Path, steps: list[int], state: TrainState, batch: dict[str, jax.Array], program: Program
+) -> FloatingPointError:
+    """The error of a run whose last steps were not finite, after it wrote what is known of them."""
+    write_dump(run_dir / "bad_steps.json", steps, state.params, batch, program)
+    kept = "the weights are finite" if all_finite(state.params) else "the weights are not finite"
+    return FloatingPointError(
+        f"steps {steps[0]} to {steps[-1]}: loss or gradient is not finite ({kept}); see {run_dir / 'bad_steps.json'}; "
+        "to train on from the last checkpoint, add steps to train.skip_steps or raise train.max_bad_steps"
+    )
 
 
 def made_with(recipe: Recipe, model: ModelConfig, plan: Plan) -> dict[str, Any]:
@@ -207,22 +229,40 @@ def claim(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that says, at a step, whether to save and stop: after SIGTERM, at one step on all hosts."""
-    if jax.process_count() > 1:  # jax.distributed has taken SIGTERM and agrees with the other hosts on a step
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = threading.Event()
+    """Yields a function that returns, at a step, whether to save and stop: after one of STOPS, on all hosts alike."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can listen for signals
         yield lambda step: False
         return
+    several = jax.process_count() > 1  # then jax.distributed handles SIGTERM and agrees with the others on a step
+    asked = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
-        if asked.is_set():  # os.write: a print that this signal interrupts cannot be entered again
-            os.write(2, b"ipt train: SIGTERM again: the run ends when its save is on disk\n")
+        name = signal.Signals(number).name
+        again = asked.is_set()  # os.write: a print that this signal interrupts cannot be entered again
+        os.write(2, f"ipt train: {name}{' again' if again else ''}: the run ends when its save is on disk\n".encode())
         asked.set()
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, ask)
+    handled = [number for number in STOPS if not (several and number == signal.SIGTERM)]
+    before = {number: signal.signal(number, ask) for number in handled}
     try:
-        yield lambda step: asked.is_set()
+        yield multihost_utils.reached_preemption_sync_point if several else lambda step: asked.is_set()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stall_limit(minutes: float | None) -> Iterator[Callable[[], None]]:
+    """Ends the process with the stack traces of all threads when the function it yields is not called in time."""
+
+    def restart() -> None:
+        if minutes is not None:
+            faulthandler.dump_traceback_later(60 * minutes, exit=True)
+
+    restart()
+    try:
+        yield restart
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -366,7 +366,12 @@ def test_a_second_sigterm_waits_for_the_save(unfinished: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 143, error
-    order = ["writing digests", "SIGTERM again: the run ends when its save is on disk", ": saved at step", "SIGTERM: s"]
+    order = [
+        "writing digests",
+        "SIGTERM again: the run ends when its save is on disk",
+        ": saved at step",
+        "stopped by a signal: s",
+    ]
     places = [error.index(line) for line in order]
     assert places == sorted(places), error
     (step,) = checkpoints(unfinished / "run")

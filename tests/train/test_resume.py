@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -21,10 +22,13 @@ from token_shards import save_tokenizer
 from trainkit import SMALL, recipe_of, run_python, write_corpus
 
 import ipt_jax
-from ipt_jax.config import Recipe
+from ipt_jax.config import Recipe, rows_per_step
 from ipt_jax.core.checkpoint_path import LiteralPath
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import lock_directory
+from ipt_jax.data.loader import batches
+from ipt_jax.data.plan import build_plan
+from ipt_jax.train import step as train_step
 from ipt_jax.train import trainer
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
 from ipt_jax.train.metrics import MetricsLog, last_line
@@ -36,7 +40,7 @@ from ipt_jax.train.trainer import run_train
 STEPS = 11
 CHILD = """
 import sys
-from ipt_jax.config import Recipe
+from ipt_jax.config import Recipe, rows_per_step
 import ipt_jax.train.trainer as loop
 import time
 whole = loop.place_batch
@@ -77,7 +81,7 @@ def parameters(run_dir: Path, step: int = STEPS) -> dict[str, Any]:
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     """Of metrics.jsonl, without what depends on the clock."""
-    clocks = ("tokens_per_second", "step_seconds", "data_seconds")
+    clocks = ("tokens_per_second", "step_seconds", "data_seconds", "unix_seconds")
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in clocks} for line in found]
 
@@ -164,7 +168,7 @@ def test_sigterm_saves_and_ends_as_unfinished(straight: Path, folder: Path) -> N
     stopped = checkpoints(folder / "run")[-1]
     result = json.loads(output)
     assert 2 < stopped < STEPS and (result["step"], result["steps"]) == (stopped, STEPS)
-    assert f"SIGTERM: saved at step {stopped} of {STEPS}" in error
+    assert f"stopped by a signal: saved at step {stopped} of {STEPS}" in error
     again = run_python(COMMAND, *arguments, JAX_NUM_CPU_DEVICES="8")
     output, error = again.communicate(timeout=120)
     assert (again.returncode, json.loads(output)["step"]) == (0, STEPS), error
@@ -272,8 +276,48 @@ def test_a_run_directory_has_one_writer(finished: Path) -> None:
     os.close(lock)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(straight: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN enters before step 5, which is not logged: it is named, and the run goes on from the checkpoint of step 3."""
+def nan_in_step_7(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Programs built from now on compute a NaN gradient from the batch of step 7, where it has targets."""
+    plan = build_plan(recipe_of(folder).data, rows_per_step=rows_per_step(recipe_of(folder)))
+    seventh = next(iter(batches(plan, start_step=6, rows_per_step=rows_per_step(recipe_of(folder)))))["tokens"]
+    compute = train_step.gradients
+
+    def poisoned(params: Any, batch: Any, **how: Any) -> Any:
+        grads, sums = compute(params, batch, **how)
+        bad = (batch["tokens"].reshape(seventh.shape) == seventh).all() & batch["loss_mask"].any()
+        return jax.tree.map(lambda grad: grad * jnp.where(bad, jnp.nan, 1.0), grads), sums
+
+    monkeypatch.setattr(train_step, "gradients", poisoned)
+
+
+def test_nan_in_a_step_equals_a_run_that_skips_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nan_in_step_7(monkeypatch, folder)
+    assert run(folder)["step"] == STEPS
+    assert "warning: step 7: the gradient norm is not finite; its update is skipped" in capfd.readouterr().err
+    os.rename(folder / "run", folder / "first")
+    assert run(folder, train={"skip_steps": [7]})["step"] == STEPS
+    assert "not finite" not in capfd.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, parameters(folder / "run"), parameters(folder / "first"))
+    assert lines(folder / "first")[-1]["bad_steps"] == 1 and "bad_steps" not in lines(folder / "run")[-1]
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nan_in_step_7(monkeypatch, folder)
+    with pytest.raises(FloatingPointError, match=r"steps 7 to 7: .* \(the weights are finite\); see .*bad_steps.json"):
+        run(folder, train={"max_bad_steps": 1})
+    assert checkpoints(folder / "run") == [3, 6]
+    found = json.loads((folder / "run" / "bad_steps.json").read_text())
+    assert found["steps"] == [7]
+    assert len(found["parameter_norms"]["layers.query"]) == SMALL["layers"]
+    assert run(folder, train={"max_bad_steps": 1, "skip_steps": [7]})["step"] == STEPS
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    straight: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN enters the weights before step 5: the run ends at the next checkpoint and resumes from that of step 3."""
     compile_step = trainer.compile_step
 
     def poisoned(program: Program) -> Any:
@@ -288,12 +332,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(straight: Path, folder: Path, m
         return taken
 
     monkeypatch.setattr(trainer, "compile_step", poisoned)
-    with pytest.raises(FloatingPointError, match="step 5: loss is nan; the last checkpoint is untouched"):
+    with pytest.raises(FloatingPointError, match=r"steps 5 to 6: .* \(the weights are not finite\)"):
         run(folder)
     assert checkpoints(folder / "run") == [3]
     monkeypatch.setattr(trainer, "compile_step", compile_step)
     assert run(folder)["step"] == STEPS
     same_bits(folder / "run", straight / "run")
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_other_signals_save_too(folder: Path, name: signal.Signals) -> None:
+    recipe = recipe_of(folder, mesh={"fsdp": 8}, train={"checkpoint_every": 100})
+    (folder / "run.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_unset=True))
+    process = run_python(COMMAND, "train", str(folder / "run.yaml"), JAX_NUM_CPU_DEVICES="8")
+    wait_for(process, lambda: last_step(folder / "run") >= 2)
+    process.send_signal(name)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error
+    assert f"ipt train: {name.name}: the run ends when its save is on disk" in error
+    assert len(checkpoints(folder / "run")) == 1
+
+
+def test_a_run_that_stalls_ends_with_stack_traces(folder: Path) -> None:
+    recipe = recipe_of(folder, mesh={"fsdp": 8}, train={"stall_minutes": 0.05, "log_every": 1})
+    process = child(recipe, 30.0)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Timeout (0:00:03)!" in error and "in slow" in error and "trainer.py" in error
 
 
 @pytest.mark.parametrize(

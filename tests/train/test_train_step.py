@@ -15,7 +15,8 @@ from trainkit import host, model_of, place, program_of, random_batch, recipe_of,
 from ipt_jax.config import Recipe, accumulation_steps, rows_per_step
 from ipt_jax.core.errors import UserError
 from ipt_jax.model.decoder import Mistral
-from ipt_jax.train.metrics import check_finite, loss_metrics
+from ipt_jax.train.bad_steps import LossWindow
+from ipt_jax.train.metrics import loss_metrics
 from ipt_jax.train.step import gradients
 
 ROWS, LENGTH = 16, 32
@@ -150,12 +151,29 @@ def test_strict_refuses_what_could_not_be_split() -> None:
 # ---- measures
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_names_the_step(name: str, value: float) -> None:
-    check_finite(7, {"loss": 1.0, "grad_norm": 2.0})
-    with pytest.raises(FloatingPointError, match=f"step 7: {name} is {value}"):
-        check_finite(7, {"loss": 1.0, "grad_norm": 2.0} | {name: value})
+def test_a_step_without_targets_or_with_nan_changes_the_count_alone() -> None:
+    model = model_of()
+    program = program_of(recipe_of(), model)
+    batch = random_batch(16, 32, model.vocab_size)
+    poisoned = dataclasses.replace(start(program), params=jax.tree.map(lambda w: w * jnp.nan, start(program).params))
+    empty = batch | {"loss_mask": np.zeros_like(batch["loss_mask"])}
+    for state, rows, loss in ((start(program), empty, None), (poisoned, batch, None)):
+        before = jax.device_get((state.params, state.optimizer))
+        after, metrics = program.step(state, place(program, rows))
+        assert int(after.step) == 1 and not metrics["applied"]
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get((after.params, after.optimizer)), before)
+        assert loss_metrics(jax.device_get(metrics))["loss"] is loss
+    assert program.step(start(program), place(program, batch))[1]["applied"]
+
+
+def test_a_spike_is_reported_where_it_begins_and_ends() -> None:
+    window = LossWindow()
+    losses = [7.0 + 0.1 * (step % 5) for step in range(64)] + [247.0, 180.0] + [7.1] * 10
+    said = {step: line for step, loss in enumerate(losses, 1) if (line := window.add(step, loss))}
+    assert said == {
+        65: "warning: step 65: loss 247.000, median of the last 64 steps 7.200",
+        67: "step 67: loss 7.100 is back near the median after 2 steps of up to 247.000",
+    }
 
 
 @pytest.mark.parametrize("devices", [1, 8])
