@@ -86,7 +86,7 @@ def train(recipe: "Recipe") -> Result:
     """Train a model.
 
     Writes checkpoints, metrics.jsonl and run.json to `run_dir`. Rerun the same command to resume from the latest
-    checkpoint. SIGTERM saves a checkpoint and exits with code 143.
+    checkpoint. SIGTERM, SIGINT, SIGHUP and SIGUSR1 save a checkpoint and exit with code 143.
     """
     from ipt_jax.train.trainer import run_train
 
