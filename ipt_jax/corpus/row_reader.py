@@ -1,8 +1,8 @@
-"""A row of a data set as a Document: which columns are its text, its id and its source, and what cannot be used.
+"""Converts a row of a data set to a Document: its columns of text, id and source, and why a row is dropped.
 
-What data may have (an empty text, a null, a lone surrogate, a length out of bounds) is `Dropped` with its reason; what
-points at a wrong recipe (an absent column, a column that is no text) is a UserError naming file and row. Text is taken
-literally: braces in a value are no template, and what spells a control token stays text.
+A fault of the data (an empty text, a null, a lone surrogate, a length out of bounds) gives `Dropped` with its reason. A
+fault of the recipe (a missing column, a column that is not text) is a UserError that names file and row. Text is
+literal: braces in a value are not a template, and text that spells a control token stays text.
 """
 
 import re
@@ -48,8 +48,8 @@ class SourceSettings(Settings):
     def _bounds(self) -> Self:
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ValueError(
-                f"max_characters {self.max_characters} is below min_characters {self.min_characters}, so nothing fits; "
-                "lower the one or raise the other"
+                f"max_characters {self.max_characters} is below min_characters {self.min_characters}, so no text fits; "
+                "lower one or raise the other"
             )
         return self
 
@@ -57,17 +57,17 @@ class SourceSettings(Settings):
     def _template_and_loss(self) -> Self:
         fields = [] if self.template is None else _FIELD.findall(self.template)
         if self.template is not None and not fields:
-            raise ValueError(f"template {self.template!r} names no field; write one as {{question}}")
+            raise ValueError(f"template {self.template!r} names no field; add one as {{question}}")
         for name in self.loss or []:
             if name not in fields:
                 raise ValueError(
-                    f"loss names {name!r}, no field of the template; name one of {', '.join(fields) or 'its fields'}"
+                    f"loss names {name!r}, not a field of the template; set {', '.join(fields) or 'template'}"
                 )
         return self
 
     @property
     def columns(self) -> list[str]:
-        """The columns that make up the text."""
+        """The columns of the text."""
         return [self.text] if self.template is None else list(dict.fromkeys(_FIELD.findall(self.template)))
 
 
@@ -77,7 +77,7 @@ class Dropped(NamedTuple):
 
 
 class RowReader:
-    """Makes Documents of one source's rows. `name` is the file's, for ids of rows that have none."""
+    """Converts the rows of one file to Documents. `name`: of the file, for rows without an id."""
 
     def __init__(self, settings: SourceSettings, name: str, path: str):
         self._settings, self._name, self._path = settings, name, path
@@ -98,7 +98,7 @@ class RowReader:
             if not isinstance(value, str):
                 raise UserError(
                     f"{self._at(number)}: field {column!r} is a {type(value).__name__}, expected text; "
-                    "name another field"
+                    "set another field"
                 )
         segments = [Segment(row[self._settings.text])] if self._parts is None else self._fill(row)
         text = segments[0].text if len(segments) == 1 else "".join(segment.text for segment in segments)
@@ -108,7 +108,7 @@ class RowReader:
         if not isinstance(found, str | int | float | None):
             raise UserError(
                 f"{self._at(number)}: field {self._settings.id!r} is a {type(found).__name__}, expected an id; "
-                "name another field with id:"
+                "set another field with id:"
             )
         identifier = where if found is None else str(found)
         source = self._source or str(row.get("source") or self._default_source)
@@ -117,7 +117,7 @@ class RowReader:
         return Document(identifier, source, self._settings.kind, segments)
 
     def _fill(self, row: dict[str, Any]) -> list[Segment]:
-        """The template's text. A space right before a target goes with it, as tokenizers join it to the word."""
+        """The text of the template. A space before a target belongs to it, as tokenizers join it to the word."""
         assert self._parts is not None
         targets = self._settings.loss
         if targets is None:
@@ -136,12 +136,12 @@ class RowReader:
         return [Segment(text, loss) for text, loss in texts if text]
 
     def _unusable(self, text: str, segments: list[Segment], names: str) -> str | None:
-        """Why a row cannot be used, or None."""
+        """Why a row is dropped, or None."""
         if not text.strip():
             return "empty_text"
         if self._settings.loss and not any(segment.loss and segment.text.strip() for segment in segments):
             return "empty_target"
-        try:  # JSON may spell lone surrogates, which no UTF-8 can hold
+        try:  # JSON may hold lone surrogates, which are not valid in UTF-8
             text.encode()
             names.encode()
         except UnicodeEncodeError:
@@ -154,7 +154,7 @@ class RowReader:
     def _require(self, column: str, row: dict[str, Any], number: int, setting: str) -> None:
         if column not in row:
             found = ", ".join(sorted(map(str, row))) or "none"
-            raise UserError(f"{self._at(number)}: no field {column!r}, found {found}; name the {setting} field")
+            raise UserError(f"{self._at(number)}: no field {column!r}, found {found}; set the {setting} field")
 
     def _at(self, number: int) -> str:
         return f"input {self._path}: line {number}"

@@ -18,7 +18,7 @@ from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.executor import run_units
 from ipt_jax.core.hashing import file_digest
 from ipt_jax.core.stage import Output
-from ipt_jax.corpus.columnar import parquet_parts
+from ipt_jax.corpus.datasets import parquet_parts
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import load_tokenizer
 

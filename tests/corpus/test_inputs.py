@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
+from backports import zstd
 from extras import need
 from token_shards import save_tokenizer
 
@@ -15,7 +15,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
-from ipt_jax.corpus.sources import plan_units, read_source, read_unit, source_identity
+from ipt_jax.corpus.sources import plan_units, read_unit, source_identity
 from ipt_jax.data.token_shards import read_token_documents
 from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
 
@@ -63,12 +63,12 @@ def test_saved_hugging_face_data_sets(tmp_path: Path) -> None:
         documents(tmp_path / "two")
     with pytest.raises(UserError, match=r"two: no split 'dev'; set split to one of train, test"):
         documents(tmp_path / "two", split="dev")
-    with pytest.raises(UserError, match=r"one: a data set without splits, given split: train; take split out"):
+    with pytest.raises(UserError, match=r"one: has no splits, but split is train; remove split"):
         documents(tmp_path / "one", split="train")
     train, test = (SourceSettings(path=str(tmp_path / "two"), split=split) for split in ("train", "test"))
     assert source_identity(train)["contents"] != source_identity(test)["contents"]
     next((tmp_path / "one").glob("*.arrow")).unlink()
-    with pytest.raises(UserError, match="no such file, though its data set lists it"):
+    with pytest.raises(UserError, match="no such file, but its data set lists it"):
         documents(tmp_path / "one")
 
 
@@ -84,8 +84,8 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as caught:
         documents("hf:nobody/nothing")
-    assert str(caught.value).startswith("input hf:nobody/nothing: cannot be fetched (")
-    assert str(caught.value).endswith("check the name, subset and network, or give a local path")
+    assert str(caught.value).startswith("input hf:nobody/nothing: cannot be downloaded (")
+    assert str(caught.value).endswith("check the name, subset and network, or set a local path")
     assert "\n" not in str(caught.value)
 
 
@@ -124,7 +124,7 @@ def test_tfds_directories(tmp_path: Path) -> None:
     source = SourceSettings(path=str(path), split="train", source="s")
     assert len(source_identity(source)["contents"][0]) == 2
     tfds_directory(tmp_path / "tiny" / "2.0.0", {"train": [7]})
-    with pytest.raises(UserError, match="holds 2 TFDS data sets; give one of them"):
+    with pytest.raises(UserError, match="has 2 TFDS data sets; set one of them"):
         documents(tmp_path / "tiny")
     other = tfds_directory(tmp_path / "old", {"train": [7]}, form="tfrecord")
     with pytest.raises(UserError, match="prepared as tfrecord, which only TensorFlow reads"):
@@ -153,9 +153,9 @@ def test_what_several_links_lead_to_is_read_once(tmp_path: Path) -> None:
 
 def test_splits_and_subsets_where_there_are_none(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", ROWS)
-    with pytest.raises(UserError, match="given split: train, but has no splits; take split out"):
+    with pytest.raises(UserError, match="has no splits, but split is train; remove split"):
         documents(path, split="train")
-    with pytest.raises(UserError, match="subset en is for hf:NAME alone; take it out"):
+    with pytest.raises(UserError, match="subset en is only for hf:NAME; remove it"):
         documents(path, subset="en")
 
 
@@ -182,8 +182,8 @@ def test_templates(tmp_path: Path, template: str, loss: list[str] | None, segmen
     ("fields", "said"),
     [
         ({"template": "none"}, "names no field"),
-        ({"template": "{q}", "loss": ["a"]}, "loss names 'a', no field of the template; name one of q"),
-        ({"loss": ["a"]}, "loss names 'a', no field of the template"),
+        ({"template": "{q}", "loss": ["a"]}, "loss names 'a', not a field of the template; set q"),
+        ({"loss": ["a"]}, "loss names 'a', not a field of the template"),
         ({"min_characters": 9, "max_characters": 8}, "max_characters 8 is below min_characters 9"),
     ],
 )
@@ -222,7 +222,7 @@ def test_duplicates_over_all_inputs_keep_the_first(tmp_path: Path) -> None:
 def test_all_frames_of_a_zstd_file_are_read_and_a_cut_one_is_told(tmp_path: Path) -> None:
     data = [json.dumps(row).encode() + b"\n" for row in ROWS]
     path = tmp_path / "x.jsonl.zst"
-    path.write_bytes(b"".join(zstandard.compress(b"".join(part)) for part in (data[:3], data[3:4], [], data[4:])))
+    path.write_bytes(b"".join(zstd.compress(b"".join(part)) for part in (data[:3], data[3:4], [], data[4:])))
     assert documents(path) == DOCUMENTS
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"x.jsonl.zst: cut short .* after line 4"):
@@ -269,7 +269,7 @@ def test_ids(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", rows)
     named = documents(path, id="key")
     assert [getattr(one, "id", None) or one.reason for one in named] == ["7", "x.jsonl:2", "lone_surrogate"]
-    with pytest.raises(UserError, match=r"x.jsonl: line 1: no field 'uid', found key, text; name the id field"):
+    with pytest.raises(UserError, match=r"x.jsonl: line 1: no field 'uid', found key, text; set the id field"):
         documents(path, id="uid")
     with pytest.raises(UserError, match=r"line 1: field 'key' is a list, expected an id"):
         documents(jsonl(tmp_path / "y.jsonl", [{"key": ["a"], "text": "a"}]), id="key")
@@ -288,4 +288,4 @@ def test_a_file_that_may_not_be_read_is_named_as_an_input(tmp_path: Path, monkey
 
 def test_read_source_is_all_units(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", ROWS)
-    assert list(read_source(SourceSettings(path=str(path), source="s"))) == DOCUMENTS
+    assert documents(path) == DOCUMENTS

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
+from backports import zstd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, TokenDocument, encode
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
-from ipt_jax.corpus.sources import plan_units, read_source, read_unit, source_identity
+from ipt_jax.corpus.sources import plan_units, read_unit, source_identity
 
 ROWS = [{"id": f"r{number}", "text": f"line {number} é\u2028x"} for number in range(7)]
 
@@ -24,10 +25,15 @@ def jsonl(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
+def read_source(source: SourceSettings) -> Iterator[Document | Dropped]:
+    for unit in plan_units(source):
+        yield from read_unit(unit, source)
+
+
 def write_all_forms(folder: Path) -> list[Path]:
     (folder / "a.jsonl").write_bytes(jsonl(ROWS))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS)))
-    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(jsonl(ROWS)))
+    (folder / "c.jsonl.zst").write_bytes(zstd.compress(jsonl(ROWS)))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "d.parquet", row_group_size=3)
     with Output(folder / "e", stage="render", identity={}, shard_name="documents") as output:
         documents = [Document(row["id"], "s", "raw", [Segment(row["text"])]) for row in ROWS]
@@ -58,7 +64,7 @@ def test_directories_and_globs(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_kind_that_the_documents_contradict_is_refused(tmp_path: Path) -> None:
     path = str(write_all_forms(tmp_path)[-1])
     assert len(list(read_source(SourceSettings(path=path, kind="raw")))) == len(ROWS)
-    with pytest.raises(UserError, match="given kind: task, but record 1 is of kind raw; .* take kind out"):
+    with pytest.raises(UserError, match="record 1 has kind raw, the recipe sets kind task; remove kind"):
         list(read_source(SourceSettings(path=path, kind="task")))
 
 
@@ -106,9 +112,9 @@ def test_unusable_rows_are_dropped_with_a_reason(tmp_path: Path) -> None:
         (b'{"text": ["a"]}\n', "line 1: field 'text' is a list, expected text"),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2 is not UTF-8"),
         (b'{"text": "a"}\n[1]\n', "line 2 is a list, expected an object"),
-        (b"[1]\n", "holds one JSON array; write its objects one a line"),
+        (b"[1]\n", "holds one JSON array; write one object per line"),
         (b"", "the file is empty"),
-        (b'[\n {"text": "a"}\n]\n', "holds one JSON array; write its objects one a line"),
+        (b'[\n {"text": "a"}\n]\n', "holds one JSON array; write one object per line"),
         (b'{"text": ' + b"1" * 5000 + b"}\n", "line 1 is not valid JSON"),
     ],
 )
@@ -131,7 +137,9 @@ def test_tokens_are_no_documents(tmp_path: Path) -> None:
     with Output(tmp_path / "o", stage="tokenize", identity={}, shard_name="tokens") as output:
         output.seal(0, 1, [encode(TokenDocument("a", "raw", "uint16", b"", []))])
         output.finish()
-    with pytest.raises(UserError, match=r"tokens-00000-of-00001.*record 1 is no document \(stage 'tokenize' made it"):
+    with pytest.raises(
+        UserError, match=r"tokens-00000-of-00001.*record 1 is not a document \(made by stage 'tokenize'"
+    ):
         list(read_source(SourceSettings(path=str(tmp_path / "o"))))
 
 
