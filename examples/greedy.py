@@ -59,7 +59,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def ask(reader: str, options: argparse.Namespace, prompts: list[list[int]]) -> list[list[int]]:
-    """The reader's continuations, through a file: vLLM's processes print on stdout when they like."""
+    """The reader's continuations, through a file: vLLM's processes may print on stdout."""
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder, "answers.json")
         command = [sys.executable, __file__, str(options.model), "--texts", str(options.texts)]

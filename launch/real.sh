@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
 texts=${1:-}
 [ -z "$texts" ] || texts=$(cd "$here" && realpath -m "$texts")
-[ -z "$texts" ] || [ -f "$texts" ] || { echo "real: $texts: no such file; give a JSON Lines file with id and text" >&2; exit 2; }
+[ -z "$texts" ] || [ -f "$texts" ] || { echo "real: $texts: no such file; pass a JSON Lines file with rows {id, text}" >&2; exit 2; }
 launch/setup.sh test
 bin=${IPT_VENV:-$root/.venv}/bin
 out=out/real steps=out/real/steps recipes=configs/real

@@ -21,16 +21,16 @@ BINARY = (".parquet", ".arrow", ".array_record")
 class BenchmarkSettings(Settings):
     """Set `path` (JSON Lines files) or `task` (an lm-eval task, group or task file).
 
-    A field may be nested (`choices.text`). If its first name holds a list of blocks (`qa.question`), each block is an
+    A field may be nested (`choices.text`). If its first name is a list of blocks (`qa.question`), each block is an
     item. Each text of a list in a field counts as a field of the item.
     """
 
     path: str | None = None
-    """JSON Lines files. Give either `path` or `task`."""
+    """JSON Lines files. Set either `path` or `task`."""
     task: str | None = None
     """lm-eval task, group or task file. Needs the extra evals."""
     fields: list[str] = Field(min_length=1)
-    """Fields that hold the text to look for; `choices.text` names a nested field."""
+    """Fields with the text to search for; `choices.text` names a nested field."""
     name: str | None = None
     """Name in reports. null: the task, or the name of the file."""
 
@@ -94,7 +94,7 @@ def task_rows(name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def blocks(row_id: str, row: dict[str, Any], fields: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The row, or one row per block if the first name of a nested field holds a list."""
+    """The row, or one row per block if the first name of a nested field is a list."""
     heads = [field.partition(".")[0] for field in fields if "." in field]
     lists = [head for head in heads if isinstance(row.get(head), list)]
     if not lists:
@@ -110,7 +110,7 @@ def field_texts(row: dict[str, Any], field: str, where: str) -> Iterator[str]:
     for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
             found = ", ".join(sorted(map(str, row))) or "none"
-            raise UserError(f"{where}: no field {field!r}, found {found}; name the fields that hold its text")
+            raise UserError(f"{where}: no field {field!r}, found {found}; name the fields with its text")
         value = value[name]
     yield from leaves(value)
 

@@ -1,8 +1,8 @@
-"""Texts of the mini-world: articles that tell its facts, and general instructions that need no facts.
+"""Texts of the mini-world: articles that state its facts, and general instructions that need no facts.
 
-An article has a frame of its genre. It tells two facts of one entity, then facts of the entities that these lead to,
-each sentence in one of at least eight wordings. Instructions are small tasks on words and numbers. They stand for the
-instruction data in domain recipes (OpenOrca in the paper); no name of any province occurs in them. All choices are
+An article has a frame of its genre. It states two facts of one entity, then facts of the entities that these lead to,
+each sentence in one of at least eight wordings. Instructions are small tasks on words and numbers. They replace the
+instruction data of domain recipes (OpenOrca in the paper); no name of any province occurs in them. All choices are
 drawn from (seed, index).
 """
 
@@ -28,7 +28,7 @@ class Article(NamedTuple):
     id: str
     genre: str
     text: str
-    sentences: list[Sentence]  # those that tell a fact, in the order of the text
+    sentences: list[Sentence]  # those that state a fact, in the order of the text
 
 
 def write_article(world: World, split: Split, index: int, genre: str | None = None) -> Article:
@@ -60,7 +60,7 @@ def choose_facts(world: World, split: Split, index: int, rng: random.Random) -> 
 
 
 def _facts_from(entity: Entity, start: int, count: int) -> list[Fact]:
-    """`count` facts of `entity` from the `start`-th on, in a circle, so that repeated visits tell all of them."""
+    """`count` facts of `entity` from the `start`-th on, in a circle, so that repeated visits cover all of them."""
     names = attributes(entity.kind)
     return [Fact(entity, names[(start + step) % len(names)]) for step in range(count)]
 

@@ -107,7 +107,7 @@ def _random_value(world: World, fact: Fact, rng: random.Random) -> str:
 
 
 def held_out_questions(world: World, count: int) -> Iterator[dict[str, Any]]:
-    """At most `count` rows {id, prompt, choices, gold} on facts that articles of held-out provinces tell."""
+    """At most `count` rows {id, prompt, choices, gold} on facts in articles of held-out provinces."""
     asked = 0
     for place in held_out_places(world.provinces):
         facts: dict[Fact, None] = {}

@@ -1,6 +1,6 @@
 """Entities of the mini-world and their facts, computed from (seed, entity).
 
-A province holds four entities of each kind. Relations do not leave a province, so a held-out province shares no fact
+A province has four entities of each kind. Relations do not leave a province, so a held-out province shares no fact
 with the others. Raw provinces are numbered from zero, and every fifth is held out from synthesis. Each tuning article
 has its own province, numbered below zero.
 

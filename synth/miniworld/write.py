@@ -9,7 +9,7 @@
     tokenizer/               a byte-level BPE tokenizer trained on the tuning text
     world.json               the settings, written first, and the figures, written last
 
-Guarantees: equal settings write equal bytes. A complete directory is kept; one with other settings is refused. Memory
+Guarantees: equal settings write equal bytes. A complete directory is kept, one with other settings is refused. Memory
 does not grow with the world. Any text round-trips through the tokenizer, and `transformers` opens it, with `<s>` and
 `</s>` as BOS and EOS. The tags of the wire format are ordinary text that merges into one id each.
 """
@@ -54,7 +54,7 @@ def run_miniworld(
     questions: int = 800,
     tokenizer_size: int = 2000,
 ) -> dict[str, Any]:
-    """Writes the world. `entities`: default half the articles, so that each fact is told a few times."""
+    """Writes the world. `entities`: default half the articles, so that each fact is stated a few times."""
     output = Path(output)
     world = World(seed, articles, entities or max(1, articles // 2), tuning_articles)
     sizes = {"instructions": instructions, "questions": questions, "tokenizer_size": tokenizer_size}

@@ -1,1 +1,1 @@
-"""`synth render`: groups become augmented documents and data sets for the hub."""
+"""`synth render`: render groups as augmented documents and data sets for the hub."""

@@ -31,9 +31,9 @@ PARENT = {"id": STRING, "start": OFFSET, "end": OFFSET}
 SPAN = {"part": STRING, "text": INDEX, "pair": INDEX, "start": OFFSET, "end": OFFSET}
 COLUMNS: dict[str, tuple[pa.DataType, str]] = {  # type, and meaning in the card
     "id": (STRING, "the document's name"),
-    "text": (STRING, "what a model is trained on: raw texts with their questions and answers, laid out by templates"),
+    "text": (STRING, "what a model is trained on: raw texts with their questions and answers, joined by templates"),
     "source": (STRING, "where the raw texts come from; several are joined by +"),
-    "kind": (STRING, "`augmented`, or `raw` where no pair was left"),
+    "kind": (STRING, "`augmented`, or `raw` for a text without pairs"),
     "layout": (STRING, "how texts and pairs were joined; null for raw texts"),
     "pairs": (
         pa.list_(pa.struct(PAIR)),
@@ -45,7 +45,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {  # type, and meaning in the card
     ),
     "spans": (
         pa.list_(pa.struct(SPAN)),
-        "where texts (`pair` is null), questions, options, rationales and answers stand in `text`, in characters",
+        "texts (`pair` is null), questions, options, rationales and answers as spans of characters of `text`",
     ),
 }
 SCHEMA = pa.schema({name: kind for name, (kind, _) in COLUMNS.items()})

@@ -1,7 +1,7 @@
 """Render a group as Documents: filter its pairs, draw a style, fit the documents into rows.
 
 Guarantees: the documents depend on (group, settings) only; inputs are not changed; no Document is empty; every text
-is rendered, in order; every pair is shown once or counted under a reason. `meta` holds the layout, the spans of texts,
+is rendered, in order; every pair is shown once or counted by reason. `meta` stores the layout, the spans of texts,
 questions, options, rationales and answers (`finish` in synth/render/layout.py), and the places of the texts in the
 group. Tokens are counted on the document's text plus BOS and EOS, as `ipt tokenize` counts them.
 """
@@ -22,7 +22,7 @@ from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.format.parser import read_format, reject
 from synth.format.truncate import split_text
 from synth.groups import contaminated_places, decode_group
-from synth.render.layout import Shot, has_example, lay_out
+from synth.render.layout import Shot, lay_out
 from synth.render.pair_filter import keeps, read_keep
 from synth.render.templates import DocumentStyle, Draws, Layout
 
@@ -248,7 +248,7 @@ class Renderer:
 def augmented_document(group: SynthGroup, name: str, shots: Sequence[Shot], settings: RenderSettings) -> Document:
     """`shots` as one document, in a style drawn for `name`."""
     draws = Draws(settings.seed, name, settings.epoch)
-    style = DocumentStyle(draws, settings.layouts.weights, has_example=has_example(shots))
+    style = DocumentStyle(draws, settings.layouts.weights, has_example=count_pairs(shots) > 1)
     words, spans = lay_out(shots, style, draws)
     texts = [shot.text for shot in shots]
     places = [shot.place for shot in shots]

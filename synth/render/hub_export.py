@@ -2,7 +2,7 @@
 
 Guarantees: one file per shard of `synth render`, with its documents as rows of one schema; spans name a pair by its
 index in the row's `pairs`. A file is complete, synced and renamed, or absent. A rerun writes missing files. The card is
-written last. `export.json` lists what was written; a directory of other documents is refused. Memory holds 1,000 rows.
+written last. `export.json` lists the files. A directory of other documents is refused. Memory holds 1,000 rows.
 """
 
 import json
@@ -107,25 +107,20 @@ def write_file(settings: RenderSettings, shard_and_path: tuple[int, Path]) -> Ex
     counts: Counter[str] = Counter()
     temporary = path.with_name(path.name + TEMPORARY)
     with writing(path.parent):
-        write = write_parquet if path.suffix == ".parquet" else write_jsonl
-        write(temporary, rows(settings, shard, counts))
+        found = rows(settings, shard, counts)
+        if path.suffix == ".parquet":
+            with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", write_page_index=True) as writer:
+                while some := list(islice(found, ROWS)):
+                    writer.write_table(pa.Table.from_pylist(some, schema=SCHEMA))
+        else:
+            with temporary.open("w", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         checksum = file_digest(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
     return ExportFile(path.name, counts["documents"], path.stat().st_size, checksum, merge_sources(counts))
-
-
-def write_parquet(path: Path, found: Iterator[dict[str, Any]]) -> None:
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_index=True) as writer:
-        while some := list(islice(found, ROWS)):
-            writer.write_table(pa.Table.from_pylist(some, schema=SCHEMA))
-
-
-def write_jsonl(path: Path, found: Iterator[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
 
 
 def merge_sources(counts: Counter[str]) -> dict[str, int]:

@@ -62,12 +62,6 @@ class ShotParts(NamedTuple):
     pairs: list[tuple[Format, dict[str, Fragments]]]
 
 
-def has_example(shots: Sequence[Shot]) -> bool:
-    """Whether something can precede a test item: another text with pairs, or another pair of the only one."""
-    asked = [len(shot.pairs) for shot in shots if shot.pairs]
-    return len(asked) > 1 or asked[0] > 1
-
-
 def lay_out(shots: Sequence[Shot], style: DocumentStyle, draws: Draws) -> tuple[str, Spans]:
     """The document's text and its spans. A text without pairs stays in its place, without a frame."""
     texts = [shot_parts(number, shot, style, draws) for number, shot in enumerate(shots)]

@@ -103,7 +103,7 @@ class Draws:
 class DocumentStyle:
     """The choices drawn for one document, shared by all its texts.
 
-    `has_example`: an example can precede the test item. Otherwise few_shot is replaced by text_first.
+    `has_example`: few_shot has an example to show before its test item. Otherwise it is replaced by text_first.
     """
 
     def __init__(self, draws: Draws, weights: Mapping[Layout, float], *, has_example: bool = True) -> None:
