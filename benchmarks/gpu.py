@@ -10,7 +10,7 @@ bfloat16 compute, float32 parameters and float32 moments, on rows of 2,048 rando
 MFU is model FLOPs (recomputation not counted) over the data sheet's dense bfloat16 peak.
 
 The machine needs JAX with its GPU, flax, optax, orbax-checkpoint and, for two rivals, torch and transformers. If one of
-the packages in launch/wheels.txt is absent, the script names it and stops; docs/reference/offline.md has the commands
+the packages in launch/wheels.txt is absent, the script names it and stops; docs/howto/offline.md has the commands
 that install them.
 """
 
@@ -202,7 +202,7 @@ def main() -> None:
         return
     missing = missing_wheels()
     if missing:
-        advice = "install them as docs/reference/offline.md says"
+        advice = "install them as docs/howto/offline.md says"
         print(f"gpu: packages are missing: {' '.join(missing)}; {advice}", file=sys.stderr)
         sys.exit(2)
     deadline = time.monotonic() + 60 * given.minutes

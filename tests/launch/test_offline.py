@@ -1,4 +1,4 @@
-"""docs/reference/offline.md: the wheels that a machine without a network needs are those of launch/wheels.txt."""
+"""docs/howto/offline.md: the wheels that a machine without a network needs are those of launch/wheels.txt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from trainkit import recipe_of, write_corpus
 
-# What docs/reference/offline.md says that the machine has.
+# What docs/howto/offline.md says that the machine has.
 PRESENT = """
     jax flax optax orbax-checkpoint etils absl-py numpy pyyaml typer tokenizers sentencepiece safetensors pyarrow
 """.split()
@@ -51,7 +51,7 @@ def test_the_wheels_are_those_that_the_machine_lacks() -> None:
     missing = needed - closure(*PRESENT) - WHEELS
     assert not missing, f"launch/wheels.txt lacks {sorted(missing)}"
     assert not WHEELS - needed, f"launch/wheels.txt names {sorted(WHEELS - needed)}, which nothing needs"
-    page = (ROOT / "docs/reference/offline.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/howto/offline.md").read_text(encoding="utf-8")
     assert not [name for name in [*PRESENT, *WHEELS] if f"`{name}`" not in page.lower().replace("_", "-")]
     assert f"You carry {len(WHEELS)} wheels" in " ".join(page.split())
 

@@ -1,10 +1,11 @@
-"""The README's commands exist as they are written: scripts, subcommands, options and the recipes that they name."""
+"""Commands of the README and of all pages exist as they are written: scripts, subcommands, options and recipes."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Any] = {
     "synth": typer.main.get_command(synth.cli.app),
 }
 README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "earlier.md")]
 
 
 def fragments(text: str) -> Iterator[str]:
@@ -36,16 +38,16 @@ def commands(text: str) -> list[list[str]]:
         line = fragment.strip().removeprefix("$ ").partition(" #")[0]
         line = re.sub(r"^([A-Z_]+=\S+ +)+", "", line)  # variables set for one command
         for part in re.split(r"&&|;|\|", line):
+            if not re.match(r"\s*(ipt|synth|(\./)?launch/\S+)(\s|$)", part):
+                continue
             words = shlex.split(part.replace("'", ""))
-            if words and (words[0] in COMMANDS or words[0].removeprefix("./").startswith("launch/")):
-                found.append(words)
+            found.append(words)
     return found
 
 
-def test_commands_of_the_readme_exist() -> None:
-    found = commands(README.read_text(encoding="utf-8"))
-    assert found, "the README names no command"
-    for words in found:
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_of_the_page_exist(path: Path) -> None:
+    for words in commands(path.read_text(encoding="utf-8")):
         check(words)
 
 
