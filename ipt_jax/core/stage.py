@@ -93,7 +93,7 @@ class Output:
     refused, and the error names the field. Complete shards are kept, temporary files are removed.
 
     `remake` is for stages that ask no model. Shards and side files are compared with their checksums. A damaged one is
-    reported and made again, as are all shards if the manifest was edited. Shard files that the manifest does not list
+    reported and rebuilt, as are all shards if the manifest was edited. Shard files that the manifest does not list
     are removed. Without `remake` only sizes are compared, and an edited manifest is an error.
 
     `entries` holds the complete shards by number.
@@ -138,7 +138,7 @@ class Output:
                 self.manifest = found
                 self._keep_complete(found.shards)
             elif self._remake:
-                print(f"{self.path / 'manifest.json'}: was edited; all shards are made again", file=sys.stderr)
+                print(f"{self.path / 'manifest.json'}: was edited; all shards are rebuilt", file=sys.stderr)
             else:
                 raise UserError(f"{edited(self.path)}, or write to another output")
         else:
@@ -152,14 +152,14 @@ class Output:
     def _keep_complete(self, entries: list[ShardEntry]) -> None:
         for entry in entries:
             if found := damage(self.path, entry, checksum=self._remake, side_files=self._remake):
-                print(f"{found}; it is made again", file=sys.stderr)
+                print(f"{found}; it is rebuilt", file=sys.stderr)
                 self.manifest.complete = False
             else:
                 self.entries[int(entry.name.rsplit("-", 3)[1])] = entry
 
     def _remove_unlisted(self) -> None:
         """Removes copies of a shard under another number, and a shard that was renamed just before a kill."""
-        listed = {entry.name for entry in self.entries.values()}
+        listed = {entry.name for entry in self.manifest.shards}
         for file in sorted(self.path.glob(f"{self.shard_name}-*.array_record")):
             if file.name not in listed:
                 print(f"{file}: not listed in the manifest; it is removed", file=sys.stderr)

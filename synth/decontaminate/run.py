@@ -60,7 +60,7 @@ class DecontaminateSettings(Settings):
     inputs: list[DecontaminateInput] = Field(min_length=1)
     """Sources to clean: groups, documents or raw texts."""
     benchmarks: list[BenchmarkSettings] = Field(min_length=1)
-    """Benchmarks to look for."""
+    """Benchmarks to compare with."""
     ngram: int = Field(13, ge=2, le=1000)
     """Consecutive words that count as a match."""
     shortest: int = Field(4, ge=1)

@@ -3,7 +3,7 @@
 A pair without a score has none under that name. The reason is counted in the group's `meta["unscored"]`, so that the
 figures of a run are sums over its records.
 
-Scores that need the synthesizer are the probability that it gives an answer, and its own answer. Prompts are in its
+Scores that need the synthesizer are the probability of an answer, and its own answer. Prompts are in its
 wire format: the text's block, then the question up to `<ANS>`. The text's tokens come first, so that the engine's
 prefix cache serves all pairs of a text.
 """

@@ -120,7 +120,7 @@ def test_damage_is_named_and_mended(
     run_tokenize(recipe(inputs, output))
     assert checksums(output) == checksums(inputs / "whole")
     told = capsys.readouterr().err
-    assert "made again" in told
+    assert "rebuilt" in told
 
 
 @pytest.mark.parametrize("what", ["index", "parents", "chars"])
