@@ -1,8 +1,8 @@
 """The training recipe: what `ipt plan`, `ipt train` and `ipt compile` read from one YAML file.
 
-Guarantees that every field is checked before anything runs, that a field which is left out has a default that works,
-and that nothing here imports JAX. It holds no run-time choice: what a default such as `compute_dtype: auto` comes to
-on the devices at hand is printed at the start of a run and written to `run.json`.
+Guarantees: every field is checked before anything runs, and optional fields have defaults that work. This module does
+not import JAX. Values chosen at run time, such as that of `compute_dtype: auto`, are printed at the start of a run and
+written to `run.json`.
 """
 
 from __future__ import annotations
@@ -114,14 +114,14 @@ def rows_per_step(recipe: Recipe) -> int:
     batch_tokens, seq_len = recipe.train.batch_tokens, recipe.data.seq_len
     if batch_tokens % seq_len:
         raise UserError(
-            f"train.batch_tokens is {batch_tokens}, no multiple of data.seq_len {seq_len}; "
+            f"train.batch_tokens is {batch_tokens}, not a multiple of data.seq_len {seq_len}; "
             f"set train.batch_tokens to {_multiple(batch_tokens, seq_len)}"
         )
     return batch_tokens // seq_len
 
 
 def check_schedule(recipe: Recipe, steps: int) -> None:
-    """Raises UserError where a plan of `steps` ends before the warm-up does."""
+    """Raises UserError if a plan of `steps` ends before the warm-up."""
     if recipe.optimizer.warmup_steps >= steps:
         raise UserError(
             f"optimizer.warmup_steps is {recipe.optimizer.warmup_steps}, but the plan has {steps} steps; "
@@ -137,7 +137,7 @@ def accumulation_steps(recipe: Recipe, shards: int) -> int:
         fits = _multiple(recipe.train.batch_tokens, recipe.data.seq_len * microbatch * shards)
         other = f", or train.microbatch to a divisor of {rows // shards}" if rows % shards == 0 else ""
         raise UserError(
-            f"train.batch_tokens is {recipe.train.batch_tokens}, no multiple of seq_len {recipe.data.seq_len} x "
+            f"train.batch_tokens is {recipe.train.batch_tokens}, not a multiple of seq_len {recipe.data.seq_len} x "
             f"microbatch {microbatch} x {shards} (data x fsdp); set train.batch_tokens to {fits}{other}"
         )
     return rows // (microbatch * shards)

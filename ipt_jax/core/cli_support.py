@@ -25,8 +25,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from ipt_jax.core.errors import Fault, UserError
-from ipt_jax.core.recipe_fields import list_fields
-from ipt_jax.core.settings import Settings, load_settings
+from ipt_jax.core.settings import Settings, list_fields, load_settings
 
 Config = Annotated[Path, typer.Argument(help="Recipe: a YAML file with the fields below.", show_default=False)]
 Overrides = Annotated[

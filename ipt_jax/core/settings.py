@@ -1,16 +1,17 @@
-"""Settings: YAML files checked by frozen pydantic models, `key.sub=value` overrides, user errors, seeded draws.
+"""Settings: YAML files checked by frozen pydantic models, `key.sub=value` overrides, and the list of fields.
 
-Guarantees: an unknown key is refused with the nearest known one; every mistake becomes one line that says what was
-given, what was expected and what to change. Random draws come from (seed, keys) alone, so that no draw depends on
-another's having been made.
+Guarantees: an error is one line that says what was given, what was expected and what to change; for an unknown key it
+names the nearest known one. `--help` and docs/reference/recipes.md list the fields from these classes.
 """
 
 import difflib
+import json
 import re
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pydantic
 import yaml
@@ -19,7 +20,7 @@ from ipt_jax.core.errors import UserError
 
 
 class Settings(pydantic.BaseModel):
-    """Base of every settings block: frozen; rejects unknown keys, non-finite numbers and booleans given for numbers.
+    """Base of every settings block: frozen. Rejects unknown keys, non-finite numbers and booleans for numbers.
 
     The string below a field is its description in `--help` and in docs/reference/recipes.md.
     """
@@ -31,7 +32,7 @@ class Settings(pydantic.BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _no_flag_for_a_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """pydantic would take true for 1."""
+        """pydantic accepts true for 1."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         taken = {annotation, *typing.get_args(annotation)}
         if isinstance(value, bool) and taken & {int, float} and bool not in taken:
@@ -43,8 +44,8 @@ S = TypeVar("S", bound=Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `2e-4` and `100e9` as numbers (YAML 1.1 asks for a dot and would yield strings), and refuses
-    a key that stands twice (it would take the last) and the NUL character, which no path can hold."""
+    """Safe YAML that reads `2e-4` and `100e9` as numbers (YAML 1.1 requires a dot), and rejects duplicate keys (YAML
+    keeps the last) and the NUL character, which paths cannot hold."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -52,15 +53,14 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"the key {key.value!r} stands twice, again in line {line}; keep one")
+                    raise yaml.YAMLError(f"duplicate key {key.value!r} on line {key.start_mark.line + 1}; remove one")
                 seen.add(key.value)
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
         if "\0" in node.value:
-            raise yaml.YAMLError(f"a NUL character (\\0) in line {node.start_mark.line + 1}; take it out")
+            raise yaml.YAMLError(f"a NUL character (\\0) on line {node.start_mark.line + 1}; remove it")
         return node
 
 
@@ -83,8 +83,8 @@ def load_settings(cls: type[S], path: str | Path, overrides: list[str] | None = 
     """The settings in the YAML file at `path`, with `key.sub=value` overrides. Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        what = "a directory" if path.is_dir() else "no regular file" if path.exists() else "no such file"
-        raise UserError(f"config {path}: {what}; give the path of a YAML recipe")
+        fault = "is a directory" if path.is_dir() else "not a regular file" if path.exists() else "no such file"
+        raise UserError(f"config {path}: {fault}; set the path of a YAML recipe")
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -99,7 +99,7 @@ def load_settings(cls: type[S], path: str | Path, overrides: list[str] | None = 
 
 
 def check_settings(cls: type[S], data: dict[str, Any], where: str) -> S:
-    """`data` as settings of type `cls`; the first mistake as a UserError that begins with `where`."""
+    """`data` as settings of type `cls`. Raises UserError, which begins with `where`, for the first mistake."""
     try:
         return cls.model_validate(data)
     except pydantic.ValidationError as error:
@@ -112,7 +112,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected key.sub=value, for example train.seed=1")
     if "[" in key:
         dotted = re.sub(r"\[(\w*)\]", r".\1", key)
-        raise UserError(f"override {override!r}: an item of a list is named by its number; write {dotted}={text}")
+        raise UserError(f"override {override!r}: list items are numbered; write {dotted}={text}")
     *parents, last = key.split(".")
     block: Any = data
     for name in parents:
@@ -140,12 +140,12 @@ def _child(block: Any, name: str, override: str) -> Any:
 
 def _index(block: list[Any], name: str, override: str) -> int:
     if not name.isdigit() or int(name) >= len(block):
-        raise UserError(f"override {override!r}: {name!r} is no index into a list of {len(block)}")
+        raise UserError(f"override {override!r}: {name!r} is not an index of a list of {len(block)}")
     return int(name)
 
 
 def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
-    """One line for the first mistake, unknown keys before others: they often cause the rest."""
+    """One line for the first mistake. Unknown keys come first: they often cause the others."""
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     first = mistakes[0]
     name = _name(first)
@@ -168,28 +168,82 @@ def _name(mistake: Any) -> str:
 
 
 def _is_tag(part: int | str) -> bool:
-    """pydantic names the tried branch of a union inside the location; a user never wrote that."""
+    """Whether a part of a location is pydantic's name of a branch of a union, which is not in the file."""
     return isinstance(part, str) and ("[" in part or part[:1].isupper())
 
 
 def _known_names(cls: type[Settings], location: tuple[int | str, ...]) -> list[str]:
-    block: type[Settings] | None = cls
+    block: type[pydantic.BaseModel] | None = cls
     for part in location[:-1]:
-        if block is None or not isinstance(part, str):
-            continue
-        for name, field in block.model_fields.items():
+        fields = block.model_fields.items() if block and isinstance(part, str) else ()
+        for name, field in fields:
             if part in (name, field.alias):
-                block = _settings_inside(field.annotation)
+                block = next((inner for inner, _ in _blocks(field.annotation)), None)
                 break
     names = block.model_fields.items() if block else []
     return [field.alias or name for name, field in names]
 
 
-def _settings_inside(annotation: Any) -> type[Settings] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return annotation
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        for inner in typing.get_args(annotation):
-            if found := _settings_inside(inner):
-                return found
-    return None
+# ---- the fields of a recipe
+
+
+class FieldLine(NamedTuple):
+    """One field. `name` is dotted, with N for the index of a list item; `default` is YAML, or "required"."""
+
+    name: str
+    type: str
+    default: str
+    description: str
+
+
+def list_fields(
+    block: type[pydantic.BaseModel], *, without: tuple[type[pydantic.BaseModel], ...] = (), prefix: str = ""
+) -> Iterator[FieldLine]:
+    """The fields of `block` and of the blocks inside it, except those declared by the classes in `without`."""
+    inherited = {
+        name for base in without if issubclass(block, base) and block is not base for name in base.model_fields
+    }
+    for key, field in block.model_fields.items():
+        if key in inherited:
+            continue
+        name = prefix + (field.alias or key)
+        default = "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
+        yield FieldLine(name, _type_name(field.annotation), default, field.description or "")
+        for inner, listed in _blocks(field.annotation):
+            if inner not in without:
+                yield from list_fields(inner, without=without, prefix=f"{name}.N." if listed else f"{name}.")
+
+
+def _blocks(annotation: Any, listed: bool = False) -> Iterator[tuple[type[pydantic.BaseModel], bool]]:
+    """The settings classes in an annotation, each with whether it is the item of a list."""
+    if _is_block(annotation):
+        yield annotation, listed
+    for part in typing.get_args(annotation):
+        yield from _blocks(part, listed or typing.get_origin(annotation) is list)
+
+
+def _is_block(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, parts))
+    if origin in (list, tuple):
+        item = _type_name(parts[0])
+        return "list of blocks" if _is_block(parts[0]) else f"list of ({item})" if "|" in item else f"list of {item}"
+    if annotation is type(None):
+        return "null"
+    return "block" if _is_block(annotation) else annotation.__name__
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, pydantic.BaseModel):
+        given = ((name, inner) for name, inner in value if inner != type(value).model_fields[name].default)
+        return "{" + ", ".join(f"{name}: {_as_yaml(inner)}" for name, inner in given) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -389,7 +389,7 @@ def refuse_other(path: Path, found: Manifest, expected: Manifest) -> None:
         raise UserError(f"output {path}: made by stage {found.stage!r}, not {expected.stage!r}; set another output")
     if found.fingerprint == expected.fingerprint:
         return
-    before, now = _flat(found.identity), _flat(expected.identity)
+    before, now = flatten(found.identity), flatten(expected.identity)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     name = changed[0] if changed else "settings"
     raise UserError(
@@ -410,8 +410,8 @@ def format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, separator: str = ".", prefix: str = "") -> dict[str, Any]:
     """{'corpus': {'path': 'a', 'splits': [1]}} -> {'corpus.path': 'a', 'corpus.splits.0': 1}"""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    flat = [_flat(one, f"{prefix}.{key}" if prefix else str(key)) for key, one in inner]
+    flat = [flatten(one, separator, f"{prefix}{separator}{key}" if prefix else str(key)) for key, one in inner]
     return {key: one for part in flat for key, one in part.items()} if flat else {prefix: value}

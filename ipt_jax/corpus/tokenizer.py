@@ -1,20 +1,17 @@
-"""Tokenizers: any `tokenizer.json`, or a SentencePiece `tokenizer.model`, behind one small interface.
+"""Tokenizers: any `tokenizer.json`, or a SentencePiece `tokenizer.model`, with one interface.
 
-Guarantees: `encode` adds no BOS or EOS, and text that spells a control token stays text, even where the model's own
-vocabulary holds the spelling. Pieces of a document are encoded one by one, in training and at inference alike, so that
-a prompt's tokens are a prefix of the training row's; `continuing` leaves out the space that SentencePiece models put
-before a text's first word. `characters` says how much of the text each token covers: by the spelling of its ids where
-they spell the text, which costs a tenth of asking the library, else by the library's offsets.
+Guarantees: `encode` adds no BOS or EOS. Text that spells a control token stays text, even if the vocabulary of the
+model has the spelling. Segments of a document are encoded one by one, in training and at inference, so that the tokens
+of a prompt are a prefix of the training row; with `continuing` a segment gets no space before its first word.
 
-The bytes that each id of a vocabulary stands for in text.
-
-Exact for byte-level vocabularies and for SentencePiece's (the mark U+2581 is a space, `<0x0A>` a byte). Nothing rests
-on it alone: whoever uses the table compares what the ids spell with the text, so that a tokenizer which changes its
-text (lower case, other forms of a character) is noticed and asked for offsets instead.
+`characters` uses the bytes that each id stands for: exact for byte-level vocabularies and those of SentencePiece
+(U+2581 is a space, `<0x0A>` a byte), and ten times as fast as the offsets of the library. The bytes are compared with
+the text, and the offsets are used for a tokenizer that changes its text (lower case, Unicode normalization).
 """
 
 import json
 import re
+import shutil
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +28,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def sentencepiece_token_bytes(model: Any) -> list[bytes]:
-    """Of a SentencePieceProcessor. Control and unknown ids stand for nothing."""
+    """The bytes of each id of a SentencePieceProcessor. Control and unknown ids have none."""
     return [
         b"" if model.is_control(index) or model.is_unknown(index) else _marked(model.id_to_piece(index))
         for index in range(model.vocab_size())
@@ -39,7 +36,7 @@ def sentencepiece_token_bytes(model: Any) -> list[bytes]:
 
 
 def json_token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
-    """Of a tokenizers.Tokenizer. Special tokens stand for nothing: text that spells one is other ids."""
+    """The bytes of each id of a tokenizers.Tokenizer. Special tokens have none: text that spells one has other ids."""
     byte_level = _byte_alphabet() if "ByteLevel" in repr(tokenizer.decoder) else None
     token_bytes = [b""] * vocab_size
     for piece, index in tokenizer.get_vocab(with_added_tokens=False).items():
@@ -59,7 +56,7 @@ def _from_alphabet(piece: str, alphabet: dict[str, int]) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes in order for U+0100 and on."""
+    """The alphabet of GPT-2: printable Latin-1 is itself, the other bytes are U+0100 and following, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -80,7 +77,7 @@ _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|endoftext|>",
 
 
 class Tokenizer:
-    """One tokenizer and where it came from. `bos_id` and `eos_id` are None where it has none."""
+    """One tokenizer and its path. `bos_id` and `eos_id` are None if it has none."""
 
     def __init__(self, path: Path, directory: Path):
         self.path, self.directory = path, directory
@@ -91,20 +88,20 @@ class Tokenizer:
         self._spelled_controls: dict[str, int] = {}
         self._sentencepiece: Any = None
         self._json: Any = None
-        self.path.open("rb").close()  # a file that may not be read is told as such, not as a broken one
+        self.path.open("rb").close()  # a missing permission is not damage
         if self.path.name.endswith(".json"):
             self._open_json()
         else:
             self._open_sentencepiece()
         plain, after = self._encode("a"), self._encode("\na")
         lead = self._encode("\n")
-        # A tokenizer that puts a space before the first word encodes "a" apart from its start.
+        # A tokenizer that adds a space before the first word encodes "a" differently at the start of a text.
         self._lead = lead if after[: len(lead)] == lead and after[len(lead) :] != plain else None
 
     def _open_json(self) -> None:
         try:
             self._json = JsonTokenizer.from_file(str(self.path))
-        except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
+        except Exception as error:  # tokenizers raises Exception for any damage
             raise UserError(f"tokenizer {self.path}: not a tokenizer.json ({error})") from error
         self._json.encode_special_tokens = True  # a text that spells "<s>" is text
         self._json.no_padding()
@@ -113,7 +110,7 @@ class Tokenizer:
         self.bos_id = self._control("bos", _BOS_NAMES, special)
         self.eos_id = self._control("eos", _EOS_NAMES, special)
         self.vocab_size = max(self._json.get_vocab(with_added_tokens=True).values()) + 1
-        own = self._json.get_vocab(with_added_tokens=False)  # spellings that the model itself might make of text
+        own = self._json.get_vocab(with_added_tokens=False)  # spellings that the model may make of text
         self._spelled_controls = {
             name: index for name, index in special.items() if name in own and index in (self.bos_id, self.eos_id)
         }
@@ -130,7 +127,7 @@ class Tokenizer:
         self.vocab_size = self._sentencepiece.vocab_size()
 
     def _control(self, which: str, usual: tuple[str, ...], special: dict[str, int]) -> int | None:
-        """The id that the configs beside the tokenizer name, else the first usual spelling it has."""
+        """The id that tokenizer_config.json names, else that of the first usual spelling."""
         config = self.directory / "tokenizer_config.json"
         if config.is_file():
             named = json.loads(config.read_text(encoding="utf-8")).get(f"{which}_token")
@@ -140,11 +137,11 @@ class Tokenizer:
         return next((special[name] for name in usual if name in special), None)
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
-        """Ids of `text`. `continuing`: it goes on from a former piece, so no space is put before its first word."""
+        """Ids of `text`. `continuing`: it continues an earlier segment, so no space is added before its first word."""
         return self.encode_batch([text], continuing)[0]
 
     def encode_batch(self, texts: list[str], continuing: bool = False) -> list[list[int]]:
-        """`encode` of each text; the tokenizer's own threads share the work."""
+        """`encode` of each text, in the threads of the tokenizer."""
         if not continuing or self._lead is None:
             return self._encode_batch(texts)
         size = len(self._lead)
@@ -166,7 +163,7 @@ class Tokenizer:
         ]
 
     def _holds_control(self, text: str, ids: list[int]) -> bool:
-        """A search of the text is far cheaper than one of the ids, and enough where no normalizer changes it first."""
+        """Searches the text, which is faster than the ids and sufficient without a normalizer."""
         normalized = self._json.normalizer is not None
         return any((normalized or name in text) and one in ids for name, one in self._spelled_controls.items())
 
@@ -174,7 +171,7 @@ class Tokenizer:
         return self._encode_batch([text])[0]
 
     def _encode_apart(self, text: str) -> list[int]:
-        """Ids of a text in which the model found a control token's spelling: cut behind its first character."""
+        """Ids of a text with the spelling of a control token, cut after the first character of the spelling."""
         cuts = {at.start() + 1 for name in self._spelled_controls for at in re.finditer(re.escape(name), text)}
         ids: list[int] = []
         for start, stop in pairwise([0, *sorted(cuts), len(text)]):
@@ -184,24 +181,23 @@ class Tokenizer:
         for name, control in self._spelled_controls.items():
             if control in ids:
                 raise UserError(
-                    f"tokenizer {self.path}: makes {name} of text that holds no {name}; give another tokenizer"
+                    f"tokenizer {self.path}: makes {name} of text that has no {name}; set another tokenizer"
                 )
         return ids
 
     def characters(
         self, texts: list[str], batch: list[list[int]], tokens: np.ndarray, continuing: bool = False
     ) -> np.ndarray:
-        """How many characters of its text each token of a batch covers; a character cut by tokens counts to the first.
+        """The characters that each token of a batch covers. A character split over tokens counts for the first.
 
-        `batch` is what `encode_batch` gave, `tokens` the same ids joined. All of a batch in a few passes: text by text
-        it would cost a sixth of the encoding.
+        `batch` is the result of `encode_batch`, `tokens` the same ids joined.
         """
         covered = self._covered.take(tokens)
         ends = np.cumsum([len(ids) for ids in batch])
         starts = ends - [len(ids) for ids in batch]
         sizes = np.array([(len(text), len(text.encode())) for text in texts])  # [text, characters and bytes]
         spelled = np.stack([_sums(covered, starts, ends), _sums(self._sizes.take(tokens), starts, ends)], axis=1)
-        led = (spelled == sizes + 1).all(axis=1)  # a space before the first word that the text has not
+        led = (spelled == sizes + 1).all(axis=1)  # a space before the first word that is not in the text
         covered[starts[led]] -= 1
         exact = (spelled == sizes).all(axis=1) | (led & (not continuing))
         for place in range(len(texts)) if not self.literal else np.flatnonzero(~exact).tolist():
@@ -215,13 +211,13 @@ class Tokenizer:
         return spelled == data or (spelled[:1] == b" " and spelled[1:] == data)
 
     def _characters_by_offsets(self, text: str, count: int, continuing: bool) -> np.ndarray:
-        if continuing:  # its ids are no encoding of the text alone: all of it counts to the first
+        if continuing:  # its ids do not encode the text alone: all characters count for the first
             return np.array([len(text)] + [0] * (count - 1), np.uint32)[:count]
         ends = np.maximum.accumulate(np.array(self.char_ends(text)[1], np.int64))
         return np.diff(ends, prepend=0).astype(np.uint32)
 
     def char_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of `text` and, for each, the character position in `text` where its piece ends."""
+        """Ids of `text`, and the character of `text` where each ends."""
         if self._json is not None:
             encoding = self._json.encode(text, add_special_tokens=False)
             return encoding.ids, [end for _, end in encoding.offsets]
@@ -232,14 +228,14 @@ class Tokenizer:
 
     @cached_property
     def _spellings(self) -> list[bytes]:
-        """The bytes that each id stands for in text; none for control tokens."""
+        """The bytes of each id in text; none for control tokens."""
         if self._sentencepiece is not None:
             return sentencepiece_token_bytes(self._sentencepiece)
         return json_token_bytes(self._json, self.vocab_size)
 
     @cached_property
     def literal(self) -> bool:
-        """Whether the tokenizer takes text as it stands, so that counts suffice to tell that ids spell their text."""
+        """Whether the tokenizer does not change text, so that equal counts show that ids spell their text."""
         if self._json is not None:
             return self._json.normalizer is None
         from sentencepiece import sentencepiece_model_pb2 as protos
@@ -250,41 +246,43 @@ class Tokenizer:
 
     @cached_property
     def _sizes(self) -> np.ndarray:
-        """The bytes of each id's spelling."""
+        """The number of bytes of each id."""
         return np.array([len(piece) for piece in self._spellings], np.uint32)
 
     @cached_property
     def _covered(self) -> np.ndarray:
-        """The characters that begin in each id's bytes."""
+        """The characters that begin in the bytes of each id."""
         before = np.concatenate([[0], np.cumsum(_leading(b"".join(self._spellings)))])
         return np.diff(before[np.cumsum(self._sizes)], prepend=0).astype(np.uint32)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; control tokens are left out."""
+        """The text of `ids` without control tokens."""
         if self._json is not None:
             return self._json.decode(ids, skip_special_tokens=True)
         return self._sentencepiece.decode(ids)
 
     def spell(self, ids: list[int], *, first: bool) -> str:
-        """The text that `ids` stand for to the space, unlike `decode`. `first`: they begin a text."""
+        """The exact text of `ids`, with leading space, unlike `decode`. `first`: they begin a text."""
         data = b"".join(map(self._spellings.__getitem__, ids))
         if first and self._lead is not None:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", "replace")
 
     def control_name(self, token: int) -> str:
-        """How the vocabulary writes a control token."""
+        """The name of a control token in the vocabulary."""
         name = self._sentencepiece.id_to_piece(token) if self._json is None else self._json.id_to_token(token)
         return str(name)
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the file that decides the ids."""
+        """Digest of the file that defines the ids."""
         return directory_digest([self.path])
 
-    def files(self) -> list[Path]:
-        """The files that make up this tokenizer, for a copy beside tokens, checkpoints and exports."""
-        return [self.directory / name for name in FILES if (self.directory / name).is_file()] or [self.path]
+    def save(self, directory: Path) -> None:
+        """Copies the files of this tokenizer."""
+        directory.mkdir(exist_ok=True)
+        for file in [self.directory / name for name in FILES if (self.directory / name).is_file()] or [self.path]:
+            shutil.copyfile(file, directory / file.name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "directory": self.directory}
@@ -302,8 +300,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).is_file():
             return Tokenizer(path / name, path)
-    what = "has no tokenizer.json or tokenizer.model" if path.is_dir() else "no such file or directory"
-    raise UserError(f"tokenizer {path}: {what}; give a Hugging Face directory or a tokenizer file")
+    fault = "has no tokenizer.json or tokenizer.model" if path.is_dir() else "no such file or directory"
+    raise UserError(f"tokenizer {path}: {fault}; set a Hugging Face directory or a tokenizer file")
 
 
 def _leading(data: bytes) -> np.ndarray:

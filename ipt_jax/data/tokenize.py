@@ -6,7 +6,6 @@ Documents with identical text are dropped with `drop_duplicates`.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -138,9 +137,7 @@ def _items(settings: TokenizeSettings, units: list[tuple[Unit, TokenizeInput]]) 
 def _finish(output: Output, tokenizer: Tokenizer) -> None:
     """Adds the tokenizer's files and what planning reads, and marks the directory complete."""
     with writing(output.path):
-        (output.path / "tokenizer").mkdir(exist_ok=True)
-        for file in tokenizer.files():
-            shutil.copyfile(file, output.path / "tokenizer" / file.name)
+        tokenizer.save(output.path / "tokenizer")
     output.manifest.summary = summary = {"side_files": index_digests(output.manifest)}
     output.finish(summary | {"duplicate_ids": _duplicate_ids(output)})
 

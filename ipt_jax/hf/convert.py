@@ -82,9 +82,7 @@ def copy_tokenizer(source: ModelSource, target: Path) -> None:
             file=sys.stderr,
         )
         return
-    target.mkdir(exist_ok=True)
-    for file in load_tokenizer(source.tokenizer).files():
-        (target / file.name).write_bytes(file.read_bytes())
+    load_tokenizer(source.tokenizer).save(target)
 
 
 def peak_rss_bytes() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.core.html import render_page, write_page
+from ipt_jax.core.stage import flatten
 from ipt_jax.corpus.records import SynthGroup, decode
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.report.results import all_metrics, answers, task_scores
@@ -70,15 +71,8 @@ def sample_groups(path: Path) -> dict[str, Any]:
 
 def differences(runs: Sequence[Run]) -> list[list[str]]:
     """Rows of a table: a setting that differs, and its value in each run."""
-    flat = [flatten({key: run.info[key] for key in run.info if not key.startswith("plan")}) for run in runs]
+    infos = [flatten({key: run.info[key] for key in run.info if not key.startswith("plan")}) for run in runs]
+    flat = [{k: json.dumps(v, ensure_ascii=False) for k, v in info.items() if v not in ({}, [])} for info in infos]
     keys = dict.fromkeys(key for each in flat for key in each)
     rows = [[key, *(each.get(key, "null") for each in flat)] for key in keys]
     return [["–" if cell == "null" else cell for cell in row] for row in rows if len(set(row[1:])) > 1]
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Leaves by dotted key: {"a": {"b": [1]}} gives {"a.b.0": "1"}."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        return {prefix: json.dumps(value, ensure_ascii=False)}
-    return {k: v for key, inner in items for k, v in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()}

@@ -16,8 +16,6 @@ from typing import Any
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.sources import read_jsonl
 
-KINDS = ("raw", "augmented", "task", "instruction")
-
 
 @dataclass(frozen=True)
 class Run:

@@ -10,7 +10,8 @@ from typing import Any
 from ipt_jax.core.html import Markup, draw
 from ipt_jax.core.progress import format_duration
 from ipt_jax.core.svg import Line, Point, line_chart, share_bar, short
-from ipt_jax.report.runs import KINDS, Run, last
+from ipt_jax.corpus.records import KINDS
+from ipt_jax.report.runs import Run, last
 
 COLOURS = 8
 KIND_LABELS = {

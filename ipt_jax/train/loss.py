@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-KINDS = ("raw", "augmented", "task", "instruction")  # ids 1 to 4 in batches; 0 is padding
+from ipt_jax.corpus.records import KINDS
 
 Sums = dict[str, Array]  # loss [5], targets [5]: by kind
 

@@ -30,11 +30,12 @@ from ipt_jax.config import TrainSettings
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import write_whole
 from ipt_jax.core.progress import Progress
+from ipt_jax.core.stage import flatten
+from ipt_jax.corpus.records import KINDS
 from ipt_jax.data.plan import Plan
 from ipt_jax.model.flops import model_flops, peak_flops
 from ipt_jax.train.bad_steps import LossWindow
 from ipt_jax.train.checkpoint import CheckpointRecord
-from ipt_jax.train.loss import KINDS
 from ipt_jax.train.run_info import report
 from ipt_jax.train.step import Program
 
@@ -107,7 +108,7 @@ class Board:
     def write(self, line: dict[str, Any]) -> None:
         values = [
             Summary.Value(tag=name, simple_value=value)
-            for name, value in flatten(line).items()
+            for name, value in flatten(line, "/").items()
             if isinstance(value, float)
         ]
         self._events.write_event(Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values)))
@@ -115,14 +116,6 @@ class Board:
 
     def close(self) -> None:
         self._events.close()
-
-
-def flatten(line: dict[str, Any]) -> dict[str, Any]:
-    """{"loss": …, "loss_by_kind/raw": …} of a line."""
-    flat: dict[str, Any] = {}
-    for name, value in line.items():
-        flat |= {f"{name}/{kind}": inner for kind, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

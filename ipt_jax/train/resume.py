@@ -18,6 +18,7 @@ import msgspec
 
 from ipt_jax.core.checkpoint_digests import Newest, Skipped, newest_verified, refuse_all, unverified
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.stage import flatten
 from ipt_jax.train.checkpoint import CheckpointRecord, from_first_process
 from ipt_jax.train.run_info import report
 
@@ -67,14 +68,3 @@ def refuse_changed(run_dir: Path, record: CheckpointRecord, made_with: dict[str,
                 f"run_dir {run_dir}: its checkpoint at step {record.step} was made with {field}="
                 f"{before.get(field)!r}, now it is {now.get(field)!r}; set another run_dir, or restore the old value"
             )
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b.0": value} of nested dicts and lists."""
-    if not isinstance(value, dict | list) or not value:
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    flat: dict[str, Any] = {}
-    for name, inner in items:
-        flat |= flatten(inner, f"{prefix}.{name}" if prefix else str(name))
-    return flat

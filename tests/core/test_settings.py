@@ -57,18 +57,18 @@ def test_overrides_reach_blocks_and_lists(tmp_path: Path) -> None:
         ("tokens: many", [], "tokens: input should be a valid integer"),
         ("inner: {weight: 1}", [], "inner.name is missing; add it"),
         ("items: [{weight: 1}, {}]", [], "items.0.name, items.1.name are missing; add them"),
-        ("items: [{name: a}]", ["items[0].name=b"], "named by its number; write items.0.name=b"),
+        ("items: [{name: a}]", ["items[0].name=b"], "list items are numbered; write items.0.name=b"),
         ("[1, 2]", [], "expected a mapping of settings, found list"),
         ("a: [", [], "not valid YAML"),
-        ("tokens: 2\nitems: []\ntokens: 1", [], "the key 'tokens' stands twice, again in line 3; keep one"),
-        ("items:\n- {name: a, name: b}", [], "the key 'name' stands twice, again in line 2; keep one"),
-        ('inner: {name: "a\\0b"}', [], r"a NUL character (\0) in line 1; take it out"),
+        ("tokens: 2\nitems: []\ntokens: 1", [], "duplicate key 'tokens' on line 3; remove one"),
+        ("items:\n- {name: a, name: b}", [], "duplicate key 'name' on line 2; remove one"),
+        ('inner: {name: "a\\0b"}', [], r"a NUL character (\0) on line 1; remove it"),
         ("tokens: 1", ['inner.name="a\\0b"'], "a NUL character"),
         ("tokens: true", [], "tokens: expected a number, given True"),
         ("tokens: 1", ["inner.name=a", "inner.weight=off"], "inner.weight: expected a number, given False"),
         ("tokens: 1", ["tokens"], "override 'tokens': expected key.sub=value"),
         ("tokens: 1", ["tokens.a=1"], "tokens is 1, not a block with fields"),
-        ("items: []", ["items.0.name=a"], "'0' is no index into a list of 0"),
+        ("items: []", ["items.0.name=a"], "'0' is not an index of a list of 0"),
     ],
 )
 def test_each_mistake_is_one_line(tmp_path: Path, text: str, overrides: list[str], said: str) -> None:
@@ -81,9 +81,9 @@ def test_each_mistake_is_one_line(tmp_path: Path, text: str, overrides: list[str
 def test_absent_and_misencoded_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_settings(Outer, tmp_path / "none.yaml")
-    with pytest.raises(UserError, match="a directory; give the path of a YAML recipe"):
+    with pytest.raises(UserError, match="is a directory; set the path of a YAML recipe"):
         load_settings(Outer, tmp_path)
-    with pytest.raises(UserError, match="/dev/null: no regular file"):
+    with pytest.raises(UserError, match="/dev/null: not a regular file"):
         load_settings(Outer, "/dev/null")
     (tmp_path / "latin.yaml").write_bytes(b"inner: {name: caf\xe9}")
     with pytest.raises(UserError, match="not UTF-8 at byte 17"):

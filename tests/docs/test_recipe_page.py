@@ -12,7 +12,7 @@ from extras import ROOT
 from pydantic import BaseModel
 
 from ipt_jax.config import Recipe
-from ipt_jax.core.recipe_fields import FieldLine, list_fields
+from ipt_jax.core.settings import FieldLine, list_fields
 from ipt_jax.corpus.row_reader import SourceSettings
 from ipt_jax.data.tokenize import TokenizeSettings
 from synth.collect.run import CollectSettings
