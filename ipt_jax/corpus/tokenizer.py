@@ -27,25 +27,6 @@ SPACE_MARK = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def sentencepiece_token_bytes(model: Any) -> list[bytes]:
-    """The bytes of each id of a SentencePieceProcessor. Control and unknown ids have none."""
-    return [
-        b"" if model.is_control(index) or model.is_unknown(index) else _marked(model.id_to_piece(index))
-        for index in range(model.vocab_size())
-    ]
-
-
-def json_token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
-    """The bytes of each id of a tokenizers.Tokenizer. Special tokens have none: text that spells one has other ids."""
-    byte_level = _byte_alphabet() if "ByteLevel" in repr(tokenizer.decoder) else None
-    token_bytes = [b""] * vocab_size
-    for piece, index in tokenizer.get_vocab(with_added_tokens=False).items():
-        token_bytes[index] = _marked(piece) if byte_level is None else _from_alphabet(piece, byte_level)
-    for index, token in tokenizer.get_added_tokens_decoder().items():
-        token_bytes[index] = b"" if token.special else token.content.encode()
-    return token_bytes
-
-
 def _marked(piece: str) -> bytes:
     byte = _BYTE.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode()
@@ -81,9 +62,6 @@ class Tokenizer:
 
     def __init__(self, path: Path, directory: Path):
         self.path, self.directory = path, directory
-        self._open()
-
-    def _open(self) -> None:
         self._lead: list[int] | None = None
         self._spelled_controls: dict[str, int] = {}
         self._sentencepiece: Any = None
@@ -228,10 +206,18 @@ class Tokenizer:
 
     @cached_property
     def _spellings(self) -> list[bytes]:
-        """The bytes of each id in text; none for control tokens."""
-        if self._sentencepiece is not None:
-            return sentencepiece_token_bytes(self._sentencepiece)
-        return json_token_bytes(self._json, self.vocab_size)
+        """The bytes of each id in text. Control, unknown and special ids have none."""
+        model = self._sentencepiece
+        if model is not None:
+            silent = [model.is_control(index) or model.is_unknown(index) for index in range(model.vocab_size())]
+            return [b"" if one else _marked(model.id_to_piece(index)) for index, one in enumerate(silent)]
+        byte_level = _byte_alphabet() if "ByteLevel" in repr(self._json.decoder) else None
+        token_bytes = [b""] * self.vocab_size
+        for piece, index in self._json.get_vocab(with_added_tokens=False).items():
+            token_bytes[index] = _marked(piece) if byte_level is None else _from_alphabet(piece, byte_level)
+        for index, token in self._json.get_added_tokens_decoder().items():
+            token_bytes[index] = b"" if token.special else token.content.encode()
+        return token_bytes
 
     @cached_property
     def literal(self) -> bool:
@@ -284,12 +270,8 @@ class Tokenizer:
         for file in [self.directory / name for name in FILES if (self.directory / name).is_file()] or [self.path]:
             shutil.copyfile(file, directory / file.name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "directory": self.directory}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path, self.directory = state["path"], state["directory"]
-        self._open()
+    def __reduce__(self) -> Any:
+        return Tokenizer, (self.path, self.directory)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

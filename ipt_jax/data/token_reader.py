@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import Manifest
+from ipt_jax.core.stage import Manifest, damage
 from ipt_jax.corpus.records import TokenType
 from ipt_jax.data.block_table import BLOCK_TOKENS, SourceDocuments
 from ipt_jax.data.shared_cache import SharedCache
@@ -69,11 +69,11 @@ class TokenReader:
     """Reads documents of one source by number. A window has at most `window` blocks. Safe to call from any thread."""
 
     def __init__(self, directory: Path, manifest: Manifest, source: SourceDocuments, *, window: int, dtype: TokenType):
+        self._entries = manifest.shards
         self._paths = [directory / entry.name for entry in manifest.shards]
         self._ends = np.cumsum([document_count(entry) for entry in manifest.shards]).tolist()
         self._page_ends = np.cumsum([entry.records for entry in manifest.shards]).tolist()
         self._arrays = np.array(self._ends), np.array([0, *self._page_ends])  # the same, for lookups of many at once
-        self._bytes = [entry.bytes for entry in manifest.shards]
         self._source, self._dtype = source, dtype
         self._block = source.table.size
         # Blocks have at least a page, so a page is cached once. A small corpus is cached in fewer, larger blocks.
@@ -137,16 +137,10 @@ class TokenReader:
 
     def _open(self, shard: int) -> ArrayRecordReader:
         path = self._paths[shard]
-        if not path.is_file():
-            raise UserError(f"{path}: listed in the manifest but missing; rerun ipt tokenize")
-        size = path.stat().st_size
-        if size != self._bytes[shard]:
-            raise UserError(
-                f"{path}: {size} bytes, the manifest says {self._bytes[shard]}; delete it and rerun ipt tokenize"
-            )
-        path.open("rb").close()  # a missing permission is not damage
+        if found := damage(path.parent, self._entries[shard], checksum=False):
+            raise UserError(f"{found}; delete it and rerun ipt tokenize")
         reader = ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=BUFFER_BYTES)
-        expected = self._page_ends[shard] - (self._page_ends[shard - 1] if shard else 0)
+        expected = self._entries[shard].records
         if not reader.ok() or reader.num_records() != expected:
             raise UserError(
                 f"{path}: damaged (holds {reader.num_records()} records, the manifest says {expected}); "

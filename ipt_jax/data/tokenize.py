@@ -2,11 +2,13 @@
 
 Each unit of the input (see corpus.sources) is one shard. A rerun makes the missing shards, and the shards that are
 damaged. Documents that share an id are kept and counted (`duplicate_ids`): only `exclude_converted` needs unique ids.
-Documents with identical text are dropped with `drop_duplicates`.
+`drop_duplicates` drops all but the first document with a text, over all inputs, in an extra pass that hashes each text
+and holds about 24 bytes per document.
 """
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,15 +18,16 @@ import numpy as np
 from pydantic import Field
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.executor import ExecutorName
+from ipt_jax.core.executor import ExecutorName, run_units
 from ipt_jax.core.files import writing
+from ipt_jax.core.hashing import hash64
+from ipt_jax.core.progress import Progress
 from ipt_jax.core.settings import Settings
 from ipt_jax.core.stage import UNPACKED, NewShard, Output, make_shards
 from ipt_jax.corpus.records import Document, TokenDocument
-from ipt_jax.corpus.row_reader import SourceSettings
+from ipt_jax.corpus.row_reader import Dropped, SourceSettings
 from ipt_jax.corpus.sources import UNIT_BYTES, Unit, plan_units, read_unit, source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from ipt_jax.data.duplicates import find_duplicates, usable
 from ipt_jax.data.encode import token_dtype, tokenize_documents
 from ipt_jax.data.token_index import document_count, index_digests, read_index
 from ipt_jax.data.token_shards import RECORDS, Written, token_pages
@@ -62,7 +65,7 @@ class TokenizeSettings(Settings):
 
 
 class TokenizeItem(NamedTuple):
-    """What one shard is made of. `duplicates`: numbers of the unit's usable documents to drop."""
+    """The input of one shard. `duplicates`: numbers of its usable documents to drop."""
 
     unit: Unit
     source: TokenizeInput
@@ -128,10 +131,22 @@ def _check_controls(settings: TokenizeSettings, tokenizer: Tokenizer) -> None:
 
 
 def _items(settings: TokenizeSettings, units: list[tuple[Unit, TokenizeInput]]) -> list[TokenizeItem]:
+    items = [TokenizeItem(*unit, np.empty(0, int)) for unit in units]
     if not settings.drop_duplicates:
-        return [TokenizeItem(*unit, np.empty(0, int)) for unit in units]
-    duplicates = find_duplicates(units, workers=settings.workers, executor=settings.executor)
-    return [TokenizeItem(*unit, numbers) for unit, numbers in zip(units, duplicates, strict=True)]
+        return items
+    hashes = [np.zeros(0, np.uint64)] * len(units)
+    with Progress(len(units), "units", "ipt tokenize: duplicates") as progress:
+        for index, found in run_units(_hash_unit, items, workers=settings.workers, executor=settings.executor):
+            hashes[index] = found
+            progress.advance()
+    every = np.concatenate(hashes)
+    duplicate = np.ones(len(every), bool)
+    duplicate[np.unique(every, return_index=True)[1]] = (
+        False  # the first of each text, in the order of inputs and units
+    )
+    starts = np.cumsum([0] + [len(one) for one in hashes])[1:-1]
+    numbers = map(np.flatnonzero, np.split(duplicate, starts))
+    return [item._replace(duplicates=one) for item, one in zip(items, numbers, strict=True)]
 
 
 def _finish(output: Output, tokenizer: Tokenizer) -> None:
@@ -155,6 +170,23 @@ def _duplicate_ids(output: Output) -> int:
 
 
 # ---- in a worker process
+
+
+def _hash_unit(item: TokenizeItem) -> np.ndarray:
+    """The hash of the text of each usable document."""
+    documents = _usable(item, Counter())
+    return np.frombuffer(b"".join([hash64(one.text) for one in documents]), np.uint64)
+
+
+def _usable(item: TokenizeItem, dropped: Counter[str]) -> Iterator[Document]:
+    """The documents with text. Others are counted by reason."""
+    for row in read_unit(item.unit, item.source):
+        if isinstance(row, Dropped):
+            dropped[row.reason] += 1
+        elif not any(segment.text and not segment.text.isspace() for segment in row.segments):
+            dropped["empty_text"] += 1
+        else:
+            yield row
 
 
 def _token_records(tokenizer: str, item: TokenizeItem, shard: NewShard) -> Iterator[bytes]:
@@ -190,7 +222,7 @@ def _batches(item: TokenizeItem, shard: NewShard) -> Iterator[list[Document]]:
     duplicates = set(item.duplicates.tolist())
     batch: list[Document] = []
     characters = 0
-    for number, document in enumerate(usable(read_unit(item.unit, item.source), shard.dropped)):
+    for number, document in enumerate(_usable(item, shard.dropped)):
         if number in duplicates:
             shard.dropped["duplicate"] += 1
             continue
