@@ -30,8 +30,8 @@ from ipt_jax.core.hashing import FileHashCache
 from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import RunSettings
-from synth.engine import Completion, Engine, GenerationRequest, synthesizer_tokenizer
-from synth.engine.base import Places
+from synth.engine import synthesizer_tokenizer
+from synth.engine.base import Completion, Engine, GenerationRequest, Places
 from synth.engine.scripted import ScriptedEngine, quote_pairs
 from synth.format.wire import pairs_text
 from synth.generate.few_shot import make_chain

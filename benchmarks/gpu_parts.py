@@ -355,7 +355,7 @@ def generate(model: Any, batch: int, requests: int, prompt: int, new: int) -> fl
     import numpy as np
 
     from synth.config import SynthesizerSettings
-    from synth.engine import GenerationRequest
+    from synth.engine.base import GenerationRequest
     from synth.engine.jax_ import JaxEngine
 
     settings = SynthesizerSettings.model_validate(

@@ -39,7 +39,7 @@ from ipt_jax.core.stage import SCHEMA, Manifest, ShardEntry
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
-from synth.engine import GenerationRequest
+from synth.engine.base import GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 from synth.generate.journal import HEADER, Journal
 from synth.generate.run import WORK, run_identity, run_synth

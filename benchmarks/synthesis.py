@@ -46,7 +46,8 @@ from ipt_jax.core.hashing import FileHashCache
 from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.records import Pair
 from synth.config import RunSettings
-from synth.engine import Completion, GenerationRequest, open_engine, synthesizer_tokenizer
+from synth.engine import open_engine, synthesizer_tokenizer
+from synth.engine.base import Completion, GenerationRequest
 from synth.engine.scripted import common_prefix
 from synth.format.wire import context_block, pairs_text
 from synth.generate.few_shot import Chain, load_seed_examples, make_chain

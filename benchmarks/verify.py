@@ -24,7 +24,8 @@ from corruptions import Case, corrupt, read_cases
 
 from ipt_jax.core.hashing import digest
 from synth.config import SynthesizerSettings
-from synth.engine import Engine, open_engine, synthesizer_tokenizer
+from synth.engine import open_engine, synthesizer_tokenizer
+from synth.engine.base import Engine
 from synth.format.prompt import Prompt
 from synth.verify.text_scores import TEXT_SCORES, PreparedText, brevity
 from synth.verify.verifier import ORDERS, FoundScores, Judge, ask_score, in_order, read_pair

@@ -54,7 +54,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
 OPTIONAL: dict[str, set[str]] = {
     "vllm": {"synth.engine.vllm_"},
     "torch": set(),
-    "ray": {"ipt_jax.core.executor", "synth.generate.ray_workers"},
+    "ray": {"ipt_jax.core.executor"},
     "openai": {"synth.engine.openai_"},
     "datasets": {"ipt_jax.corpus.datasets"},
     "tensorflow_datasets": {"ipt_jax.corpus.datasets"},

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ipt_jax.core.errors import UserError
 
@@ -70,10 +70,8 @@ def _wait_for_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run_ray(
-    function: Callable[[WorkItem], Result], items: Sequence[WorkItem], workers: int | None
-) -> Iterator[tuple[int, Result]]:
-    """Uses the cluster at RAY_ADDRESS, or starts Ray on this machine. Ray reruns the tasks of a lost machine."""
+def connect_ray() -> Any:
+    """The package `ray`, connected to the cluster at RAY_ADDRESS or started on this machine."""
     try:
         import ray
     except ImportError as error:
@@ -82,9 +80,17 @@ def _run_ray(
         ) from error
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
+    return ray
+
+
+def _run_ray(
+    function: Callable[[WorkItem], Result], items: Sequence[WorkItem], workers: int | None
+) -> Iterator[tuple[int, Result]]:
+    """Ray reruns the tasks of a lost machine."""
+    ray = connect_ray()
     task = ray.remote(num_cpus=1)(function)
     limit = workers or max(4 * int(ray.cluster_resources().get("CPU", 1)), 1)
-    running: dict[ray.ObjectRef, int] = {}
+    running: dict[Any, int] = {}
     left = enumerate(items)
     while True:
         while len(running) < limit and (following := next(left, None)) is not None:

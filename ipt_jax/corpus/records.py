@@ -1,7 +1,7 @@
-"""The records that stages exchange: msgspec structs in msgpack, one record an ArrayRecord entry.
+"""The records that stages exchange: msgspec structs in msgpack, one per ArrayRecord entry.
 
-Field names are the contract between stages (design section 2). Records hold no times and no paths, so that equal work
-gives equal bytes.
+Field names are the contract between stages (design section 2). Records hold no times and no paths, so equal work gives
+equal bytes.
 """
 
 from typing import Any, Literal, TypeVar
@@ -35,7 +35,7 @@ Reason = Literal[
 
 
 class Segment(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A stretch of text, or one control token. Control tokens stand only here: text that spells one stays text."""
+    """A span of text, or one control token. Text that spells a control token stays text."""
 
     text: str = ""
     loss: bool = True
@@ -65,7 +65,7 @@ class Document(msgspec.Struct, omit_defaults=True):
 
 
 class Pair(msgspec.Struct, omit_defaults=True):
-    """A question and its answer in the paper's wire form (Table 7); `options` and `rationale` are read from it."""
+    """A question and its answer in the paper's format (Table 7); `options` and `rationale` are parsed from them."""
 
     question: str
     answer: str
@@ -87,7 +87,7 @@ class Pair(msgspec.Struct, omit_defaults=True):
 
 
 class GroupText(msgspec.Struct):
-    """One text of a few-shot chain: the span [start, end) of raw text `raw_id`, and what the synthesizer made of it."""
+    """One text of a group: the span [start, end) of raw text `raw_id`, its pairs, and how they were generated."""
 
     raw_id: str
     start: int
@@ -107,7 +107,7 @@ class GroupText(msgspec.Struct):
 
 
 class SynthGroup(msgspec.Struct):
-    """The M texts of one few-shot chain in order, with the provenance of the whole. Rejected pairs are kept, marked."""
+    """The M texts of one few-shot group in order, with their provenance. Rejected pairs have their reasons."""
 
     id: str
     texts: list[GroupText]
@@ -131,11 +131,11 @@ class TokenDocument(msgspec.Struct, omit_defaults=True):
 
 
 class TokenPage(msgspec.Struct):
-    """Consecutive TokenDocuments of a shard, column by column: what one read of a disk brings, under one hash.
+    """Consecutive TokenDocuments of a shard, column by column, so that the loader makes no object per document.
 
-    What a loader needs is little-endian bytes, so that it makes no object a document: the joined `tokens`, a row of
-    data.token_shards ROW a document, and loss `runs` (start, stop within the document; uint32). `first` is the number
-    in the shard of the first document. `parents` stand under the place of their document, where it has any.
+    Little-endian bytes: the joined `tokens`, one `ROW` of data.token_shards per document, and loss `runs` (start, stop
+    within the document; uint32). `first` is the number of the first document in the shard. `parents` are by the place
+    of their document in the page.
     """
 
     first: int
@@ -158,7 +158,7 @@ def encode(record: msgspec.Struct) -> bytes:
 
 
 def decode(data: bytes, cls: type[AnyRecord]) -> AnyRecord:
-    """The record of type `cls` in `data`. Raises UserError when the bytes are another record or none."""
+    """The record of type `cls` in `data`. Raises UserError if the bytes are not one."""
     decoder = _decoders.get(cls)
     if decoder is None:
         decoder = _decoders[cls] = msgspec.msgpack.Decoder(cls)
@@ -166,5 +166,5 @@ def decode(data: bytes, cls: type[AnyRecord]) -> AnyRecord:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"record is not a {cls.__name__}: {error}; point the config at the stage's own output"
+            f"record is not a {cls.__name__}: {error}; set the path to the output of the right stage"
         ) from error

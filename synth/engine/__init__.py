@@ -5,48 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.hashing import DigestOf, digest, file_digest
+from ipt_jax.core.hashing import DigestOf, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import (
-    FAILURES,
-    Completion,
-    Engine,
-    EngineDied,
-    GenerationRequest,
-    RequestFailed,
-    weights_digest,
-    with_retries,
-)
-
-__all__ = [
-    "FAILURES",
-    "Completion",
-    "Engine",
-    "EngineDied",
-    "GenerationRequest",
-    "RequestFailed",
-    "model_digest",
-    "open_engine",
-    "synthesizer_identity",
-    "synthesizer_tokenizer",
-    "with_retries",
-]
+from synth.engine.base import Engine
 
 
 def synthesizer_tokenizer(settings: SynthesizerSettings) -> Tokenizer:
-    """The tokenizer of an HF directory, a run directory, one step's directory, or what `ipt import` wrote."""
+    """The tokenizer of an HF directory, a run, one step of it, or the output of `ipt import`."""
     model = Path(settings.model)
     if not model.is_dir():
-        raise UserError(f"synthesizer.model {model}: no such directory; give an HF directory with a tokenizer")
+        raise UserError(f"synthesizer.model {model}: no such directory; set it to an HF directory with a tokenizer")
     for folder in (model, model / "tokenizer", model.parent.parent / "tokenizer"):
         if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             return load_tokenizer(folder)
-    raise UserError(f"synthesizer.model {model}: no tokenizer.json or tokenizer.model in it; copy the model's there")
+    raise UserError(f"synthesizer.model {model}: it has no tokenizer.json or tokenizer.model; copy the model's there")
 
 
 def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer, digest_of: DigestOf = file_digest) -> str:
-    """What answers, by its contents. The scripted engine has no weights, a server's are known by the name it gives."""
+    """Digest of the weights. The scripted engine has none, and those of a server are known by name."""
     if settings.engine == "scripted":
         return digest({"engine": "scripted", "tokenizer": tokenizer.digest})
     if settings.engine == "openai":
@@ -54,10 +31,34 @@ def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer, digest_of:
     return weights_digest(settings.model, digest_of)
 
 
+def weights_digest(model: str, digest_of: DigestOf = file_digest) -> str:
+    """SHA-256 over config and weights of an HF directory or a checkpoint, independent of paths."""
+    directory = Path(model)
+    if (directory / "config.json").is_file():
+        weights = sorted(directory.glob("*.safetensors"))
+        if not weights:
+            raise UserError(f"synthesizer.model {model}: config.json but no *.safetensors; copy the weights there")
+        return directory_digest([directory / "config.json", *weights], digest_of)
+    checkpoint = latest_checkpoint(directory)
+    folders = [checkpoint / name for name in ("params", "checkpoint")]  # of a training run, of `ipt import`
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [str(path.relative_to(checkpoint)) for path in files]
+    return digest([digest_of(checkpoint / "model.json"), *zip(names, map(digest_of, files), strict=True)])
+
+
+def latest_checkpoint(directory: Path) -> Path:
+    """The newest step of a run directory, one step's directory, or the output of `ipt import`."""
+    steps = [path for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
+    for found in (directory, *sorted(steps, key=lambda path: -int(path.name))):
+        if (found / "model.json").is_file():
+            return found
+    raise UserError(f"synthesizer.model {directory}: no config.json and no checkpoint; set it to a model's directory")
+
+
 def synthesizer_identity(
     settings: SynthesizerSettings, tokenizer: Tokenizer, digest_of: DigestOf = file_digest
 ) -> dict[str, Any]:
-    """What decides the answers, by contents: neither paths nor what only changes the speed."""
+    """What the completions depend on, by contents: neither paths nor settings that change only the speed."""
     return {
         **settings.meaning,
         "weights": model_digest(settings, tokenizer, digest_of),
@@ -66,19 +67,13 @@ def synthesizer_identity(
 
 
 def open_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Engine:
-    """Starts the engine that the settings name; only its own packages are imported."""
+    """Starts the engine that the settings name. Imports only its packages."""
     if settings.engine == "vllm":
-        from synth.engine.vllm_ import VllmEngine
-
-        return VllmEngine(settings, tokenizer)
-    if settings.engine == "openai":
-        from synth.engine.openai_ import OpenAIEngine
-
-        return OpenAIEngine(settings, tokenizer)
-    if settings.engine == "jax":
-        from synth.engine.jax_ import JaxEngine
-
-        return JaxEngine(settings, tokenizer)
-    from synth.engine.scripted import ScriptedEngine
-
-    return ScriptedEngine(settings, tokenizer)
+        from synth.engine.vllm_ import VllmEngine as Opened
+    elif settings.engine == "openai":
+        from synth.engine.openai_ import OpenAIEngine as Opened  # type: ignore[assignment]
+    elif settings.engine == "jax":
+        from synth.engine.jax_ import JaxEngine as Opened  # type: ignore[assignment]
+    else:
+        from synth.engine.scripted import ScriptedEngine as Opened  # type: ignore[assignment]
+    return Opened(settings, tokenizer)

@@ -10,11 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Literal, Protocol, TypeVar, get_args
 
 from ipt_jax.core.errors import Fault, UserError
-from ipt_jax.core.hashing import DigestOf, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer
 
 ATTEMPTS = 3  # requests for one completion or score
@@ -151,27 +149,3 @@ def refuse_vocabulary(model: str, tokenizer: Tokenizer, known: int) -> None:
             f"synthesizer.model {model}: its tokenizer has {tokenizer.vocab_size} ids, its weights {known}; "
             "copy the model's own tokenizer there"
         )
-
-
-def weights_digest(model: str, digest_of: DigestOf = file_digest) -> str:
-    """SHA-256 over config and weights of an HF directory or a checkpoint, independent of paths."""
-    directory = Path(model)
-    if (directory / "config.json").is_file():
-        weights = sorted(directory.glob("*.safetensors"))
-        if not weights:
-            raise UserError(f"synthesizer.model {model}: config.json but no *.safetensors; copy the weights there")
-        return directory_digest([directory / "config.json", *weights], digest_of)
-    checkpoint = latest_checkpoint(directory)
-    folders = [checkpoint / name for name in ("params", "checkpoint")]  # of a training run, of `ipt import`
-    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [str(path.relative_to(checkpoint)) for path in files]
-    return digest([digest_of(checkpoint / "model.json"), *zip(names, map(digest_of, files), strict=True)])
-
-
-def latest_checkpoint(directory: Path) -> Path:
-    """The newest step of a run directory, one step's directory, or the output of `ipt import`."""
-    steps = [path for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
-    for found in (directory, *sorted(steps, key=lambda path: -int(path.name))):
-        if (found / "model.json").is_file():
-            return found
-    raise UserError(f"synthesizer.model {directory}: no config.json and no checkpoint; set it to a model's directory")

@@ -1,12 +1,12 @@
-"""Any OpenAI-compatible completions server: token prompts out over HTTP, token ids back where the server gives them.
+"""Any OpenAI-compatible completions server: token prompts out over HTTP, token ids back if the server returns them.
 
-Guaranteed: a server that is gone, overloaded or started anew is waited for with growing, scattered pauses, longer where
-it says `Retry-After`; requests that were in flight are sent again. One that was never there is the user's mistake. A
-server that answers nobody for `server_patience_seconds` is an EngineDied. A request that the server refuses fails
-alone. Its key comes from the environment variable IPT_API_KEY and is written nowhere.
+Guaranteed: a server that is down, overloaded or restarting is retried with growing, scattered pauses, longer if it
+sends `Retry-After`, and requests in flight are sent again. A server that cannot be reached at startup is a UserError.
+One that answers no request for `server_patience_seconds` is an EngineDied. A request that the server refuses fails
+alone. The key is read from the environment variable IPT_API_KEY and written nowhere.
 
-Servers of vLLM return token ids. Others give text, which is encoded here: `Completion.recoded`. The ids may then differ
-from the sampled ones, which costs prefix-cache hits and nothing else. vLLM counts cached tokens when it is started with
+vLLM servers return token ids. Others return text, which is encoded here: `Completion.recoded`. The ids may then differ
+from the sampled ones, which only costs prefix-cache hits. vLLM counts cached tokens with
 `--enable-prompt-tokens-details`.
 """
 
@@ -29,14 +29,14 @@ KEY = "IPT_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
 LONGEST_RETRY_AFTER = 120.0
 CONNECT_SECONDS = 10.0
-KNOCKS = 4  # at a server that was never there; with the pauses between, some three seconds
-TRIES = 5  # of a request that makes the server fail, or at which it went away
-OVERLOADED = (429, 502, 503, 504)  # by the server itself, or by the gateway before it
+STARTUP_TRIES = 4  # to reach the server; about three seconds with the pauses between
+TRIES = 5  # of a request at which the server fails or closes the connection
+OVERLOADED = (429, 502, 503, 504)  # the server itself, or a gateway in front of it
 log = logging.getLogger(__name__)
 
 
 class Served(msgspec.Struct):
-    """A model as a server lists it."""
+    """A model in a server's list."""
 
     id: str
     owned_by: str | None = None
@@ -48,7 +48,7 @@ class ServedModels(msgspec.Struct):
 
 
 class OpenAIEngine:
-    """One server, which is asked for `max_num_seqs` completions at once; the others wait here."""
+    """One server with up to `max_num_seqs` concurrent requests. Further requests wait here."""
 
     def __init__(self, settings: SynthesizerSettings, tokenizer: Tokenizer) -> None:
         try:
@@ -56,8 +56,9 @@ class OpenAIEngine:
         except ModuleNotFoundError as error:
             raise UserError("synthesizer.engine: openai is not installed here; launch/setup.sh openai") from error
         assert settings.server is not None
+        self._name = f"synthesizer.server {settings.server}"
         if "@" in settings.server:
-            raise UserError(f"synthesizer.server: holds a password or key; take it out, and put the key into {KEY}")
+            raise UserError(f"synthesizer.server: contains a password or key; remove it and set {KEY}")
         self._openai, self._settings, self.tokenizer = openai, settings, tokenizer
         self.places = settings.max_num_seqs
         self._places = Places(self.places)
@@ -67,9 +68,9 @@ class OpenAIEngine:
             max_retries=0,
             timeout=openai.Timeout(None, connect=CONNECT_SECONDS),
         )
-        self._extras: dict[str, Any] | None = None  # unknown until the server was looked at
-        self._looking = asyncio.Lock()
-        self._answered = 0.0  # when the server last answered anybody
+        self._extras: dict[str, Any] | None = None  # unknown before the first request
+        self._checking = asyncio.Lock()
+        self._answered = 0.0  # time of the server's last answer
         self._seen = self._away = False
 
     async def generate(self, request: GenerationRequest) -> Completion:
@@ -81,9 +82,9 @@ class OpenAIEngine:
         return self._completion(await self._complete(asked, request.id, request.priority), request.prompt_ids)
 
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
-        """Only vLLM's servers say how likely a prompt's tokens are. UserError with others."""
+        """Needs a vLLM server: others return no log-probabilities of a prompt's tokens."""
         if not await self._known_extras():
-            raise UserError(f"synthesizer.server {self._settings.server}: is no vLLM server, and scores need one")
+            raise UserError(f"{self._name}: is not a vLLM server, which scores require; remove them or use one")
         asked = {"prompt": prompt_ids + answer_ids, "max_tokens": 1, "temperature": 0.0}
         reply = await self._complete({**asked, "extra_body": {"prompt_logprobs": 0}}, request_id, 0)
         found = getattr(reply.choices[0], "prompt_logprobs", None) or []
@@ -92,49 +93,41 @@ class OpenAIEngine:
         places = zip(found[len(prompt_ids) :], answer_ids, strict=True)
         return sum(float(place[str(token)]["logprob"]) for place, token in places)
 
-    async def _known_extras(self) -> dict[str, Any]:
-        async with self._looking:
-            if self._extras is None:
-                self._extras = await self._look_at_server()
-        return self._extras
-
     async def _complete(self, asked: dict[str, Any], request_id: str, priority: int) -> Any:
-        """The server's reply, asked for when a place is free."""
+        """The server's reply, requested when a place is free."""
         create = self._client.completions.create
         async with self._places.hold(priority):
             return await self._answer(lambda: create(model=self._settings.served_name, **asked), request_id)
 
-    async def _look_at_server(self) -> dict[str, Any]:
-        """What to ask of it beyond the common interface. Raises UserError where it serves another model."""
-        name, served = self._settings.served_name, await self._served_models()
-        found = next((model for model in served if model.id == name), None)
-        if found is None:
-            raise UserError(
-                f"synthesizer.server {self._settings.server}: serves "
-                f"{', '.join(model.id for model in served) or 'nothing'}, not {name}; set synthesizer.served_model"
-            )
-        if found.max_model_len is not None and self._settings.max_model_len > found.max_model_len:
-            raise UserError(
-                f"synthesizer.max_model_len: {self._settings.max_model_len}, the server's is {found.max_model_len}; "
-                "lower it"
-            )
-        if found.owned_by != "vllm":
-            return {}
-        return {"return_token_ids": True, "stop_token_ids": [self.tokenizer.eos_id]}
+    async def _known_extras(self) -> dict[str, Any]:
+        """The server's own request fields: none unless it is vLLM. Checks the server once."""
+        async with self._checking:
+            if self._extras is None:
+                is_vllm = (await self._served_model()).owned_by == "vllm"
+                self._extras = {"return_token_ids": True, "stop_token_ids": [self.tokenizer.eos_id]} if is_vllm else {}
+        return self._extras
 
-    async def _served_models(self) -> list[Served]:
-        """Raises UserError where another service answers."""
+    async def _served_model(self) -> Served:
+        """Raises UserError if the server has another model or API, or a smaller context."""
+        reply = await self._answer(self._client.models.with_raw_response.list, "models")
         try:
-            reply = await self._answer(self._client.models.with_raw_response.list, "models")
-            return msgspec.json.decode(reply.content, type=ServedModels).data
+            served = msgspec.json.decode(reply.content, type=ServedModels).data
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UserError(
-                f"synthesizer.server {self._settings.server}: its /models is no list of models ({error}); give the "
-                "base URL of an OpenAI-compatible server, which mostly ends in /v1"
+                f"{self._name}: its /models is not a list of models ({error}); set the base URL of an "
+                "OpenAI-compatible server, which mostly ends in /v1"
             ) from error
+        name, longest = self._settings.served_name, self._settings.max_model_len
+        found = next((model for model in served if model.id == name), None)
+        if found is None:
+            names = ", ".join(model.id for model in served) or "nothing"
+            raise UserError(f"{self._name}: serves {names}, not {name}; set synthesizer.served_model")
+        if found.max_model_len is not None and longest > found.max_model_len:
+            raise UserError(f"synthesizer.max_model_len: {longest}, the server's is {found.max_model_len}; lower it")
+        return found
 
     async def _answer(self, ask: Callable[[], Awaitable[Any]], request_id: str) -> Any:
-        """The server's reply, however often it must be asked."""
+        """The server's reply, after retries."""
         first_failure, pauses, tries = None, 0, 0
         while True:
             try:
@@ -143,9 +136,7 @@ class OpenAIEngine:
             except self._openai.APIError as error:
                 tries += self._blames_request(error)
                 if tries == TRIES:
-                    raise RequestFailed(
-                        f"the server failed at it {TRIES} times: {line(error)}", lasting=True
-                    ) from error
+                    raise RequestFailed(f"the server failed {TRIES} times: {line(error)}", lasting=True) from error
                 first_failure = first_failure or time.monotonic()
                 await self._pause(error, first_failure, request_id, pauses)
                 pauses += 1
@@ -154,40 +145,33 @@ class OpenAIEngine:
                 return reply
 
     def _blames_request(self, error: Any) -> bool:
-        """Whether the request may have caused it. Raises what no pause can mend."""
+        """Whether the request may be the cause. Raises errors that no retry repairs."""
         if not isinstance(error, self._openai.APIStatusError):
             reached = not type(error.__cause__).__name__.startswith("Connect")  # ConnectError, ConnectTimeout
             self._seen = self._seen or reached
             return reached
         self._seen = True
-        server = f"synthesizer.server {self._settings.server}"
         if error.status_code in (401, 403):
-            raise UserError(f"{server}: refuses the key ({error.status_code}); put the right one into {KEY}") from error
+            raise UserError(f"{self._name}: refuses the key ({error.status_code}); set another {KEY}") from error
         if error.status_code == 404:
-            raise UserError(f"{server}: {line(error)}; give the base URL, which mostly ends in /v1") from error
+            raise UserError(f"{self._name}: {line(error)}; set the base URL, which mostly ends in /v1") from error
         if error.status_code < 500 and error.status_code not in (408, 429):
             self._is_back()
             raise RequestFailed(line(error), "refused") from error
         return error.status_code not in OVERLOADED
 
     async def _pause(self, error: Any, first_failure: float, request_id: str, pauses: int) -> None:
-        """Waits before the next try. Raises EngineDied when nobody was answered for too long, and UserError soon where
-        there was never a server."""
-        if not self._seen and pauses + 1 == KNOCKS:
-            raise UserError(
-                f"synthesizer.server {self._settings.server}: cannot be reached ({line(error)}); start it, or give the "
-                "address of one that runs"
-            ) from error
-        patience = self._settings.server_patience_seconds
+        """Waits before the next try. Raises EngineDied after too long, and UserError soon if no server was reached."""
+        if not self._seen and pauses + 1 == STARTUP_TRIES:
+            raise UserError(f"{self._name}: cannot be reached ({line(error)}); start it, or set another URL") from error
+        server, patience = self._settings.server, self._settings.server_patience_seconds
         if time.monotonic() - max(first_failure, self._answered) > patience:
-            raise EngineDied(
-                f"server {self._settings.server} answered nobody for {patience:g} s ({line(error)})"
-            ) from error
+            raise EngineDied(f"server {server} answered no request for {patience:g} s ({line(error)})") from error
         if self._seen and not self._away:
             self._away = True
-            log.warning("server %s: %s; waiting up to %g s for it", self._settings.server, line(error), patience)
+            log.warning("server %s: %s; waiting up to %g s for it", server, line(error), patience)
         longest = min(FIRST_PAUSE * 2 ** min(pauses, 20), LONGEST_PAUSE)
-        # Scattered, so that requests that failed together do not come back together.
+        # Scattered, so that requests that failed together are not retried together.
         pause = longest * (0.5 + 0.5 * uniform(0, "pause", request_id, pauses))
         await asyncio.sleep(max(pause, retry_after(error)))
 
@@ -199,32 +183,30 @@ class OpenAIEngine:
         self._answered = time.monotonic()
 
     def _completion(self, reply: Any, prompt_ids: list[int]) -> Completion:
-        choices = getattr(reply, "choices", None)  # a reply that is no JSON comes as a string
+        choices = getattr(reply, "choices", None)  # a reply that is not JSON is a string
         if not choices:
             raise RequestFailed(f"the server's reply holds no completion: {str(reply)[:100]}")
         if choices[0].finish_reason not in ("stop", "length"):
             raise RequestFailed(f"the server finished with {choices[0].finish_reason!r}")
-        ids = getattr(choices[0], "token_ids", None)
-        recoded = ids is None
-        if ids is None:
-            ids = self.tokenizer.encode(choices[0].text, continuing=True)
-        kept = without_eos(list(ids), self.tokenizer.eos_id)
+        sampled = getattr(choices[0], "token_ids", None)
+        ids = self.tokenizer.encode(choices[0].text, continuing=True) if sampled is None else sampled
         details = getattr(reply.usage, "prompt_tokens_details", None)
         cached = getattr(details, "cached_tokens", None) or 0
-        return Completion(kept, choices[0].finish_reason, len(prompt_ids), cached, recoded)
+        kept = without_eos(list(ids), self.tokenizer.eos_id)
+        return Completion(kept, choices[0].finish_reason, len(prompt_ids), cached, recoded=sampled is None)
 
     async def close(self) -> None:
         await self._client.close()
 
 
 def line(error: Any) -> str:
-    """What the server said; where it said nothing, what the connection did."""
-    told = error if hasattr(error, "response") else error.__cause__ or error
-    return " ".join(str(told).split())[:200]
+    """The server's message, else that of the connection."""
+    source = error if hasattr(error, "response") else error.__cause__ or error
+    return " ".join(str(source).split())[:200]
 
 
 def retry_after(error: Any) -> float:
-    """The seconds that the server asks to be left alone; 0 where it does not say, or gives a date."""
+    """The seconds of `Retry-After`; 0 if it is missing or a date."""
     response = getattr(error, "response", None)
     asked = response.headers.get("retry-after", "") if response is not None else ""
     return min(float(asked), LONGEST_RETRY_AFTER) if asked.isdigit() else 0.0

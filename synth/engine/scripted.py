@@ -1,9 +1,8 @@
-"""An engine without a model: its answer follows from the prompt's ids, and its faults can be switched on.
+"""An engine without a model, for tests and rehearsals: its answers follow from the prompt, its faults from settings.
 
-It quotes: each pair asks what stands behind a few words of the last context of the prompt. It stands in for a real
-engine in tests and rehearsals, so it has as many places as one, a request holds one for `faults.latency_seconds`, give
-or take half, and cached prompt tokens are what an endless prefix cache would have reused of the same group's former
-request.
+Each pair asks for the word after a few words of the prompt's last context. A request holds a place for
+`faults.latency_seconds`, give or take half. Cached prompt tokens are those that an unlimited prefix cache would reuse
+of the same group's last request.
 """
 
 import asyncio
@@ -18,9 +17,7 @@ from synth.config import FaultSettings, SynthesizerSettings
 from synth.engine.base import Completion, EngineDied, GenerationRequest, Places, RequestFailed, time_limit
 from synth.format.wire import ANSWER_TAG, END_TAG, PAIR_SEPARATOR, QUESTION_TAG, pair_text, wire_pair
 
-# Groups whose last request is remembered, a concurrent one each: latency spreads by a factor of three, so no group is
-# forgotten between two of its own requests.
-REMEMBERED = 8
+REMEMBERED = 8  # groups per place whose last request is remembered: latencies differ by a factor of three at most
 
 
 class ScriptedEngine:
@@ -40,16 +37,15 @@ class ScriptedEngine:
         await self._take_time(rng, request.priority)
         context = last_context(self.tokenizer, prompt_ids)
         if context.endswith(ANSWER_TAG):
-            return self._answer(context, prompt_ids)
+            return self._answer_question(context, prompt_ids)
         pairs = [pair_text(pair) for pair in quote_pairs(context, rng)]
         if rng.random() < self.faults.malformed:
             broken = rng.randrange(len(pairs))
             pairs[broken] = malform(pairs[broken], rng)
         ids = self.tokenizer.encode(PAIR_SEPARATOR.join(pairs), continuing=True)
-        room = request.max_new_tokens
+        room = request.max_new_tokens  # the closing EOS takes one of them
         if rng.random() < self.faults.truncated:
             room = min(room, rng.randrange(len(ids)))
-        # The closing EOS takes a token of the room too.
         finish_reason, ids = ("stop" if len(ids) < room else "length"), ids[:room]
         chain = request.id.split("/")[0]
         cached = common_prefix(self._last.get(chain, []), prompt_ids)
@@ -63,24 +59,24 @@ class ScriptedEngine:
     async def _work(self, rng: Random) -> None:
         self._asked += 1
         if self.faults.dies_at is not None and self._asked >= self.faults.dies_at:
-            raise EngineDied("the scripted engine died as it was told to")
+            raise EngineDied("the scripted engine died (faults.dies_at)")
         await asyncio.sleep(self.faults.latency_seconds * rng.uniform(0.5, 1.5))
         fault = rng.random()
         if fault < self.faults.error:
             raise RequestFailed("scripted error")
         if fault < self.faults.error + self.faults.timeout:
-            await asyncio.get_running_loop().create_future()  # nobody will ever set it
+            await asyncio.get_running_loop().create_future()  # never done
 
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
-        """A token costs 0.1 nats, and up to 3 more by the share of the answer's words that the context lacks."""
+        """Per token -0.1 nats, and up to -3 more by the share of the answer's words that the context lacks."""
         await self._take_time(draw(0, digest([prompt_ids, answer_ids])), 0)
         known = set(last_context(self.tokenizer, prompt_ids).partition(QUESTION_TAG)[0].split())
-        told = self.tokenizer.decode(answer_ids).removesuffix(END_TAG).split()
-        missing = sum(word not in known for word in told) / max(1, len(told))
+        answered = self.tokenizer.decode(answer_ids).removesuffix(END_TAG).split()
+        missing = sum(word not in known for word in answered) / max(1, len(answered))
         return -len(answer_ids) * (0.1 + 3 * missing)
 
-    def _answer(self, asked: str, prompt_ids: list[int]) -> Completion:
-        """What the context holds behind the words that the question quotes, or its first word."""
+    def _answer_question(self, asked: str, prompt_ids: list[int]) -> Completion:
+        """The word of the context after those that the question quotes, or its first word."""
         context, _, question = asked.rpartition(QUESTION_TAG)
         words, before = context.split() or ["nothing"], question.partition('"')[2].partition('"')[0].split()
         ends = [end for end in range(len(words)) if words[max(0, end - len(before)) : end] == before]
@@ -103,14 +99,14 @@ def common_prefix(one: list[int], other: list[int]) -> int:
 
 
 def last_context(tokenizer: Tokenizer, prompt_ids: list[int]) -> str:
-    """The text of the example that the prompt leaves open: what stands behind its last BOS, without the tags."""
+    """The text of the open example: after the prompt's last BOS, without the tags."""
     starts = [place for place, token in enumerate(prompt_ids) if token == tokenizer.bos_id]
     opened = tokenizer.decode(prompt_ids[starts[-1] + 1 if starts else 0 :])
     return opened.strip().removeprefix("<CON>").removesuffix("</CON>").strip()
 
 
 def quote_pairs(context: str, rng: Random) -> list[Pair]:
-    """One to four pairs of the four formats; every answer stands in the context."""
+    """One to four pairs of the four formats; every answer is a word of the context."""
     words = context.split() or ["nothing"]
     pairs = []
     for place in rng.sample(range(len(words)), min(len(words), rng.randint(1, 4))):

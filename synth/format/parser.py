@@ -1,8 +1,8 @@
-"""Reads pairs back out of what a synthesizer wrote: strict, total, every refusal with a reason.
+"""Parses pairs from completions of a synthesizer. Every rejected pair has a reason.
 
-Guaranteed: no string raises; record i ends at the i-th `</END>` of the text, and a last record holds what stands behind
-the last `</END>` if that is more than blank; an accepted pair written by `pair_text` is read back unchanged. Rejected
-pairs keep their strings: question and answer where the two could be told apart, else everything in `question`.
+Guaranteed: no string raises; record i ends at the i-th `</END>` of the text, and text after the last `</END>` is a last
+record unless blank; an accepted pair written by `pair_text` is read back unchanged. A rejected pair keeps its text, in
+`question` if question and answer cannot be separated.
 Not guaranteed: that an answer is true or grounded (`synth verify` scores that).
 """
 
@@ -45,12 +45,12 @@ CONTEXT_TAG = re.compile(r"</?CON>")
 
 
 def parse_completion(text: str, finished: bool) -> list[Pair]:
-    """The pairs of one completion, accepted and rejected, in order; `finished`: the model ended it by itself."""
-    *pieces, tail = text.split(END_TAG)
+    """The pairs of one completion, accepted and rejected, in order. `finished`: it ended with EOS."""
+    *records, tail = text.split(END_TAG)
     pairs: list[Pair] = []
     seen: set[tuple[str, ...]] = set()
-    for piece in pieces:
-        pair = read_pair(piece)
+    for record in records:
+        pair = read_pair(record)
         key = question_key(pair)
         if pair.accepted and key in seen:
             pair = reject(pair, "duplicate_question")
@@ -58,31 +58,25 @@ def parse_completion(text: str, finished: bool) -> list[Pair]:
             seen.add(key)
         pairs.append(pair)
     if tail.strip():
-        pairs.append(rejected(tail_reason(tail, finished), tail.strip()))
+        has_tag = QUESTION_TAG in tail or ANSWER_TAG in tail
+        reason: Reason = "truncated" if not finished else "unclosed" if has_tag else "leftover_text"
+        pairs.append(rejected(reason, tail.strip()))
     return pairs
 
 
-def tail_reason(tail: str, finished: bool) -> Reason:
-    if not finished:
-        return "truncated"
-    return "unclosed" if QUESTION_TAG in tail or ANSWER_TAG in tail else "leftover_text"
-
-
-def read_pair(piece: str) -> Pair:
+def read_pair(record: str) -> Pair:
     """The pair in the text between two closing tags."""
-    if reason := tag_fault(piece):
-        return rejected(reason, piece.strip())
-    question, _, answer = piece.partition(QUESTION_TAG)[2].partition(ANSWER_TAG)
+    if reason := tag_fault(record):
+        return rejected(reason, record.strip())
+    question, _, answer = record.partition(QUESTION_TAG)[2].partition(ANSWER_TAG)
     question, answer = question.strip(), answer.strip()
-    if not answer:
-        return rejected("empty_answer", question)
-    return read_format(question, answer)
+    return read_format(question, answer) if answer else rejected("empty_answer", question)
 
 
-def tag_fault(piece: str) -> Reason | None:
-    if QUESTION_TAG not in piece:
+def tag_fault(record: str) -> Reason | None:
+    before, question_tag, inside = record.partition(QUESTION_TAG)
+    if not question_tag:
         return "no_question"
-    before, _, inside = piece.partition(QUESTION_TAG)
     if before.strip():
         return "leftover_text"
     if QUESTION_TAG in inside or CONTEXT_TAG.search(inside):
@@ -94,7 +88,7 @@ def tag_fault(piece: str) -> Reason | None:
 
 
 def read_format(question: str, answer: str) -> Pair:
-    """The pair with its format, options and rationale; rejected where the two sides do not fit."""
+    """The pair with its format, options and rationale; rejected if question and answer do not fit."""
     pair = Pair(question=question, answer=answer)
     if reason := read_rationale(pair) or read_options(pair):
         return reject(pair, reason)
@@ -107,26 +101,23 @@ def read_format(question: str, answer: str) -> Pair:
 
 
 def read_rationale(pair: Pair) -> Reason | None:
-    """Fills `rationale` when both cues stand where they belong."""
-    # An empty stem has lost the line break before its cue to stripping.
-    asked = f"\n{pair.question}".count(COT_CUE)
-    told = pair.answer.count(ANSWER_CUE)
-    if not asked and not told:
+    """Sets `rationale` if both cues are in their places."""
+    question = f"\n{pair.question}"  # stripping removes the line break of a cue after an empty stem
+    cues = question.count(COT_CUE), pair.answer.count(ANSWER_CUE)
+    if cues == (0, 0):
         return None
     rationale, _, final = pair.answer.partition(ANSWER_CUE)
-    whole = asked == 1 and told == 1 and f"\n{pair.question}".endswith(COT_CUE)
-    if not (whole and rationale.strip() and final.strip()):
+    if cues != (1, 1) or not (question.endswith(COT_CUE) and rationale.strip() and final.strip()):
         return "cot_malformed"
     pair.rationale = rationale
     return None
 
 
 def read_options(pair: Pair) -> Reason | None:
-    """Fills `options` from the lines behind 'Options:'."""
-    question = f"\n{pair.question}".removesuffix(COT_CUE)
-    if OPTIONS_CUE not in question:
+    """Sets `options` from the lines after 'Options:'."""
+    _, cue, listing = f"\n{pair.question}".removesuffix(COT_CUE).partition(OPTIONS_CUE)
+    if not cue:
         return None
-    _, _, listing = question.partition(OPTIONS_CUE)
     before, *options = listing.split(OPTION_MARK)
     if before.strip() or len(options) < 2 or len({option.strip() for option in options}) < len(options):
         return "options_malformed"
@@ -139,7 +130,7 @@ def read_options(pair: Pair) -> Reason | None:
 
 
 def gold_option(pair: Pair) -> int | None:
-    """The index of the option that the answer names; one closing period may be too many or missing."""
+    """The index of the option that the answer names, up to one closing period."""
     answer = final_answer(pair)
     if answer in pair.options:
         return pair.options.index(answer)
@@ -148,7 +139,7 @@ def gold_option(pair: Pair) -> int | None:
 
 
 def question_key(pair: Pair) -> tuple[str, ...]:
-    """What makes two questions the same: stem and options, without case, spaces and the options' order."""
+    """Equal for questions that differ only in case, spaces and the order of options."""
     return plain(question_stem(pair)), *sorted(plain(option) for option in pair.options)
 
 
@@ -161,5 +152,5 @@ def rejected(reason: Reason, question: str, answer: str = "") -> Pair:
 
 
 def reject(pair: Pair, reason: Reason) -> Pair:
-    """The same pair, marked; what was parsed stays."""
+    """The pair with its parsed fields and this reason."""
     return msgspec.structs.replace(pair, verdict="rejected", reason=reason)

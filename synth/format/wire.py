@@ -1,6 +1,6 @@
-"""The wire format between texts, pairs and the synthesizer: literal strings, and the tokens of a few-shot prompt.
+"""The text format of prompts, answers and tuning documents.
 
-Guaranteed: tuning documents, prompts and the parser agree on one format to the byte (the paper's Table 7):
+Guaranteed: tuning documents, prompts and the parser use the same strings (the paper's Table 7):
 
     <s> <CON> text </CON>
 
@@ -8,11 +8,9 @@ Guaranteed: tuning documents, prompts and the parser agree on one format to the 
 
     <QUE> question <ANS> answer </END></s><s> <CON> next text </CON> ...
 
-BOS and EOS are control tokens and never text; BOS stands once an example. The prompt of round r+1 is the prompt of
-round r, the tokens that came back up to the last accepted `</END>`, and EOS, unchanged, so that an engine's prefix
-cache hits. A raw text's own tags are broken in its block (`shown`), in tuning documents and prompts alike: no text ends
-its block or holds what looks like a pair. Not guaranteed: that a pair built by `wire_pair` holds no tag of its own;
-`parse_completion` tells.
+BOS and EOS are control tokens and never text; an example has one BOS. The tags of a raw text are broken in its block
+(`shown`), in tuning documents and prompts: no text ends its block or contains a pair.
+Not guaranteed: that a pair built by `wire_pair` contains no tag; `parse_completion` rejects it then.
 """
 
 from __future__ import annotations
@@ -24,12 +22,12 @@ from functools import lru_cache
 
 from ipt_jax.corpus.records import Format, Pair, Segment
 
-FORMAT = 1  # part of a run's identity: to be raised when this module, the parser or the grouping makes something else
+FORMAT = 1  # part of a run's identity: raise it when this module, the parser or the grouping changes its results
 QUESTION_TAG = "<QUE>"
 ANSWER_TAG = "<ANS>"
 END_TAG = "</END>"
-TAGS = frozenset({"<con>", "</con>", "<que>", "<ans>", "</end>"})  # as `plain_letter` spells them
-LESS = re.compile("[<＜﹤≮]")  # all that a normalizer may turn into '<'
+TAGS = frozenset({"<con>", "</con>", "<que>", "<ans>", "</end>"})  # after `plain_letter`
+LESS = re.compile("[<＜﹤≮]")  # letters that a normalizer may turn into '<'
 PAIR_SEPARATOR = "\n\n"
 OPTIONS_CUE = "\nOptions:"
 OPTION_MARK = "\n- "
@@ -38,21 +36,21 @@ ANSWER_CUE = "\nTherefore, the answer is "
 
 
 def context_block(text: str) -> str:
-    """'abc' -> ' <CON> abc </CON>\\n\\n'; no tag of the text's own stands in it."""
+    """'abc' -> ' <CON> abc </CON>\\n\\n', with the text's own tags broken."""
     return f" <CON> {shown(text)} </CON>{PAIR_SEPARATOR}"
 
 
 def shown(text: str) -> str:
-    """A raw text as a block shows it: stripped, and each tag of the format broken by a space behind its '<'.
+    """A raw text in its block: stripped, with a space after the '<' of each tag. '</END>' -> '< /END>'
 
-    '</END>' -> '< /END>'. What a tokenizer's normalizer might turn into a tag (other widths or cases, accents,
-    invisible characters between the letters) counts as one. The record keeps the text as it is.
+    Text that a tokenizer's normalizer might turn into a tag counts as one: other widths or cases, accents, invisible
+    characters between the letters. The record keeps the text unchanged.
     """
     return LESS.sub(lambda less: less[0] + " " * opens_tag(text, less.start()), text).strip()
 
 
 def opens_tag(text: str, place: int) -> bool:
-    """Whether the text from `place` on is a tag of the format, or could be normalized into one."""
+    """Whether a tag of the format begins at `place`, or text that could be normalized into one."""
     seen = ""
     for at in range(place, len(text)):
         seen += plain_letter(text[at])
@@ -65,7 +63,7 @@ def opens_tag(text: str, place: int) -> bool:
 
 @lru_cache(maxsize=1024)
 def plain_letter(letter: str) -> str:
-    """The letter without case, width and accents; nothing for marks and for control and format characters."""
+    """The letter without case, width and accents. Empty for marks, control and format characters."""
     apart = unicodedata.normalize("NFKD", letter).casefold()
     return "".join(one for one in apart if unicodedata.category(one)[0] not in "CM")
 
@@ -80,7 +78,7 @@ def pairs_text(pairs: Sequence[Pair]) -> str:
 
 
 def wire_pair(question: str, answer: str, options: Sequence[str] | None = None, rationale: str | None = None) -> Pair:
-    """Builds the strings of one of the four formats; `answer` is the final answer (for choices the option's text)."""
+    """A pair of one of the four formats. `answer` is the final answer, for choices the text of the option."""
     options = list(options or [])
     wired = question
     if options:
@@ -111,7 +109,7 @@ def final_answer(pair: Pair) -> str:
 
 
 def example_segments(text: str, pairs: Sequence[Pair]) -> list[Segment]:
-    """One example of a tuning document: BOS, the context (no loss), the pairs (loss), EOS (loss: it ends the list)."""
+    """One example of a tuning document: BOS, the context (no loss), the pairs (loss), EOS (loss)."""
     segments = [Segment(loss=False, control="bos"), Segment(text=context_block(text), loss=False)]
     if pairs:
         segments.append(Segment(text=pairs_text(pairs), loss=True))

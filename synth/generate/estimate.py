@@ -1,9 +1,9 @@
-"""`synth run --estimate N`: what a whole run would take and give, from N texts a few-shot length M = 1, 2 and 3.
+"""`synth run --estimate N`: time, cost and pairs of a full run, estimated from N texts for each of M = 1, 2 and 3.
 
-Guaranteed: nothing is written; the texts are drawn from (seed, id); each M has texts of its own where the corpus has
-enough, so that no M finds another's prompts in the engine's prefix cache. The engine, the prompts and the parser are
-those of the run. Figures for the corpus are ratios of the sample times its texts; their standard errors are over
-groups and cover the draw of the texts alone, not the speed of another machine.
+Guaranteed: nothing is written; the texts are drawn from (seed, id); each M has its own texts if the corpus has enough,
+so no M finds another's prompts in the engine's prefix cache. Engine, prompts and parser are those of the run. Figures
+for the corpus are ratios of the sample times the number of texts. Their standard errors are over groups: they cover the
+draw of the texts, not the speed of another machine.
 """
 
 import asyncio
@@ -23,7 +23,8 @@ from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.sources import plan_units
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
-from synth.engine import Engine, open_engine, synthesizer_tokenizer
+from synth.engine import open_engine, synthesizer_tokenizer
+from synth.engine.base import Engine
 from synth.format.wire import pairs_text
 from synth.generate.few_shot import Chain, make_chain
 from synth.generate.group_store import failed_texts, tally
@@ -32,21 +33,21 @@ from synth.generate.work_list import Place, Text, read_texts
 from synth.groups import Group, group_key, make_group, neighbours, rejection_counts
 
 ROUNDS = (1, 2, 3)
-FULL = 4  # groups for each place of the engine, below which its filling and emptying weigh on the speed
+FULL = 4  # groups per place of the engine, below which its filling and emptying distort the speed
 SCALED = ("pairs", "tokens", "completion_tokens")  # `tokens`: of texts and accepted pairs, without templates
 
 
 class Sample(NamedTuple):
-    """Texts in corpus order for each M, and how many texts the corpus has."""
+    """Texts in corpus order for each M, and the number of texts of the corpus."""
 
     texts: dict[int, list[Text]]
     corpus_texts: int
 
 
 class Trial(NamedTuple):
-    """What one M made of its groups: what was asked, what came, how long it took."""
+    """The groups of one M: texts per group, answers, and seconds for all."""
 
-    asked: list[Group]
+    sizes: list[int]
     answers: list[SynthGroup]
     seconds: float
 
@@ -58,23 +59,22 @@ def run_estimate(settings: RunSettings, size: int, price_per_hour: float | None)
     sample = draw_sample(settings, size, tokenizer)
     engine = open_engine(settings.synthesizer, tokenizer)
     trials = asyncio.run(run_trials(engine, chain, settings, sample))
-    figures = {
-        str(rounds): describe(trial, settings, sample.corpus_texts, tokenizer, price_per_hour)
-        for rounds, trial in trials.items()
-    }
     return {
         "texts": sample.corpus_texts,
         "sample_texts": {str(rounds): len(texts) for rounds, texts in sample.texts.items()},
         "engine": settings.synthesizer.engine,
         "gpus": settings.synthesizer.tensor_parallel_size,
         "price_per_hour": price_per_hour,
-        "rounds": figures,
+        "rounds": {
+            str(rounds): describe(trial, settings, sample.corpus_texts, tokenizer, price_per_hour)
+            for rounds, trial in trials.items()
+        },
         "uncertainty": uncertainty(trials, engine.places),
     }
 
 
 def draw_sample(settings: RunSettings, size: int, tokenizer: Tokenizer) -> Sample:
-    """`size` texts for each M, all different; a third of the corpus each where it has fewer than three times `size`."""
+    """`size` different texts for each M; a third of the corpus each if it has fewer than three times `size`."""
     count = 0
 
     def counted() -> Iterator[Text]:
@@ -92,7 +92,7 @@ def draw_sample(settings: RunSettings, size: int, tokenizer: Tokenizer) -> Sampl
     if len(drawn) < (least := len(ROUNDS) * max(ROUNDS)):
         raise UserError(
             f"--estimate {size}: corpus {settings.corpus.path} has {count} texts to convert, expected {least}, a group "
-            "of three for each M; run a corpus this small as it is"
+            "of three for each M; run without --estimate"
         )
     parts = {
         rounds: sorted(drawn[first :: len(ROUNDS)], key=lambda text: text.place) for first, rounds in enumerate(ROUNDS)
@@ -101,61 +101,61 @@ def draw_sample(settings: RunSettings, size: int, tokenizer: Tokenizer) -> Sampl
 
 
 async def run_trials(engine: Engine, chain: Chain, settings: RunSettings, sample: Sample) -> dict[int, Trial]:
-    """One trial after the other on one engine, and before them a group that counts for none: engines start slowly."""
+    """Runs one trial after the other on one engine, after a warm-up group that is not counted."""
     trials = {}
     words = sample.texts[1][0].document.text.split()
     warm_up = make_group(0, [Document("warm up", "", "raw", [Segment(" ".join(reversed(words)))])])
     try:
         with Progress(sum(map(len, sample.texts.values())), "texts", "synth run: estimate") as progress:
-            await run_trial(engine, chain, [warm_up])
+            await run_groups(engine, chain, iter([warm_up]), lambda *_: None)
             for rounds, texts in sample.texts.items():
                 together = neighbours(texts, rounds, lambda text: group_key(text.document, settings.grouping))
+                trial = Trial([], [], 0.0)
+
+                def put(group: Group, answer: SynthGroup, trial: Trial = trial) -> None:
+                    trial.sizes.append(len(group.texts))
+                    trial.answers.append(answer)
+                    progress.advance(len(group.texts))
+
                 groups = [
                     make_group(number, [text.document for text in group], [text.span for text in group])
                     for number, group in enumerate(together)
                 ]
-                trials[rounds] = await run_trial(engine, chain, groups, progress)
+                started = time.monotonic()
+                await run_groups(engine, chain, iter(groups), put)
+                trials[rounds] = trial._replace(seconds=time.monotonic() - started)
     finally:
         await engine.close()
     return trials
 
 
-async def run_trial(engine: Engine, chain: Chain, groups: list[Group], progress: Progress | None = None) -> Trial:
-    trial = Trial([], [], 0.0)
-
-    def put(group: Group, answer: SynthGroup) -> None:
-        trial.asked.append(group)
-        trial.answers.append(answer)
-        if progress is not None:
-            progress.advance(len(group.texts))
-
-    started = time.monotonic()
-    await run_groups(engine, chain, iter(groups), put)
-    return trial._replace(seconds=time.monotonic() - started)
-
-
 def describe(
     trial: Trial, settings: RunSettings, corpus_texts: int, tokenizer: Tokenizer, price: float | None
 ) -> dict[str, Any]:
-    """The figures of one M: of its sample, and for the corpus with standard errors (None where one group is all)."""
+    """The figures of one M: of its sample, and for the corpus with standard errors (None for a single group)."""
     rows = [measure(answer, tokenizer) for answer in trial.answers]
-    sizes = [len(group.texts) for group in trial.asked]
+    texts = sum(trial.sizes)
     total = {name: sum(row[name] for row in rows) for name in rows[0]}
-    hours = trial.seconds / 3600 / sum(sizes) * corpus_texts * settings.synthesizer.tensor_parallel_size
-    # An engine's time goes with the tokens that it writes; texts that make it write more make it work longer.
-    share = relative_error([row["completion_tokens"] for row in rows], sizes)
-    corpus: dict[str, dict[str, float | None]] = {"gpu_hours": scaled(hours, share)}
+
+    def scaled(value: float, spread_of: str) -> dict[str, float | None]:
+        error = relative_error([row[spread_of] for row in rows], trial.sizes)
+        return {
+            "value": float(f"{value:.4g}"),
+            "standard_error": None if error is None else float(f"{value * error:.4g}"),
+        }
+
+    hours = trial.seconds / 3600 / texts * corpus_texts * settings.synthesizer.tensor_parallel_size
+    # An engine's time follows the tokens that it writes.
+    corpus = {"gpu_hours": scaled(hours, "completion_tokens")}
     if price is not None:
-        corpus["dollars"] = scaled(hours * price, share)
-    for name in SCALED:
-        values = [row[name] for row in rows]
-        corpus[name] = scaled(total[name] / sum(sizes) * corpus_texts, relative_error(values, sizes))
+        corpus["dollars"] = scaled(hours * price, "completion_tokens")
+    corpus |= {name: scaled(total[name] / texts * corpus_texts, name) for name in SCALED}
     return {
         "groups": len(rows),
         "seconds": round(trial.seconds, 3),
         "tokens_per_second": round(total["completion_tokens"] / trial.seconds, 1),
         "cache_hit_rate": ratio(total["cached_prompt_tokens"], total["prompt_tokens"]),
-        "pairs_per_text": ratio(total["pairs"], sum(sizes)),
+        "pairs_per_text": ratio(total["pairs"], texts),
         "well_formed": ratio(total["pairs"], total["written"]),
         "failed_texts": total["failed"],
         "corpus": corpus,
@@ -165,8 +165,8 @@ def describe(
 def measure(answer: SynthGroup, tokenizer: Tokenizer) -> dict[str, int]:
     """The figures of one group."""
     counts = tally(answer)
-    kept = [pairs_text(text.accepted_pairs) for text in answer.texts]
-    ids = tokenizer.encode_batch([text.text for text in answer.texts] + kept)
+    accepted = [pairs_text(text.accepted_pairs) for text in answer.texts]
+    ids = tokenizer.encode_batch([text.text for text in answer.texts] + accepted)
     names = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens", "pairs")
     return {
         **{name: counts[name] for name in names},
@@ -177,7 +177,7 @@ def measure(answer: SynthGroup, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def relative_error(values: Sequence[float], sizes: Sequence[int]) -> float | None:
-    """The standard error of sum(values) / sum(sizes), as a share of it, over groups drawn alike."""
+    """The relative standard error of the ratio sum(values) / sum(sizes) over groups drawn alike."""
     total, count = sum(values), len(values)
     if count < 2 or not total:
         return None
@@ -186,51 +186,40 @@ def relative_error(values: Sequence[float], sizes: Sequence[int]) -> float | Non
     return sqrt(count / (count - 1) * squares) / total
 
 
-def scaled(value: float, error: float | None) -> dict[str, float | None]:
-    return {"value": four_digits(value), "standard_error": None if error is None else four_digits(value * error)}
-
-
-def four_digits(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def ratio(part: float, whole: float) -> float:
-    return round(part / whole, 4) if whole else 0.0
+def ratio(part: float, total: float) -> float:
+    return round(part / total, 4) if total else 0.0
 
 
 def uncertainty(trials: dict[int, Trial], places: int) -> str:
-    """What the figures can and cannot tell, in a sentence or two; the engine works on `places` groups at once."""
-    fewest = min(len(trial.asked) for trial in trials.values())
-    told = (
+    """What the figures cover, in a sentence or two. The engine answers `places` requests at once."""
+    fewest = min(len(trial.sizes) for trial in trials.values())
+    words = (
         f"± is one standard error over the groups of the sample ({fewest} or more for each M): it covers which texts "
         "were drawn, and neither another machine nor other work on this one."
     )
     if fewest < FULL * places:
-        told += (
-            f" The engine takes {places} groups at once, so {fewest} fill it for a part of the time only: a whole run "
-            "is faster than this and GPU-hours are an upper bound; "
-            f"--estimate {FULL * places * max(ROUNDS)} tells them better."
+        words += (
+            f" The engine takes {places} groups at once, and {fewest} fill it only for a part of the time: a full run "
+            f"is faster and GPU-hours are an upper bound; --estimate {FULL * places * max(ROUNDS)} is more precise."
         )
-    return told
+    return words
 
 
 def show_estimate(result: dict[str, Any]) -> None:
-    """The figures as a table, a column for each M."""
-    columns = result["rounds"]
-    table = Table("", *(f"M = {rounds}" for rounds in columns), box=None, pad_edge=False)
-    first = next(iter(columns.values()))
+    """Prints the figures as a table with one column for each M."""
+
+    def with_error(figure: dict[str, float]) -> str:
+        error = figure["standard_error"]
+        return format_rate(figure["value"]) + ("" if error is None else f" ± {format_rate(error)}")
+
+    columns = result["rounds"].values()
+    table = Table("", *(f"M = {rounds}" for rounds in result["rounds"]), box=None, pad_edge=False)
+    first = next(iter(columns))
     for name in (name for name in first if name != "corpus"):
-        table.add_row(name.replace("_", " "), *(f"{one[name]:,.4g}" for one in columns.values()))
-    table.add_row(f"for {result['texts']:,} texts", *("" for _ in columns), style="bold")
+        table.add_row(name.replace("_", " "), *(f"{one[name]:,.4g}" for one in columns))
+    table.add_row(f"for {result['texts']:,} texts", style="bold")
     for name in first["corpus"]:
-        table.add_row(name.replace("_", " "), *(with_error(one["corpus"][name]) for one in columns.values()))
+        table.add_row(name.replace("_", " "), *(with_error(one["corpus"][name]) for one in columns))
     console = Console(highlight=False)
     console.print(table)
     console.print(result["uncertainty"])
-
-
-def with_error(figure: dict[str, float | None]) -> str:
-    """'12,340 ± 560'"""
-    value, error = figure["value"], figure["standard_error"]
-    assert value is not None
-    return format_rate(value) + ("" if error is None else f" ± {format_rate(error)}")

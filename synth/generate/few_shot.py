@@ -20,7 +20,7 @@ from ipt_jax.corpus.records import Document, GroupText, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.collect.run import DataSet, read_examples
 from synth.config import RunSettings, SynthesizerSettings
-from synth.engine import Completion, Engine, GenerationRequest, RequestFailed, with_retries
+from synth.engine.base import Completion, Engine, GenerationRequest, RequestFailed, with_retries
 from synth.format.parser import parse_completion
 from synth.format.prompt import Prompt, context_tokens
 from synth.format.truncate import Span, fit_text, surely_fits

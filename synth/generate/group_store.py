@@ -7,10 +7,9 @@ its groups in corpus order. The figures of a run are sums over its records, so t
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import TEMPORARY, sync_directory, writing
@@ -18,7 +17,7 @@ from ipt_jax.core.progress import Progress
 from ipt_jax.core.stage import Output, damage
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import read_shard
-from synth.engine import FAILURES
+from synth.engine.base import FAILURES
 from synth.generate.journal import Journal
 from synth.generate.work_list import WorkList
 from synth.groups import count_verdicts, counts_under, rejection_counts
@@ -26,7 +25,7 @@ from synth.verify.verifier import tally_scores
 
 DROPPED = "dropped."
 DETAILS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens", "recoded_tokens")  # of a group's meta
-NAMED_REASONS = 3  # in the progress line
+NAMED_REASONS = 3  # of rejection, in the progress line
 REFRESH_SECONDS = 0.5
 
 
@@ -56,7 +55,7 @@ class GroupStore:
         """Closes all journals, so that workers can open them."""
         for shard in list(self._open):
             self.counts.subtract(self._open[shard].counts)
-            self._open.pop(shard).journal.close()
+            self._open.pop(shard).close()
 
     def journal_path(self, shard: int) -> Path:
         return journal_path(self.output, shard)
@@ -67,33 +66,32 @@ class GroupStore:
 
     def __contains__(self, index: int) -> bool:
         shard, place = divmod(index, self.groups_per_shard)
-        return shard in self.output.entries or (shard in self._open and place in self._open[shard].journal)
+        return shard in self.output.entries or (shard in self._open and place in self._open[shard])
 
     def put(self, index: int, group: SynthGroup) -> None:
         shard, place = divmod(index, self.groups_per_shard)
         if shard not in self._open:
             self._open[shard] = OpenShard(self.journal_path(shard))
-        self.counts.update(self._open[shard].append(place, group))
+        self.counts.update(self._open[shard].put(place, group))
         self._seal_if_full(shard)
 
     def _seal_if_full(self, shard: int) -> None:
         held = self._open[shard]
         size = min(self.groups_per_shard, self.work_list.groups - shard * self.groups_per_shard)
-        if len(held.journal) < size:
+        if len(held) < size:
             return
-        counts = dict(sorted(held.counts.items()))
-        dropped = counts_under(counts, DROPPED)
-        counts = {name: count for name, count in counts.items() if not name.startswith(DROPPED)}
+        dropped = counts_under(held.counts, DROPPED)
+        counts = {name: count for name, count in held.counts.items() if not name.startswith(DROPPED)}
         if shard == 0:  # rows that were dropped before groups were formed are counted once
             dropped = dict(Counter(dropped) + Counter(self.work_list.dropped))
-        records = (held.journal.read(place) for place in range(size) if place not in held.empty)
+        records = (held.read(place) for place in range(size) if place not in held.empty)
         self.output.seal(shard, self.shards, records, counts=counts, dropped=dropped)
-        self._open.pop(shard).journal.close()
+        self._open.pop(shard).close()
         self.journal_path(shard).unlink()
 
     def close(self) -> None:
         for held in self._open.values():
-            held.journal.close()
+            held.close()
 
     def remove_journals(self) -> None:
         """Removes their folder, which is empty once every shard is sealed."""
@@ -110,19 +108,19 @@ def journal_path(output: Output, shard: int) -> Path:
     return output.path / "spool" / f"{shard:05d}.spool"
 
 
-class OpenShard:
-    """A journal and the sums over its groups. `empty`: places of groups without texts, counted but not stored."""
+class OpenShard(Journal):
+    """A journal with the sums over its groups. `empty`: places of groups without texts, counted but not stored."""
 
     def __init__(self, path: Path) -> None:
-        self.journal = Journal(path)
+        super().__init__(path)
         self.counts: Counter[str] = Counter()
         self.empty: set[int] = set()
-        for place in self.journal:
-            self._count(place, decode(self.journal.read(place), SynthGroup))
+        for place in self:
+            self._count(place, decode(self.read(place), SynthGroup))
 
-    def append(self, place: int, group: SynthGroup) -> Counter[str]:
+    def put(self, place: int, group: SynthGroup) -> Counter[str]:
         """Stores the group; returns its figures."""
-        self.journal.append(place, encode(group))
+        self.append(place, encode(group))
         return self._count(place, group)
 
     def _count(self, place: int, group: SynthGroup) -> Counter[str]:
@@ -157,36 +155,24 @@ def failed_texts(counts: Mapping[str, int]) -> dict[str, int]:
 # ---- progress
 
 
-class RunProgress:
-    """Shows the figures of all stored groups and the speed of this call. Cheap enough to call for every group."""
+@contextmanager
+def show_progress(store: GroupStore, **fixed: object) -> Iterator[Callable[[], None]]:
+    """Shows the figures of all stored groups and the speed of this call. Yields the function that refreshes them."""
+    began, tokens, shown = time.monotonic(), store.counts["completion_tokens"], 0.0
+    with Progress(store.work_list.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
 
-    def __init__(self, store: GroupStore, **fixed: object) -> None:
-        self._progress = Progress(store.work_list.texts, "texts", "synth run", done=store.counts["texts"])
-        self._counts, self._fixed = store.counts, fixed
-        self._texts = store.counts["texts"]
-        self._tokens = store.counts["completion_tokens"]
-        self._began = self._shown = time.monotonic()
+        def refresh(least_seconds: float = REFRESH_SECONDS) -> None:
+            nonlocal shown
+            if (now := time.monotonic()) - shown >= least_seconds:
+                shown = now
+                speed = round((store.counts["completion_tokens"] - tokens) / max(now - began, 1e-9))
+                new = store.counts["texts"] - progress.done
+                progress.advance(new, **figures(store.counts), new_tokens_per_second=speed, **fixed)
 
-    def __enter__(self) -> Self:
-        self._progress.__enter__()
-        return self
-
-    def refresh(self) -> None:
-        if time.monotonic() - self._shown >= REFRESH_SECONDS:
-            self._show()
-
-    def _show(self) -> None:
-        self._shown = time.monotonic()
-        new, seconds = self._counts["completion_tokens"] - self._tokens, max(self._shown - self._began, 1e-9)
-        speed = {"new_tokens_per_second": round(new / seconds)}
-        self._progress.advance(self._counts["texts"] - self._texts, **figures(self._counts), **speed, **self._fixed)
-        self._texts = self._counts["texts"]
-
-    def __exit__(
-        self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._show()
-        self._progress.__exit__(error, value, trace)
+        try:
+            yield refresh
+        finally:
+            refresh(0)
 
 
 def figures(counts: Counter[str]) -> dict[str, object]:

@@ -1,8 +1,8 @@
-"""An append-only file of finished groups, from which a shard is sealed: a kill costs only what was in flight.
+"""An append-only file of finished groups, from which a shard is sealed: a kill costs only the groups in flight.
 
-Each record carries its length, its place in the shard and a CRC-32 of place and bytes, and reaches the kernel in one
-write. Opening reads what is whole and cuts off a torn tail (a kill in the middle of a write, a lost page after a power
-cut). One writer a file: a lock that dies with its process.
+Each record has its length, its place in the shard and a CRC-32 of place and bytes, and is written by one call. Opening
+reads the complete records and truncates a torn tail (a kill during a write, a lost page after a power failure). One
+writer per file: a lock that ends with its process.
 """
 
 import fcntl
@@ -17,11 +17,11 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import writing
 
 HEADER = struct.Struct("<III")  # payload bytes, place in the shard, CRC-32
-LOCK_SECONDS = 10.0  # a killed driver's worker may hold its spool for a moment longer
+LOCK_SECONDS = 10.0  # the worker of a killed driver may hold its journal for a moment
 
 
 class Journal:
-    """The groups of one shard in order of completion; `read` finds them by place."""
+    """The groups of one shard in order of completion, found by place."""
 
     def __init__(self, path: Path, lock_seconds: float = LOCK_SECONDS) -> None:
         self.path, self._lock_seconds = path, lock_seconds
@@ -44,7 +44,7 @@ class Journal:
                 time.sleep(0.1)
 
     def _scan(self) -> int:
-        """Fills the index of whole records; returns where the first broken one begins."""
+        """Indexes the complete records; returns where the first broken one begins."""
         size, at = os.fstat(self._file).st_size, 0
         while at + HEADER.size <= size:
             length, place, checksum = HEADER.unpack(os.pread(self._file, HEADER.size, at))
@@ -56,7 +56,7 @@ class Journal:
         return at
 
     def append(self, place: int, payload: bytes) -> None:
-        assert place not in self._places, f"{self.path}: group {place} comes twice"
+        assert place not in self._places, f"{self.path}: duplicate group {place}"
         record = HEADER.pack(len(payload), place, crc(place, payload)) + payload
         with writing(self.path):
             written = os.pwrite(self._file, record, self._end)

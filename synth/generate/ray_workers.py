@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.executor import connect_ray
 from ipt_jax.corpus.records import SynthGroup, encode
 from synth.config import RunSettings
-from synth.engine import Engine, EngineDied, open_engine
+from synth.engine import open_engine
+from synth.engine.base import Engine, EngineDied
 from synth.generate.few_shot import Chain
-from synth.generate.group_store import GroupStore, RunProgress
+from synth.generate.group_store import GroupStore, show_progress
 from synth.generate.journal import Journal
 from synth.generate.scheduler import run_groups
 from synth.generate.work_list import WorkList, form_groups
@@ -70,16 +72,16 @@ class Worker:
 
 
 def fill_with_ray(settings: RunSettings, chain: Chain, store: GroupStore) -> None:
-    """Fills the open shards by actors, one shard at a time each, and seals them."""
-    ray = connect()
+    """Fills the open shards with actors, one shard at a time each, and seals them."""
+    ray = connect_ray()
     store.release()
     crew = WorkerPool(ray, settings, chain, store)
     try:
-        with RunProgress(store, engines=crew.size) as progress:
+        with show_progress(store, engines=crew.size) as refresh:
             while crew.is_busy:
                 if (shard := crew.next_done()) is not None:
                     store.resume(shard)
-                    progress.refresh()
+                    refresh()
     finally:
         crew.end()
 
@@ -161,13 +163,3 @@ def engine_places(ray: Any, settings: RunSettings) -> tuple[dict[str, int], int]
     if not places:
         raise UserError(f"executor ray: {found.get(kind, 0)} {kind}s in the cluster, an engine needs {each}; add nodes")
     return ({"num_gpus": each} if kind == "GPU" else {"num_cpus": each}), places
-
-
-def connect() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("executor ray: Ray is not installed; launch/setup.sh ray, or use executor: local") from error
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False)
-    return ray

@@ -24,10 +24,11 @@ from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
-from synth.engine import Engine, EngineDied, open_engine, synthesizer_identity, synthesizer_tokenizer
+from synth.engine import open_engine, synthesizer_identity, synthesizer_tokenizer
+from synth.engine.base import Engine, EngineDied
 from synth.format.wire import FORMAT
 from synth.generate.few_shot import RERUN, Chain, counted, make_chain
-from synth.generate.group_store import DETAILS, GroupStore, RunProgress, failed_texts, remove_failed
+from synth.generate.group_store import DETAILS, GroupStore, failed_texts, remove_failed, show_progress
 from synth.generate.ray_workers import fill_with_ray, with_absolute_paths
 from synth.generate.scheduler import run_groups
 from synth.generate.work_list import corpus_states, form_groups, list_work, load_work, refuse_changes, save_work
@@ -140,16 +141,16 @@ def fill(settings: RunSettings, chain: Chain, store: GroupStore) -> None:
 
 
 async def fill_here(engine: Engine, settings: RunSettings, chain: Chain, store: GroupStore) -> None:
-    """With one engine in this process."""
+    """Generates them with one engine in this process."""
     groups = form_groups(settings, chain.tokenizer, store.work_list, store.open_shards)
     missing = (group for group in groups if group.number not in store)
 
     def put(group: Group, answer: SynthGroup) -> None:
         store.put(group.number, answer)
-        progress.refresh()
+        refresh()
 
     try:
-        with RunProgress(store) as progress:
+        with show_progress(store) as refresh:
             await run_groups(engine, chain, missing, put)
     finally:
         await engine.close()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from ipt_jax.corpus.records import SynthGroup
-from synth.engine import Engine
+from synth.engine.base import Engine
 
 GroupInput = TypeVar("GroupInput")  # texts, or a group without scores
 Held = TypeVar("Held", contravariant=True)

@@ -21,7 +21,8 @@ from ipt_jax.core.stage import NewShard, Output, make_shards
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import Shards
 from synth.config import ENGINE_SCORES, ScoreName, SynthesizerSettings
-from synth.engine import Engine, EngineDied, open_engine, synthesizer_identity
+from synth.engine import open_engine, synthesizer_identity
+from synth.engine.base import Engine, EngineDied
 from synth.format.wire import FORMAT
 from synth.generate.journal import Journal
 from synth.generate.scheduler import run_groups

@@ -21,7 +21,8 @@ from ipt_jax.core.seeding import draw
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import BETTER_WITH_ENGINE, SynthesizerSettings
-from synth.engine import Engine, GenerationRequest, RequestFailed, synthesizer_tokenizer, with_retries
+from synth.engine import synthesizer_tokenizer
+from synth.engine.base import Engine, GenerationRequest, RequestFailed, with_retries
 from synth.format.parser import gold_option
 from synth.format.prompt import Prompt
 from synth.format.wire import (

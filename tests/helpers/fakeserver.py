@@ -12,7 +12,7 @@ from typing import Any
 
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine import GenerationRequest
+from synth.engine.base import GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 
 # One request's fate: a status, a status with headers, 'drop' (closed without a reply), 'leave' (the same, and `left` is

@@ -17,7 +17,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine import Completion, GenerationRequest
+from synth.engine.base import Completion, GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 from synth.generate.few_shot import Chain
 from synth.generate.run import run_synth

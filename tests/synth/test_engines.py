@@ -23,7 +23,8 @@ from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.decoder import init_params
 from synth import read_groups
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine import Completion, GenerationRequest, RequestFailed, model_digest, synthesizer_tokenizer
+from synth.engine import model_digest, synthesizer_tokenizer
+from synth.engine.base import Completion, GenerationRequest, RequestFailed
 from synth.engine.jax_ import JaxEngine
 from synth.engine.scripted import ScriptedEngine
 from synth.engine.vllm_ import Watchdog

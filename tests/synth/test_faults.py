@@ -21,7 +21,7 @@ from ipt_jax.corpus.records import GroupText, SynthGroup, decode
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth import read_groups
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine import Completion, GenerationRequest, RequestFailed
+from synth.engine.base import Completion, GenerationRequest, RequestFailed
 from synth.engine.scripted import ScriptedEngine
 from synth.generate import run as run_module
 from synth.generate.journal import Journal

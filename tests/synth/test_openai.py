@@ -29,7 +29,8 @@ from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth import read_groups
 from synth.config import RunSettings, SynthesizerSettings
-from synth.engine import Completion, GenerationRequest, RequestFailed, model_digest, openai_
+from synth.engine import model_digest, openai_
+from synth.engine.base import Completion, GenerationRequest, RequestFailed
 from synth.engine.openai_ import OpenAIEngine
 from synth.generate.run import run_synth
 
@@ -145,7 +146,7 @@ def test_hanging_request_times_out(tokenizer: Tokenizer) -> None:
 def test_scores_are_sums_over_the_answers_tokens_alone(tokenizer: Tokenizer) -> None:
     with serving(FakeServer(tokenizer)) as server, serving(FakeServer(tokenizer, owner="them")) as other:
         assert score(tokenizer, server.url, "model", [1, 40, 50], [8, 16]) == -3.0
-        with pytest.raises(UserError, match="is no vLLM server, and scores need one"):
+        with pytest.raises(UserError, match="is not a vLLM server, which scores require"):
             score(tokenizer, other.url, "model", [1, 40, 50], [8, 16])
     (asked,) = server.requests
     assert (asked["prompt"], asked["max_tokens"], asked["prompt_logprobs"]) == ([1, 40, 50, 8, 16], 1, 0)
@@ -210,7 +211,7 @@ def test_server_that_stays_away_ends_the_run_in_one_line_and_the_next_goes_on(
         server.fates = [200] * 12 + [503] * 10_000
         run = openai_settings(tmp_path, server.url, synthesizer__server_patience_seconds=0.3)
         with pytest.raises(
-            Fault, match=r"answered nobody for 0.3 s .*; \d+ of 30 texts are stored in .*run the same"
+            Fault, match=r"answered no request for 0.3 s .*; \d+ of 30 texts are stored in .*rerun the same"
         ) as fault:
             run_synth(run)
         assert "\n" not in str(fault.value)
@@ -226,9 +227,9 @@ def test_server_that_stays_away_ends_the_run_in_one_line_and_the_next_goes_on(
     [
         ({"served_model": "other"}, "sesame", "serves model, not other; set synthesizer.served_model"),
         ({"max_model_len": 2001}, "sesame", "max_model_len: 2001, the server's is 2000; lower it"),
-        ({"server": "http://me:secret@host/v1"}, "sesame", "holds a password or key"),
+        ({"server": "http://me:secret@host/v1"}, "sesame", "contains a password or key"),
         ({"server": "URL/nowhere"}, "sesame", "mostly ends in /v1"),
-        ({}, "secret", r"refuses the key \(401\); put the right one into IPT_API_KEY"),
+        ({}, "secret", r"refuses the key \(401\); set another IPT_API_KEY"),
     ],
 )
 def test_mistakes_are_told_and_leave_no_output(
@@ -265,7 +266,7 @@ def test_another_service_is_told_and_leaves_no_output(
 ) -> None:
     with serving(FakeServer(tokenizer)) as server:
         server.models = reply
-        with pytest.raises(UserError, match="no list of models .*mostly ends in /v1") as error:
+        with pytest.raises(UserError, match="not a list of models .*mostly ends in /v1") as error:
             run_synth(openai_settings(tmp_path, server.url))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "groups").exists()
@@ -275,7 +276,7 @@ def test_another_service_is_told_and_leaves_no_output(
 def test_server_that_was_never_there_is_soon_told_and_leaves_no_output(tmp_path: Path, tokenizer: Tokenizer) -> None:
     server = FakeServer(tokenizer)
     server.server_close()
-    with pytest.raises(UserError, match="cannot be reached .*; start it, or give the address of one that runs"):
+    with pytest.raises(UserError, match="cannot be reached .*; start it, or set another URL"):
         run_synth(openai_settings(tmp_path, server.url))
     assert not (tmp_path / "groups").exists()
 
@@ -373,7 +374,7 @@ def test_real_server_refuses_one_request_and_is_killed_in_the_middle(
 
     killer = Thread(target=kill)
     killer.start()
-    with pytest.raises(Fault, match=r"answered nobody for 1 s .*; \d+ of 160 texts are stored") as fault:
+    with pytest.raises(Fault, match=r"answered no request for 1 s .*; \d+ of 160 texts are stored") as fault:
         run_synth(run)
     killer.join()
     stored = int(str(fault.value).split("; ")[1].split()[0])

@@ -16,7 +16,7 @@ from ipt_jax.corpus.records import Pair, encode
 from ipt_jax.corpus.shards import Shards
 from synth.format.parser import reject
 from synth.format.wire import wire_pair
-from synth.inspect.grounding import HighlightedSpan, ground, highlighted_spans
+from synth.inspect.grounding import HighlightedSpan, evidence, highlighted_spans
 from synth.inspect.html_page import distribution_cards, length_chart, pairs_chart, score_chart
 from synth.inspect.statistics import GroupStatistics, category, count_groups, first_word, spread
 
@@ -24,7 +24,7 @@ from synth.inspect.statistics import GroupStatistics, category, count_groups, fi
 
 
 def found(text: str, answer: str, question: str = "What?") -> tuple[str, bool] | None:
-    place = ground(text, wire_pair(question, answer))
+    place = evidence(text, wire_pair(question, answer))
     return place and (text[place.start : place.end], place.exact)
 
 
@@ -36,12 +36,12 @@ def test_answers_are_found_where_they_stand() -> None:
     assert found(text, "hal") == ("Hal", True), "not inside halls"
     assert found(text, "it") is None
     assert found(text, "a boat") is None
-    assert ground("Rome Romeo", reject(wire_pair("Where?", "Rome"), "no_answer")) is None
+    assert evidence("Rome Romeo", reject(wire_pair("Where?", "Rome"), "no_answer")) is None
 
 
 def test_of_several_places_the_one_that_the_question_speaks_of() -> None:
     text = "Ann was born in Oslo. Later she lived in Rome. Her brother stayed in Oslo until the war."
-    place = ground(text, wire_pair("Where did her brother stay until the war?", "Oslo"))
+    place = evidence(text, wire_pair("Where did her brother stay until the war?", "Oslo"))
     assert place is not None and text[: place.start].endswith("stayed in ")
     assert found(text, "The brother did not leave Oslo before the war") == (
         "Her brother stayed in Oslo until the war.",

@@ -21,7 +21,7 @@ from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth import read_groups
 from synth.config import RunSettings, SynthesizerSettings
-from synth.engine import Completion, GenerationRequest, RequestFailed
+from synth.engine.base import Completion, GenerationRequest, RequestFailed
 from synth.generate.few_shot import Chain
 from synth.generate.run import run_synth, summarize
 from synth.groups import make_group

@@ -21,7 +21,7 @@ from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import tokenize_documents
 from synth.collect.run import Example, make_document, read_back
 from synth.config import SynthesizerSettings
-from synth.engine import Completion, GenerationRequest
+from synth.engine.base import Completion, GenerationRequest
 from synth.engine.scripted import ScriptedEngine
 from synth.format.parser import parse_completion
 from synth.format.prompt import Prompt

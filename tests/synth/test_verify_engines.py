@@ -13,7 +13,8 @@ from test_engines import CONTEXT, random_language_model, write_random_model
 import ipt_jax
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine import Engine, GenerationRequest, open_engine
+from synth.engine import open_engine
+from synth.engine.base import Engine, GenerationRequest
 from synth.engine.jax_ import JaxEngine
 from synth.engine.scripted import ScriptedEngine
 

@@ -25,7 +25,7 @@ from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth import read_groups
 from synth.config import RunSettings
-from synth.engine.base import weights_digest
+from synth.engine import weights_digest
 from synth.generate import work_list
 from synth.generate.run import run_synth
 from synth.generate.work_list import DuplicateIds, form_groups, list_work, load_work, save_work
