@@ -100,28 +100,51 @@ class VllmEngine:
         print(f"vllm: {self.places} concurrent requests, {room}", file=sys.stderr)
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = SamplingParams(
+        output = await self._ask(
+            request.prompt_ids,
+            request.id,
+            request.priority,
             temperature=request.temperature,
             max_tokens=request.max_new_tokens,
             seed=request.seed if request.temperature > 0 else None,
             stop_token_ids=[self.tokenizer.eos_id],
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return self._completion(await self._ask(request.prompt_ids, sampling, request.id, request.priority))
+        if not output.outputs:
+            raise RequestFailed("vLLM returned nothing")
+        answer = output.outputs[0]
+        if answer.finish_reason not in ("stop", "length"):
+            raise RequestFailed(f"vLLM finished with {answer.finish_reason!r}")
+        ids = without_eos(list(answer.token_ids), self.tokenizer.eos_id)
+        return Completion(ids, answer.finish_reason, len(output.prompt_token_ids), output.num_cached_tokens or 0)
 
-    async def _ask(self, prompt_ids: list[int], sampling: Any, request_id: str, priority: int = 0) -> Any:
+    async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
+        """Reads the prompt from the prefix cache, which vLLM skips by default when it scores prompt tokens.
+
+        vLLM scores only what it computes. If the cache held a part of the answer, the request is repeated without it.
+        """
+        # One token is vLLM's minimum and costs no extra step; 0 log-probabilities are those of the token itself only.
+        sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+        ids = prompt_ids + answer_ids
+        output = await self._ask(ids, request_id, skip_reading_prefix_cache=False, **sampling)
+        if (output.num_cached_tokens or 0) >= len(prompt_ids):
+            output = await self._ask(ids, f"{request_id}/all", skip_reading_prefix_cache=True, **sampling)
+        if output.prompt_logprobs is None:
+            raise RequestFailed("vLLM returned nothing")
+        found = output.prompt_logprobs[len(prompt_ids) :]
+        return sum(place[token].logprob for place, token in zip(found, answer_ids, strict=True))
+
+    async def _ask(self, prompt_ids: list[int], request_id: str, priority: int = 0, **sampling: Any) -> Any:
+        from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
         final = None
+        params = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
         try:
             async with time_limit(self._timeout):
-                answers = self.engine.generate(tokens_input(prompt_ids), sampling, request_id, priority=priority)
+                answers = self.engine.generate(tokens_input(prompt_ids), params, request_id, priority=priority)
                 async for output in answers:
                     final = output  # the only output; leaving the loop early would abort the request
         except EngineDeadError as error:
@@ -132,43 +155,9 @@ class VllmEngine:
             raise
         except Exception as error:  # of this request; the caller counts it
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        if final is None:
+            raise RequestFailed("vLLM returned nothing")
         return final
-
-    async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
-        """Reads the prompt from the prefix cache, which vLLM skips by default when it scores prompt tokens.
-
-        vLLM scores only what it computes. If the cache held a part of the answer, the request is repeated without it.
-        """
-        output = await self._score(prompt_ids + answer_ids, request_id, cached=True)
-        if output is not None and (output.num_cached_tokens or 0) >= len(prompt_ids):
-            output = await self._score(prompt_ids + answer_ids, f"{request_id}/all", cached=False)
-        if output is None or output.prompt_logprobs is None:
-            raise RequestFailed("vLLM returned nothing")
-        found = output.prompt_logprobs[len(prompt_ids) :]
-        return sum(place[token].logprob for place, token in zip(found, answer_ids, strict=True))
-
-    async def _score(self, ids: list[int], request_id: str, *, cached: bool) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,  # the minimum; it costs no extra step
-            prompt_logprobs=0,  # of the token itself only
-            skip_reading_prefix_cache=not cached,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        return await self._ask(ids, sampling, request_id)
-
-    def _completion(self, output: Any) -> Completion:
-        if output is None or not output.outputs:
-            raise RequestFailed("vLLM returned nothing")
-        answer = output.outputs[0]
-        if answer.finish_reason not in ("stop", "length"):
-            raise RequestFailed(f"vLLM finished with {answer.finish_reason!r}")
-        ids = without_eos(list(answer.token_ids), self.tokenizer.eos_id)
-        return Completion(ids, answer.finish_reason, len(output.prompt_token_ids), output.num_cached_tokens or 0)
 
     async def close(self) -> None:
         self.engine.shutdown(timeout=SHUTDOWN_SECONDS)

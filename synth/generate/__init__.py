@@ -1,1 +1,1 @@
-"""`synth run`: raw texts become groups of texts with pairs."""
+"""`synth run`: generates question-answer pairs for raw texts."""
