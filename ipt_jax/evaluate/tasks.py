@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.overlap import token_f1
 from ipt_jax.corpus.sources import read_jsonl
 
 Sort = Literal["choices", "answer"]
@@ -146,16 +147,14 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
-def token_f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall over words (letters and digits, case folded), with repeats."""
-    predicted, wanted = (Counter(re.findall(r"\w+", text.casefold())) for text in (prediction, answer))
-    shared = (predicted & wanted).total()
-    return 2 * shared / (predicted.total() + wanted.total()) if shared else 0.0
+def answer_f1(prediction: str, answer: str) -> float:
+    """Token F1 over runs of letters and digits, case folded."""
+    return token_f1(*(re.findall(r"\w+", text.casefold()) for text in (prediction, answer)))
 
 
 def score_answer(prediction: str, answers: Sequence[str]) -> dict[str, float]:
     exact = any(normalise(prediction) == normalise(answer) for answer in answers)
-    return {"exact_match": float(exact), "f1": max(token_f1(prediction, answer) for answer in answers)}
+    return {"exact_match": float(exact), "f1": max(answer_f1(prediction, answer) for answer in answers)}
 
 
 def score_choices(question: Question, sums: Sequence[float], tokens: Sequence[int]) -> tuple[dict[str, float], int]:

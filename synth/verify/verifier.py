@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from ipt_jax.core.overlap import token_f1
 from ipt_jax.core.seeding import draw
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
@@ -110,11 +111,8 @@ async def agreement(case: Case) -> float:
 
 def word_f1(one: str, other: str) -> float:
     """'the old mill', 'old mills' -> 1.0: articles and endings do not count."""
-    first, second = (
-        Counter(stem(word) for word in words(text) if plain_word(word) not in ARTICLES) for text in (one, other)
-    )
-    common = (first & second).total()
-    return 2 * common / (first.total() + second.total()) if common else 0.0
+    compared = ([word for word in words(text) if plain_word(word) not in ARTICLES] for text in (one, other))
+    return token_f1(*(map(stem, kept) for kept in compared))
 
 
 async def options(case: Case) -> float:

@@ -21,12 +21,12 @@ from ipt_jax.evaluate import run_eval
 from ipt_jax.evaluate.run import first_line, join
 from ipt_jax.evaluate.tasks import (
     Question,
+    answer_f1,
     mean_and_stderr,
     normalise,
     read_tasks,
     score_answer,
     score_choices,
-    token_f1,
 )
 
 
@@ -182,8 +182,8 @@ def test_answers_are_compared_without_case_space_and_full_stop(
 
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_scores_are_symmetric_and_bounded(left: str, right: str) -> None:
-    assert 0.0 <= token_f1(left, right) <= 1.0
-    assert token_f1(left, right) == token_f1(right, left)
+    assert 0.0 <= answer_f1(left, right) <= 1.0
+    assert answer_f1(left, right) == answer_f1(right, left)
     assert normalise(normalise(left) + " ") in (normalise(left), normalise(left).removesuffix(".").rstrip())
 
 
