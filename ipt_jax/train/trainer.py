@@ -39,13 +39,18 @@ from ipt_jax.hf.params import load_params
 from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.decoder import abstract_params
 from ipt_jax.parallel.devices import training_devices
-from ipt_jax.parallel.distributed import enable_compile_cache, initialize_distributed
+from ipt_jax.parallel.distributed import (
+    enable_compile_cache,
+    initialize_distributed,
+    refuse_different_hosts,
+    refuse_unshared,
+)
 from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
 from ipt_jax.train.bad_steps import all_finite, write_dump
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
 from ipt_jax.train.metrics import Ledger, last_line
-from ipt_jax.train.resume import find_newest, refuse_changed, set_aside
-from ipt_jax.train.run_info import copy_tokenizer, describe, report, report_start, write_record
+from ipt_jax.train.resume import find_newest, flatten, refuse_changed, set_aside
+from ipt_jax.train.run_info import copy_tokenizer, describe, git_commit, report, report_start, versions, write_record
 from ipt_jax.train.state import TrainState, check_layout, fresh_state, state_from_params
 from ipt_jax.train.step import Program, build_program, lower
 
@@ -61,13 +66,16 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
     run_dir = Path(recipe.run_dir)
 
+    refuse_different_hosts(flatten(recipe.model_dump(by_alias=True)) | versions() | {"git_commit": git_commit()})
     plan = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
+    refuse_different_hosts({"plan fingerprint": plan.fingerprint})
     check_schedule(recipe, plan.steps)
     model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, devices)
     program = build_program(recipe, model, mesh, plan.steps)
 
     with claim(run_dir), contextlib.ExitStack() as stack:
+        refuse_unshared(run_dir)
         identity = made_with(recipe, model, plan)
         found, skipped = find_newest(run_dir)
         if found is not None:
