@@ -31,6 +31,7 @@ from ipt_jax.config import Recipe, check_schedule, rows_per_step
 from ipt_jax.core.checkpoint_path import resolve_checkpoint
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import lock_directory, writing
+from ipt_jax.core.stage import flatten
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import Plan, build_plan
@@ -49,7 +50,7 @@ from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_ba
 from ipt_jax.train.bad_steps import all_finite, write_dump
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
 from ipt_jax.train.metrics import Ledger, last_line
-from ipt_jax.train.resume import find_newest, flatten, refuse_changed, set_aside
+from ipt_jax.train.resume import find_newest, refuse_changed, set_aside
 from ipt_jax.train.run_info import copy_tokenizer, describe, git_commit, report, report_start, versions, write_record
 from ipt_jax.train.state import TrainState, check_layout, fresh_state, state_from_params
 from ipt_jax.train.step import Program, build_program, lower
