@@ -386,7 +386,7 @@ def roofline(context: Context) -> Iterator[Row]:
     """Products at the measured peak, bytes at the measured bandwidth, and what a profile of three steps shows."""
     import jax
 
-    from ipt_jax.compile.roofline import kernels, predict
+    from ipt_jax.compile.roofline import Rates, kernels, predict
     from ipt_jax.train.state import fresh_state
     from ipt_jax.train.step import lower
 
@@ -396,7 +396,7 @@ def roofline(context: Context) -> Iterator[Row]:
     options = {} if context.tiny else {"xla_gpu_enable_command_buffer": ""}
     compiled = lower(program).compile(compiler_options=options)
     found = kernels(compiled.as_text())
-    predicted = predict(found, context.ceilings["flops"], context.ceilings["bandwidth"])
+    predicted = predict(found, Rates(context.ceilings["flops"], context.ceilings["bandwidth"]))
     state, batch = fresh_state(program.model, program.optimizer, program.shardings, seed=0), random_batch(program)
     for _ in range(2):
         state, metrics = compiled(state, batch)

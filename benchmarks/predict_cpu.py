@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from train_step import LENGTH, ROWS, SHAPES, machine, our_program
 
-from ipt_jax.compile.roofline import kernels, predict
+from ipt_jax.compile.roofline import Rates, kernels, predict
 
 SIZE = 2048  # of the matrices
 COPIED = 2**28  # bytes
@@ -71,7 +71,7 @@ def measure(shape: str, dtype: str, steps: int) -> str:
         seconds.append(time.perf_counter() - begun)
     peaks.append(matmul_peak(dtype))
     speeds.append(bandwidth())
-    predicted = predict(found, max(peaks), max(speeds))
+    predicted = predict(found, Rates(max(peaks), max(speeds)))
     measured = statistics.median(seconds[2:])
     return (
         f"| {shape} | {dtype} | {max(peaks) / 1e9:,.0f} | {max(speeds) / 1e9:.1f} | "

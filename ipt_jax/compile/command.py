@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ipt_jax.compile.hardware import PREDICTION_ERROR
+from ipt_jax.compile.roofline import PREDICTION_ERROR
 from ipt_jax.config import Recipe, rows_per_step
 from ipt_jax.core.errors import UserError
 from ipt_jax.hf.config import resolve_model

@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 
-from ipt_jax.compile.hardware import predict_step
 from ipt_jax.compile.hlo import Collective, attention_kernels, collectives
+from ipt_jax.compile.roofline import predict_step
 from ipt_jax.config import Recipe
 from ipt_jax.core.errors import UserError
 from ipt_jax.model.config import ModelConfig, param_count

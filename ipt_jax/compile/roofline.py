@@ -1,11 +1,12 @@
-"""Roofline of a compiled XLA program: the kernels of one step, and the least time that a device's peaks allow for them.
+"""Roofline of a compiled XLA program: the kernels of one step, and its predicted time on a device.
 
 Guarantees: every instruction that runs is a kernel; loops count; products count at top level, in fusions, in library
 calls and as a TPU's convolutions; fused attention counts the visible pairs only. Bytes are those of device memory: a
 slice of a large operand counts as the slice, an update in place as the update, a TPU's vector memory as nothing.
 
 Does not guarantee the time of a real step, which is longer: kernels are assumed to reach the peaks, one after another
-and without a gap. Bytes that stay in a cache between kernels are counted too, which outweighs on a CPU.
+and without a gap. Bytes that stay in a cache between kernels are counted too, which outweighs on a CPU. Rates are those
+of data sheets, so a prediction is a lower bound on seconds; for an H100, measured shares make it an estimate.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ipt_jax.compile.hlo import (
     parse,
     walk,
 )
-from ipt_jax.model.flops import visible_pairs
+from ipt_jax.model.flops import PEAK_FLOPS, visible_pairs
 from ipt_jax.parallel.topology import GPUS_PER_NODE
 
 PART = re.compile(r"(?:^|[/(])(attention|feed_forward|loss|optimizer|embedding)(?=[/)]|$)")
@@ -59,6 +60,47 @@ class Kernel:
     neighbours: int = 0  # of a collective over several nodes: its devices in one node; 0 within a node
 
 
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s and bytes per second that the kernels of one device reach."""
+
+    products: float
+    memory: float  # read + written
+    link: float = 0.0  # sent to neighbours: NVLink, one direction; ICI along one axis of the torus, both directions
+    network: float = 0.0  # sent to other nodes by each device; 0 where all devices share one network
+    attention: float = 0.0  # products of fused attention, forward; 0: as other products
+    attention_backward: float = 0.0
+
+    def seconds(self, kernel: Kernel) -> tuple[str, float]:
+        """What limits a kernel, and its seconds per step when it runs alone: the longer of its products and bytes."""
+        if kernel.kind == "collective":
+            assert self.link, f"the program sends data ({kernel.name}): the rate of the link must be given"
+            link = min(self.link, kernel.neighbours * self.network or self.link)
+            return "collectives", kernel.times * kernel.bytes / link
+        flops = {"attention": self.attention, "attention_backward": self.attention_backward}.get(kernel.kind)
+        products, memory = kernel.flops / (flops or self.products), kernel.bytes / self.memory
+        return ("products", kernel.times * products) if products >= memory else ("memory", kernel.times * memory)
+
+
+INFINIBAND = 50e9  # assumed: 400 Gb/s of InfiniBand per GPU between nodes
+# Memory, link and network of devices by their names in JAX. NVIDIA: data sheets of A100 80GB SXM and H100 SXM; 600 and
+# 900 GB/s of NVLink count both directions. Google: "System architecture" pages of Cloud TPU; ICI of 1,600, 4,800 and
+# 3,584 Gb/s per chip over 4, 6 and 4 links. A collective runs along one axis at a time, and an axis has two links.
+BANDWIDTHS = {
+    "NVIDIA A100-SXM4-80GB": (2039e9, 300e9, INFINIBAND),
+    "NVIDIA H100 80GB HBM3": (3352e9, 450e9, INFINIBAND),
+    "TPU v5 lite": (819e9, 100e9, 0.0),
+    "TPU v5": (2765e9, 200e9, 0.0),  # v5p
+    "TPU v6 lite": (1640e9, 224e9, 0.0),
+}
+PEAKS = {kind: Rates(PEAK_FLOPS[kind], *bandwidths) for kind, bandwidths in BANDWIDTHS.items()}
+
+# Shares of the peaks: products, memory, fused attention with heads of 64 forward and backward. From a profile of the
+# 1.3B step, 16 rows of 2,048, one GPU, 2026-11-28 (docs/log.md): 734, 316 and 231 TFLOP/s, 2,872 GB/s.
+MEASURED = {"NVIDIA H100 80GB HBM3": (0.742, 0.857, 0.319, 0.234)}
+PREDICTION_ERROR = "four steps of one GPU were predicted within 3.3% (docs/reference/compile.md)"
+
+
 def kernels(text: str) -> list[Kernel]:
     """The kernels of a program (its HLO text after optimizations), in the order in which they are scheduled."""
     computations, entry = parse(text)
@@ -82,29 +124,18 @@ def _started(one: HloInstruction) -> str:
     return one.name.replace("-done", "-start") if one.name.startswith("async-collective-done") else ""
 
 
-def predict(
-    found: list[Kernel],
-    peak_flops: float,
-    bandwidth: float,
-    link_bandwidth: float = 0.0,
-    network_bandwidth: float = 0.0,
-    attention_flops: tuple[float, float] | None = None,
-) -> dict[str, Any]:
-    """Seconds of one step on a device of `peak_flops` FLOP/s and `bandwidth` bytes/s of memory.
+def predict(found: list[Kernel], rates: Rates) -> dict[str, Any]:
+    """Seconds of one step on a device with these rates.
 
-    A kernel takes the longer of its products and its bytes. `attention_flops` are the FLOP/s of fused attention,
-    forward and backward. A collective sends `link_bandwidth` bytes/s, or between nodes `network_bandwidth` bytes/s
-    through each device that it has in a node. An asynchronous kernel costs the time that the kernels between its start
-    and its end do not cover. Returns seconds (products + memory + exposed collectives), collective_seconds (exposed or
-    not), limit (the largest of the three) and parts {part: seconds, flops, bytes}.
+    An asynchronous kernel costs the time that the kernels between its start and its end do not cover. Returns seconds
+    (products + memory + exposed collectives), collective_seconds (exposed or not), limit (the largest of the three) and
+    parts {part: seconds, flops, bytes}.
     """
     spent = {"products": 0.0, "memory": 0.0, "collectives": 0.0}
     parts: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "flops": 0.0, "bytes": 0.0})
     clock, collective_seconds = 0.0, 0.0
     free = {"collectives": 0.0, "memory": 0.0}  # when a link or a copy engine is idle
     ends: dict[int, list[tuple[float, str, str]]] = defaultdict(list)
-    forward, backward = attention_flops or (peak_flops, peak_flops)
-    flops = {"product": peak_flops, "attention": forward, "attention_backward": backward}
 
     def wait(until: float, limit: str, part: str) -> None:
         nonlocal clock
@@ -115,9 +146,7 @@ def predict(
     for place, kernel in enumerate(found):
         for due in ends.pop(place, []):
             wait(*due)
-        limit, seconds = _seconds(
-            kernel, flops.get(kernel.kind, peak_flops), bandwidth, link_bandwidth, network_bandwidth
-        )
+        limit, seconds = rates.seconds(kernel)
         parts[kernel.part]["flops"] += kernel.flops * kernel.times
         if kernel.kind == "collective":
             collective_seconds += seconds
@@ -142,16 +171,34 @@ def predict(
     }
 
 
-def _seconds(
-    kernel: Kernel, peak_flops: float, bandwidth: float, link_bandwidth: float, network_bandwidth: float
-) -> tuple[str, float]:
-    """What limits a kernel, and its seconds per step when it runs alone."""
-    if kernel.kind == "collective":
-        assert link_bandwidth, f"the program sends data ({kernel.name}): link_bandwidth must be given"
-        link = min(link_bandwidth, kernel.neighbours * network_bandwidth or link_bandwidth)
-        return "collectives", kernel.times * kernel.bytes / link
-    products, memory = kernel.flops / peak_flops, kernel.bytes / bandwidth
-    return ("products", kernel.times * products) if products >= memory else ("memory", kernel.times * memory)
+def predict_step(
+    text: str, device_kind: str, devices: int, tokens: int, model_flops_per_token: float
+) -> dict[str, Any]:
+    """The predicted step of a program (HLO text) that trains on `tokens` tokens over `devices` devices of one kind.
+
+    Launches, gaps, the loader and stragglers are not counted.
+    """
+    peaks = PEAKS[device_kind]
+    products, memory, forward, backward = MEASURED.get(device_kind, (1.0, 1.0, 1.0, 1.0))
+    peak, bandwidth = peaks.products, peaks.memory * memory
+    rates = Rates(peak * products, bandwidth, peaks.link, peaks.network, peak * forward, peak * backward)
+    found = predict(kernels(text), rates)
+    seconds = found.pop("seconds")
+    return {
+        "predicted_step_seconds": seconds,
+        "predicted_tokens_per_second": tokens / seconds,
+        "predicted_tokens_per_second_per_device": tokens / seconds / devices,
+        "predicted_mfu": tokens * model_flops_per_token / (seconds * devices * peak),
+        **{f"predicted_{name}": value for name, value in found.items()},
+        "predicted_from": {
+            "measured": device_kind in MEASURED,
+            "flops_per_second": rates.products,
+            "attention_flops_per_second": [rates.attention, rates.attention_backward],
+            "memory_bytes_per_second": rates.memory,
+            "link_bytes_per_second": rates.link,
+            "network_bytes_per_second": rates.network,
+        },
+    }
 
 
 class _Program:

@@ -12,10 +12,9 @@ import pytest
 from trainkit import model_of, recipe_of
 
 from ipt_jax.compile.command import search
-from ipt_jax.compile.hardware import HARDWARE, predict_step
 from ipt_jax.compile.hlo import group
-from ipt_jax.compile.roofline import Kernel, kernels, predict
-from ipt_jax.model.flops import PEAK_FLOPS, model_flops, recomputed_flops_per_token, visible_pairs
+from ipt_jax.compile.roofline import PEAKS, Kernel, Rates, kernels, predict, predict_step
+from ipt_jax.model.flops import model_flops, recomputed_flops_per_token, visible_pairs
 from ipt_jax.parallel.mesh import make_mesh
 from ipt_jax.parallel.topology import parse_topology
 from ipt_jax.train.step import build_program, lower
@@ -243,7 +242,7 @@ def collective(size: float, **fields: Any) -> Kernel:
 def test_a_kernel_takes_the_longer_of_its_products_and_its_bytes() -> None:
     products = Kernel("p", "attention", "product", 300.0, 10.0, 2)
     starved = Kernel("s", "attention", "product", 100.0, 40.0, 1)
-    found = predict([products, starved, memory(50)], 100, 10)
+    found = predict([products, starved, memory(50)], Rates(100, 10))
     assert found == {
         "seconds": 6 + 4 + 5,
         "products_seconds": 6,
@@ -274,7 +273,7 @@ def test_asynchronous_kernels_are_hidden_by_what_runs_before_their_end(
     found: list[Kernel], seconds: float, exposed: float
 ) -> None:
     """Links of 3 bytes/s."""
-    predicted = predict(found, 100, 10, 3)
+    predicted = predict(found, Rates(100, 10, 3))
     assert (predicted["seconds"], predicted["exposed_collective_seconds"]) == (seconds, exposed)
     assert sum(part["seconds"] for part in predicted["parts"].values()) == seconds
     whole = sum(one.bytes for one in found if one.kind == "collective") / 3
@@ -283,7 +282,7 @@ def test_asynchronous_kernels_are_hidden_by_what_runs_before_their_end(
 
 def test_collectives_between_nodes_share_the_network_of_their_node() -> None:
     near, rails, alone = collective(24), collective(24, neighbours=4), collective(24, neighbours=1)
-    assert [predict([one], 1, 1, 8, 2)["seconds"] for one in (near, rails, alone)] == [3, 3, 12]
+    assert [predict([one], Rates(1, 1, 8, 2))["seconds"] for one in (near, rails, alone)] == [3, 3, 12]
     text = "HloModule m\n\nENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %s = f32[8]{0} all-reduce(%a), GROUPS\n}\n"
     found = {
         groups: kernels(text.replace("GROUPS", f"replica_groups={groups}"))[0].neighbours
@@ -294,7 +293,7 @@ def test_collectives_between_nodes_share_the_network_of_their_node() -> None:
 
 def test_every_topology_has_its_peaks() -> None:
     for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU v5", "TPU v6 lite"):
-        assert PEAK_FLOPS[name] and HARDWARE[name].memory and HARDWARE[name].link
+        assert PEAKS[name].products and PEAKS[name].memory and PEAKS[name].link
 
 
 def test_a_predicted_step_by_hand() -> None:
@@ -319,8 +318,8 @@ def test_fused_attention_has_rates_of_its_own() -> None:
         Kernel("b", "attention", "attention_backward", 300.0, 10.0, 1),
         Kernel("p", "attention", "product", 300.0, 10.0, 1),
     ]
-    assert predict(found, 100, 10)["seconds"] == 6 + 3 + 3
-    assert predict(found, 100, 10, attention_flops=(50, 25))["seconds"] == 12 + 12 + 3
+    assert predict(found, Rates(100, 10))["seconds"] == 6 + 3 + 3
+    assert predict(found, Rates(100, 10, attention=50, attention_backward=25))["seconds"] == 12 + 12 + 3
 
 
 def test_the_search_ranks_what_fits_by_predicted_speed(capsys: pytest.CaptureFixture[str]) -> None:
