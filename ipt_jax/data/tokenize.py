@@ -71,10 +71,6 @@ class TokenizeItem(NamedTuple):
     source: TokenizeInput
     duplicates: np.ndarray
 
-    @property
-    def megabytes(self) -> float:
-        return self.unit.size / 2**20
-
 
 def run_tokenize(settings: TokenizeSettings) -> dict[str, Any]:
     """Makes the missing shards of `settings.output` and returns what `--json` prints."""
@@ -89,8 +85,7 @@ def run_tokenize(settings: TokenizeSettings) -> dict[str, Any]:
         "tokenizer": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
         "inputs": [source_identity(source) for source in settings.inputs],
-        "drop_duplicates": settings.drop_duplicates,
-        "unit_bytes": settings.unit_bytes,
+        **settings.model_dump(include={"drop_duplicates", "unit_bytes"}),
     }
     with Output(settings.output, stage="tokenize", identity=identity, shard_name="tokens", remake=True) as output:
         kept_tokens = output.manifest.tokens
@@ -98,7 +93,7 @@ def run_tokenize(settings: TokenizeSettings) -> dict[str, Any]:
             make_shards(
                 partial(_token_records, str(Path(settings.tokenizer).absolute())),
                 [(output, _items(settings, units))],
-                lambda item: item.megabytes,
+                lambda item: item.unit.size / 2**20,
                 unit="MB",
                 label="ipt tokenize",
                 workers=settings.workers,
@@ -141,9 +136,7 @@ def _items(settings: TokenizeSettings, units: list[tuple[Unit, TokenizeInput]]) 
             progress.advance()
     every = np.concatenate(hashes)
     duplicate = np.ones(len(every), bool)
-    duplicate[np.unique(every, return_index=True)[1]] = (
-        False  # the first of each text, in the order of inputs and units
-    )
+    duplicate[np.unique(every, return_index=True)[1]] = False  # the first of each text, in the order of units
     starts = np.cumsum([0] + [len(one) for one in hashes])[1:-1]
     numbers = map(np.flatnonzero, np.split(duplicate, starts))
     return [item._replace(duplicates=one) for item, one in zip(items, numbers, strict=True)]
