@@ -46,6 +46,8 @@ class TrainSettings(Settings):
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Number of latest checkpoints to keep."""
+    stop_at_step: int | None = Field(default=None, gt=0)
+    """Step at which this command ends, with the schedule of the full plan. null: the last step of the plan."""
     skip_steps: tuple[int, ...] = ()
     """Steps whose update is skipped, such as one whose batch makes the loss diverge."""
     max_bad_steps: int = Field(default=10, gt=0)

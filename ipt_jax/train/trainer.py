@@ -55,6 +55,7 @@ from ipt_jax.train.run_info import copy_tokenizer, describe, git_commit, report,
 from ipt_jax.train.state import TrainState, check_layout, fresh_state, state_from_params
 from ipt_jax.train.step import Program, build_program, lower
 
+SAMPLE = "The quick brown fox jumps over 13 lazy dogs: naïve café, 東京!\n\tdef f(x): return x**2"
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # save, then exit
 
 
@@ -82,8 +83,9 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         if found is not None:
             refuse_changed(run_dir, found, identity)
         set_aside(run_dir, found, skipped)
-        if found is not None and found.step == plan.steps:
-            return result(recipe, plan, found, last_line(run_dir))
+        end = min(plan.steps, recipe.train.stop_at_step or plan.steps)
+        if found is not None and found.step >= end:
+            return result(recipe, end, found, last_line(run_dir))
 
         checkpoints = stack.enter_context(Checkpoints(run_dir, model, recipe.train.keep_checkpoints))
         start = found or CheckpointRecord(0, 0, plan.fingerprint, identity)
@@ -96,26 +98,27 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         if found is not None:
             state = checkpoints.restore(found.step, program.state, program.shardings)
         else:
-            state = initial_state(recipe, program)
+            state = initial_state(recipe, plan, program)
         layout = check_layout(state, program.shardings)
         if jax.process_index() == 0:
             for line in layout:
                 report(line)
         with Ledger.open(run_dir, start, program, plan, recipe.train) as ledger:
-            train(recipe, plan, program, step, state, ledger, checkpoints)
-        return result(recipe, plan, ledger.record, ledger.last)
+            train(recipe, plan, end, program, step, state, ledger, checkpoints)
+        return result(recipe, end, ledger.record, ledger.last)
 
 
 def train(
-    recipe: Recipe, plan: Plan, program: Program, step: Any, state: TrainState, ledger: Ledger, checkpoints: Checkpoints
-) -> None:
-    """The loop, from the ledger's step to the plan's end."""
+    recipe: Recipe, plan: Plan, end: int, program: Program, step: Any, state: TrainState, ledger: Ledger,
+    checkpoints: Checkpoints,
+) -> None:  # fmt: skip
+    """The loop, from the ledger's step to step `end`."""
     done, settings = ledger.record.step, recipe.train
     host, hosts = host_slot(program.mesh)
     source = batches(plan, start_step=done, rows_per_step=program.rows, host=host, hosts=hosts)
     sharding = batch_sharding(program.mesh)
     with stop_signal() as stop_asked, stall_limit(settings.stall_minutes) as alive:
-        while done < plan.steps:
+        while done < end:
             with ledger.waiting_for_data():
                 rows = next(source)
             if done + 1 in settings.skip_steps:
@@ -125,7 +128,7 @@ def train(
             done += 1
             ledger.add(done, metrics)
             stop = stop_asked(done)
-            last = stop or done == plan.steps
+            last = stop or done == end
             due = last or done % settings.checkpoint_every == 0
             if due or done % settings.log_every == 0:
                 alive()
@@ -137,7 +140,7 @@ def train(
             if last:
                 checkpoints.finish()  # a further signal waits for it
             if stop:
-                report(f"stopped by a signal: saved at step {done} of {plan.steps}; rerun the same command to resume")
+                report(f"stopped by a signal: saved at step {done} of {end}; rerun the same command to resume")
                 return
 
 
@@ -163,11 +166,11 @@ def made_with(recipe: Recipe, model: ModelConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def result(recipe: Recipe, plan: Plan, record: CheckpointRecord, last: dict[str, Any] | None) -> dict[str, Any]:
+def result(recipe: Recipe, end: int, record: CheckpointRecord, last: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "run_dir": recipe.run_dir,
         "step": record.step,
-        "steps": plan.steps,
+        "steps": end,
         "tokens": record.tokens,
         "loss": last["loss"] if last else None,
     }
@@ -181,12 +184,14 @@ def control_ids(plan: Plan) -> tuple[int | None, int | None]:
     return tokenizer.bos_id, tokenizer.eos_id
 
 
-def initial_state(recipe: Recipe, program: Program) -> TrainState:
+def initial_state(recipe: Recipe, plan: Plan, program: Program) -> TrainState:
     """Step 0: fresh parameters, or those of `model.from`, each put into its shards as it is read."""
     if recipe.model.from_ is None:
         return fresh_state(program.model, program.optimizer, program.shardings, recipe.train.seed)
     source = resolve_checkpoint(recipe.model.from_)
     refuse_other_shapes(recipe.model.from_, read_model_config(source), program.model)
+    if source.tokenizer is not None and plan.tokenizer_dir.is_dir():
+        refuse_other_tokenizer(recipe.model.from_, source.tokenizer, plan.tokenizer_dir)
 
     def place(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
         sharding: Any = functools.reduce(operator.getitem, path, program.shardings.params)
@@ -204,6 +209,16 @@ def refuse_other_shapes(path: str, stored: ModelConfig, wanted: ModelConfig) -> 
                 f"model.{field} is {value}, but the weights of {path} have {getattr(stored, field)}; "
                 f"remove model.{field}, or train from scratch with a preset"
             )
+
+
+def refuse_other_tokenizer(path: str, of_model: Path, of_data: Path) -> None:
+    """Raises UserError when the weights were trained with other ids than those of the data."""
+    theirs, ours = (load_tokenizer(directory).encode(SAMPLE) for directory in (of_model, of_data))
+    if theirs != ours:
+        raise UserError(
+            f"model.from {path}: its tokenizer differs from that of the data: {SAMPLE[:19]!r}… is {theirs[:5]}… "
+            f"there and {ours[:5]}… in {of_data}; run ipt tokenize with the tokenizer in {of_model}"
+        )
 
 
 def compile_step(program: Program) -> Callable[..., Any]:

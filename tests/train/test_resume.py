@@ -353,6 +353,14 @@ def test_other_signals_save_too(folder: Path, name: signal.Signals) -> None:
     assert len(checkpoints(folder / "run")) == 1
 
 
+def test_a_run_that_stops_early_keeps_its_schedule(straight: Path, folder: Path) -> None:
+    stopped = run(folder, train={"stop_at_step": 5})
+    assert (stopped["step"], stopped["steps"]) == (5, 5) and checkpoints(folder / "run") == [3, 5]
+    assert run(folder, train={"stop_at_step": 4})["step"] == 5, "it is past that step"
+    assert run(folder)["step"] == STEPS
+    same_bits(folder / "run", straight / "run")
+
+
 def test_a_run_that_stalls_ends_with_stack_traces(folder: Path) -> None:
     recipe = recipe_of(folder, mesh={"fsdp": 8}, train={"stall_minutes": 0.05, "log_every": 1})
     process = child(recipe, 30.0)
@@ -405,3 +413,11 @@ def test_training_goes_on_from_another_model(straight: Path, tmp_path: Path) -> 
     )
     with pytest.raises(UserError, match=r"model.vocab_size is 200, but the weights of .* have 104"):
         run_train(other)
+    another = json.loads((tmp_path / "raw" / "tokenizer" / "tokenizer.json").read_text())
+    vocab = another["model"]["vocab"]
+    another["model"]["vocab"] = dict(
+        zip(vocab, [*list(vocab.values())[:10], *list(vocab.values())[:9:-1]], strict=True)
+    )
+    (tmp_path / "raw" / "tokenizer" / "tokenizer.json").write_text(json.dumps(another))
+    with pytest.raises(UserError, match="its tokenizer differs from that of the data: 'The quick brown fox'"):
+        run_train(recipe.model_copy(update={"run_dir": str(tmp_path / "third")}))
