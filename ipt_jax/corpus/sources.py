@@ -20,20 +20,7 @@ from backports import zstd
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import DigestOf, file_digest
-from ipt_jax.corpus.datasets import (
-    HUB,
-    arrow_parts,
-    hf_files,
-    hub_files,
-    is_hf,
-    is_tfds,
-    parquet_parts,
-    read_arrow,
-    read_parquet,
-    read_tfds,
-    tfds_files,
-    tfds_split,
-)
+from ipt_jax.corpus import datasets
 from ipt_jax.corpus.records import Document, decode
 from ipt_jax.corpus.row_reader import Dropped, RowReader, SourceSettings
 from ipt_jax.corpus.shards import Shards, read_manifest
@@ -80,7 +67,7 @@ def find_files(path: str) -> list[Path]:
     for file in files:
         once.setdefault(file.resolve(), file)
     files = list(once.values())
-    prepared = [str(one) for one in files if one.is_dir() and is_tfds(one)]
+    prepared = [str(one) for one in files if one.is_dir() and datasets.is_tfds(one)]
     if len(prepared) > 1:
         raise UserError(f"input {path}: has {len(prepared)} TFDS data sets; set one of them, such as {prepared[0]}")
     return files
@@ -101,7 +88,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _directory_form(path: Path) -> str | None:
     if (path / "manifest.json").is_file():
         return "shards"
-    return "hf" if is_hf(path) else "tfds" if is_tfds(path) else None
+    return "hf" if datasets.is_hf(path) else "tfds" if datasets.is_tfds(path) else None
 
 
 def _form(path: Path) -> Form | None:
@@ -120,16 +107,16 @@ class _Input(NamedTuple):
 
 def _inputs(settings: SourceSettings) -> list[_Input]:
     """The inputs of `path`, `split` and `subset`. Raises UserError if one is missing or of unknown kind."""
-    if settings.path.startswith(HUB):
-        files = hub_files(settings.path.removeprefix(HUB), settings.subset, settings.split)
+    if settings.path.startswith(datasets.HUB):
+        files = datasets.hub_files(settings.path.removeprefix(datasets.HUB), settings.subset, settings.split)
         return [_Input(file, "arrow") for file in files]
     inputs: list[_Input] = []
     for path in find_files(settings.path):
         form = _directory_form(path) if path.is_dir() else _form(path)
         if form == "hf":
-            inputs += [_Input(file, "arrow") for file in hf_files(path, settings.split)]
+            inputs += [_Input(file, "arrow") for file in datasets.hf_files(path, settings.split)]
         elif form == "tfds":
-            inputs.append(_Input(path, "tfds", tfds_split(path, settings.split)))
+            inputs.append(_Input(path, "tfds", datasets.tfds_split(path, settings.split)))
         elif form is None:
             raise UserError(f"input {path}: unknown kind of file; expected {EXPECTED}")
         elif settings.split is not None:
@@ -137,7 +124,7 @@ def _inputs(settings: SourceSettings) -> list[_Input]:
         else:
             inputs.append(_Input(path, form))  # type: ignore[arg-type]
     if settings.subset is not None:
-        raise UserError(f"input {settings.path}: subset {settings.subset} is only for {HUB}NAME; remove it")
+        raise UserError(f"input {settings.path}: subset {settings.subset} is only for {datasets.HUB}NAME; remove it")
     return inputs
 
 
@@ -158,7 +145,7 @@ def _contents(one: _Input, digest_of: DigestOf) -> str | list[str]:
     if one.form == "shards":
         return read_manifest(one.path).fingerprint
     if one.form == "tfds":
-        return [digest_of(file) for file, _ in tfds_files(one.path, one.split)]
+        return [digest_of(file) for file, _ in datasets.tfds_files(one.path, one.split)]
     return digest_of(one.path)
 
 
@@ -169,7 +156,7 @@ def plan_units(settings: SourceSettings, unit_bytes: int = UNIT_BYTES) -> list[U
     """The units of a source in reading order. Raises UserError for missing, empty and unknown files. Other files of a
     directory are reported on stderr."""
     folder = Path(settings.path)
-    if not settings.path.startswith(HUB) and folder.is_dir() and not _directory_form(folder):
+    if not settings.path.startswith(datasets.HUB) and folder.is_dir() and not _directory_form(folder):
         others = [file for file in _walk(folder) if file.is_file() and not _form(file)]
         if others:
             names = f"{others[0].relative_to(folder)}{', …' if len(others) > 1 else ''}"
@@ -202,7 +189,7 @@ def _file_units(one: _Input, unit_bytes: int) -> Iterator[Unit]:
     elif one.form == "packed":
         yield Unit(str(path), "packed", 0, size, 0, size)
     else:
-        parts = parquet_parts(path) if one.form == "parquet" else arrow_parts(path, unit_bytes)
+        parts = datasets.parquet_parts(path) if one.form == "parquet" else datasets.arrow_parts(path, unit_bytes)
         yield from (Unit(str(path), one.form, *part) for part in parts)
 
 
@@ -221,7 +208,7 @@ def _jsonl_units(path: Path, size: int, unit_bytes: int) -> Iterator[Unit]:
 def _tfds_units(one: _Input, unit_bytes: int) -> Iterator[Unit]:
     """Ranges of records of about `unit_bytes` of their file, with rows counted over the split."""
     before = 0
-    for file, records in tfds_files(one.path, one.split):
+    for file, records in datasets.tfds_files(one.path, one.split):
         size = file.stat().st_size if file.is_file() else 0
         step = max(1, -(-records * unit_bytes // max(size, unit_bytes)))
         for start in range(0, records, step):
@@ -264,11 +251,11 @@ def _rows(path: Path, unit: Unit, settings: SourceSettings) -> Iterator[tuple[in
     if unit.form == "jsonl":
         return _read_range(path, unit.start, unit.stop, unit.rows_before)
     if unit.form == "tfds":
-        rows = read_tfds(path, tfds_split(path, settings.split), unit.start, unit.stop)
+        rows = datasets.read_tfds(path, datasets.tfds_split(path, settings.split), unit.start, unit.stop)
     elif unit.form == "parquet":
-        rows = read_parquet(path, unit.start, settings.columns, [settings.id, "source"])
+        rows = datasets.read_parquet(path, unit.start, settings.columns, [settings.id, "source"])
     else:
-        rows = read_arrow(path, unit.start, unit.stop, settings.columns, [settings.id, "source"])
+        rows = datasets.read_arrow(path, unit.start, unit.stop, settings.columns, [settings.id, "source"])
     return enumerate(rows, start=unit.rows_before + 1)
 
 

@@ -44,15 +44,9 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "chat_template.jinja vocab.json merges.txt"
+).split()
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>", "[BOS]")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|endoftext|>", "[EOS]")
 
@@ -256,8 +250,7 @@ class Tokenizer:
 
     def control_name(self, token: int) -> str:
         """The name of a control token in the vocabulary."""
-        name = self._sentencepiece.id_to_piece(token) if self._json is None else self._json.id_to_token(token)
-        return str(name)
+        return str(self._sentencepiece.id_to_piece(token) if self._json is None else self._json.id_to_token(token))
 
     @cached_property
     def digest(self) -> str:

@@ -38,7 +38,12 @@ def render(pieces: np.ndarray, found: FoundDocuments, rows: int, seq_len: int, d
     mask = _loss_mask(found, begins, first, lengths, stop)
     if total < rows * seq_len:
         filled = np.bincount(pieces["row"], lengths, minlength=rows).astype(np.int64)
-        flat, mask = _padded(flat, mask, np.arange(seq_len) < filled[:, None])
+        real = np.arange(seq_len) < filled[:, None]
+        padded, padded_mask = np.zeros((len(flat), *real.shape), flat.dtype), np.zeros(real.shape, bool)
+        padded_mask[real] = mask
+        for to, values in zip(padded, flat, strict=True):
+            to[real] = values
+        flat, mask = padded, padded_mask
     fields = dict(zip(INT_FIELDS, flat.reshape(-1, rows, seq_len), strict=True))
     return fields | {"loss_mask": mask.reshape(rows, seq_len)}
 
@@ -79,12 +84,3 @@ def _loss_mask(
     edges = np.stack([low + shift, high + shift], axis=1)[low < high].ravel()  # ascending starts and ends of loss
     widths = np.diff(edges, prepend=0, append=int(lengths.sum()))
     return np.repeat(np.arange(len(widths)) % 2 == 1, widths)
-
-
-def _padded(flat: np.ndarray, mask: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both with zeros where `real` is false."""
-    padded, padded_mask = np.zeros((len(flat), *real.shape), flat.dtype), np.zeros(real.shape, bool)
-    padded_mask[real] = mask
-    for to, values in zip(padded, flat, strict=True):
-        to[real] = values
-    return padded, padded_mask

@@ -103,43 +103,36 @@ def _question(row: dict[str, Any], where: str) -> tuple[Sort, Question]:
     except UnicodeEncodeError:
         raise UserError(f"{where}: has a lone surrogate, which is not valid text; correct it") from None
     for field in ("id", "prompt"):
-        if field not in row:
-            raise UserError(f"{where}: no field {field!r}; add id, prompt and either choices and gold or answer")
-    if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
-        raise UserError(f"{where}: id is {row['id']!r}, expected a string or an integer")
-    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-        raise UserError(f"{where}: prompt is {row['prompt']!r}, expected a non-empty text")
-    if ("choices" in row) == ("answer" in row):
-        found = "both choices and answer" if "choices" in row else "neither choices nor answer"
-        raise UserError(f"{where} has {found}; set one of them")
+        _require(field in row, f"{where}: no field {field!r}; add id, prompt and either choices and gold or answer")
+    question_id, prompt = row["id"], row["prompt"]
+    plain = isinstance(question_id, str | int) and not isinstance(question_id, bool)
+    _require(plain, f"{where}: id is {question_id!r}, expected a string or an integer")
+    _require(_is_text(prompt), f"{where}: prompt is {prompt!r}, expected a non-empty text")
+    found = "both choices and answer" if "choices" in row else "neither choices nor answer"
+    _require(("choices" in row) != ("answer" in row), f"{where} has {found}; set one of them")
     if "answer" in row:
-        return "answer", Question(str(row["id"]), row["prompt"], answers=_answers(row["answer"], where))
-    choices = _choices(row["choices"], where)
-    return "choices", Question(str(row["id"]), row["prompt"], choices, _gold(row, len(choices), where))
+        answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        accepted = answers and all(isinstance(answer, str) and normalise(answer) for answer in answers)
+        _require(accepted, f"{where}: answer is {row['answer']!r}, expected a non-empty text or a list of such texts")
+        return "answer", Question(str(question_id), prompt, answers=tuple(answers))
+    choices, gold = row["choices"], row.get("gold")
+    several = isinstance(choices, list) and len(choices) > 1
+    _require(several, f"{where}: choices is {choices!r}, expected a list of at least two texts")
+    texts = all(map(_is_text, choices))
+    _require(texts, f"{where}: choices has an item that is not a text or is empty; set a text for each")
+    _require("gold" in row, f"{where}: choices without gold; add the index of the correct choice, counted from 0")
+    index = isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(choices)
+    _require(index, f"{where}: gold is {gold!r}, expected an index from 0 to {len(choices) - 1}")
+    return "choices", Question(str(question_id), prompt, tuple(choices), gold or 0)
 
 
-def _answers(value: Any, where: str) -> tuple[str, ...]:
-    answers = value if isinstance(value, list) else [value]
-    if not answers or not all(isinstance(answer, str) and normalise(answer) for answer in answers):
-        raise UserError(f"{where}: answer is {value!r}, expected a non-empty text or a list of accepted texts")
-    return tuple(answers)
+def _require(met: Any, message: str) -> None:
+    if not met:
+        raise UserError(message)
 
 
-def _choices(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) < 2:
-        raise UserError(f"{where}: choices is {value!r}, expected a list of at least two texts")
-    if not all(isinstance(choice, str) and choice.strip() for choice in value):
-        raise UserError(f"{where}: choices has an item that is not a text or is empty; set a text for each")
-    return tuple(value)
-
-
-def _gold(row: dict[str, Any], count: int, where: str) -> int:
-    if "gold" not in row:
-        raise UserError(f"{where}: choices without gold; add the index of the correct choice, counted from 0")
-    gold = row["gold"]
-    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < count:
-        raise UserError(f"{where}: gold is {gold!r}, expected an index from 0 to {count - 1}")
-    return gold
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def normalise(text: str) -> str:
