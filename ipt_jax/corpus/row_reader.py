@@ -45,16 +45,12 @@ class SourceSettings(Settings):
     """Maximum length in characters. Longer texts are dropped and counted. null: no limit."""
 
     @pydantic.model_validator(mode="after")
-    def _bounds(self) -> Self:
+    def _consistent(self) -> Self:
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ValueError(
                 f"max_characters {self.max_characters} is below min_characters {self.min_characters}, so no text fits; "
                 "lower one or raise the other"
             )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _template_and_loss(self) -> Self:
         fields = [] if self.template is None else _FIELD.findall(self.template)
         if self.template is not None and not fields:
             raise ValueError(f"template {self.template!r} names no field; add one as {{question}}")
@@ -73,7 +69,6 @@ class SourceSettings(Settings):
 
 class Dropped(NamedTuple):
     reason: str
-    where: str
 
 
 class RowReader:
@@ -84,23 +79,21 @@ class RowReader:
         self._columns = settings.columns
         self._parts = None if settings.template is None else _FIELD.split(settings.template)
         self._id_named = "id" in settings.model_fields_set
-        self._source = settings.source
         self._default_source = settings.path.removeprefix("hf:").rstrip("/").split("/")[-1].split(".")[0]
 
     def document(self, row: dict[str, Any], number: int) -> Document | Dropped:
         """The document of row `number` of the file."""
-        where = f"{self._name}:{number}"
         for column in self._columns:
             value = row.get(column)
             if value is None:
                 self._require(column, row, number, "text")
-                return Dropped("null_text", where)
+                return Dropped("null_text")
             if not isinstance(value, str):
                 raise UserError(
                     f"{self._at(number)}: field {column!r} is a {type(value).__name__}, expected text; "
                     "set another field"
                 )
-        segments = [Segment(row[self._settings.text])] if self._parts is None else self._fill(row)
+        segments = [Segment(row[self._settings.text])] if self._parts is None else self._fill(row, self._parts)
         text = segments[0].text if len(segments) == 1 else "".join(segment.text for segment in segments)
         found = row.get(self._settings.id)
         if found is None and self._id_named:
@@ -110,21 +103,19 @@ class RowReader:
                 f"{self._at(number)}: field {self._settings.id!r} is a {type(found).__name__}, expected an id; "
                 "set another field with id:"
             )
-        identifier = where if found is None else str(found)
-        source = self._source or str(row.get("source") or self._default_source)
+        identifier = f"{self._name}:{number}" if found is None else str(found)
+        source = self._settings.source or str(row.get("source") or self._default_source)
         if reason := self._unusable(text, segments, identifier + source):
-            return Dropped(reason, where)
+            return Dropped(reason)
         return Document(identifier, source, self._settings.kind, segments)
 
-    def _fill(self, row: dict[str, Any]) -> list[Segment]:
+    def _fill(self, row: dict[str, Any], parts: list[str]) -> list[Segment]:
         """The text of the template. A space before a target belongs to it, as tokenizers join it to the word."""
-        assert self._parts is not None
         targets = self._settings.loss
-        if targets is None:
-            return [Segment("".join(row[part] if place % 2 else part for place, part in enumerate(self._parts)))]
         texts: list[tuple[str, bool]] = []
-        for place, part in enumerate(self._parts):
-            text, loss = (row[part], part in targets) if place % 2 else (part, False)
+        for place, part in enumerate(parts):
+            text = row[part] if place % 2 else part
+            loss = targets is None or (place % 2 == 1 and part in targets)
             if not text:
                 continue
             if loss and texts and not texts[-1][1] and texts[-1][0].endswith(" "):

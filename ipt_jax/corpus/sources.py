@@ -276,9 +276,9 @@ def _read_shard(path: Path, unit: Unit, settings: SourceSettings) -> Iterator[Do
             raise UserError(f"{where} has kind {document.kind}, the recipe sets kind {settings.kind}; remove kind")
         characters = sum(len(segment.text) for segment in document.segments)
         if characters < settings.min_characters:
-            yield Dropped("too_short", f"{path.name}:{number}")
+            yield Dropped("too_short")
         elif longest is not None and characters > longest:
-            yield Dropped("too_long", f"{path.name}:{number}")
+            yield Dropped("too_long")
         else:
             yield document
 

@@ -66,16 +66,13 @@ def run_eval(
             rows[task.name] = _run_answers(loaded, task, batch_size, max_new_tokens)
     result = {"model": str(model), "tasks": {task.name: _summary(task, rows[task.name]) for task in found}}
     if output is not None:
-        _write_result(Path(output), result, rows)
+        output = Path(output)
+        lines = [json.dumps({"task": name, **row}, ensure_ascii=False) for name in rows for row in rows[name]]
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(output.with_suffix(".rows.jsonl"), "".join(line + "\n" for line in lines).encode())
+            write_whole(output, json.dumps(result, ensure_ascii=False, indent=1).encode())
     return result
-
-
-def _write_result(output: Path, result: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> None:
-    lines = [json.dumps({"task": name, **row}, ensure_ascii=False) for name in rows for row in rows[name]]
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output.with_suffix(".rows.jsonl"), "".join(line + "\n" for line in lines).encode())
-        write_whole(output, json.dumps(result, ensure_ascii=False, indent=1).encode())
 
 
 def _summary(task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]:

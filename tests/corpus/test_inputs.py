@@ -253,7 +253,7 @@ def test_columns_that_are_absent_nested_or_no_utf8(tmp_path: Path) -> None:
         documents(parquet(tmp_path / "u.parquet", text=binary))
     nulls = parquet(tmp_path / "0.parquet", text=pyarrow.array([None, "a"], pyarrow.string()))
     assert documents(nulls) == [
-        Dropped("null_text", "0.parquet:1"),
+        Dropped("null_text"),
         Document("0.parquet:2", "s", "raw", [Segment("a")]),
     ]
     whole = parquet(tmp_path / "cut.parquet", text=pyarrow.array(["a" * 9] * 1000))
@@ -286,6 +286,6 @@ def test_a_file_that_may_not_be_read_is_named_as_an_input(tmp_path: Path, monkey
         documents(path)
 
 
-def test_read_source_is_all_units(tmp_path: Path) -> None:
+def test_documents_of_all_units(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", ROWS)
     assert documents(path) == DOCUMENTS
