@@ -7,7 +7,6 @@ resumed run logged a step twice, the later line counts. A directory without a ru
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,9 +153,3 @@ def _read_rows(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
                 raise UserError(f"{rows_file}: line {number} has no task and id; rerun `ipt eval`")
             rows.setdefault(str(row["task"]), {})[str(row["id"])] = row
     return rows
-
-
-def last(points: list[tuple[float, float]], count: int = 10) -> float | None:
-    """Mean of the last finite values, because the loss of one step depends on its batch."""
-    values = [value for _, value in points if math.isfinite(value)][-count:]
-    return math.fsum(values) / len(values) if values else None

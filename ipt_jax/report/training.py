@@ -11,9 +11,10 @@ from ipt_jax.core.html import Markup, draw
 from ipt_jax.core.progress import format_duration
 from ipt_jax.core.svg import Line, Point, line_chart, share_bar, short
 from ipt_jax.corpus.records import KINDS
-from ipt_jax.report.runs import Run, last
+from ipt_jax.report.runs import Run
 
 COLOURS = 8
+LAST_STEPS = 10  # logged ones, whose mean loss is shown
 KIND_LABELS = {
     "raw": "raw text",
     "augmented": "instruction-augmented text",
@@ -55,9 +56,9 @@ def _note(run: Run) -> str:
     return f"{run.name}: {run.damaged} unreadable {lines} in metrics.jsonl left out." if run.damaged else ""
 
 
-def _progress(run: Run, unit: str, format_number: Callable[[int], str]) -> str | None:
+def _progress(run: Run, plan_key: str, step_key: str, format_number: Callable[[int], str]) -> str | None:
     """Steps or tokens, and how many are planned."""
-    planned, seen = run.plan.get(f"{unit}s"), run.steps[-1][unit if unit == "step" else "tokens"] if run.steps else 0
+    planned, seen = run.plan.get(plan_key), run.steps[-1][step_key] if run.steps else 0
     return f"{format_number(seen)} of {format_number(planned)}" if planned else format_number(seen) if seen else None
 
 
@@ -76,8 +77,9 @@ def _time(run: Run) -> str | None:
 
 
 def _loss(points: list[Point]) -> str | None:
-    value = last(points)
-    return None if value is None else f"{value:.3f}"
+    """Mean of the last finite values, because the loss of one step depends on its batch."""
+    values = [value for _, value in points if math.isfinite(value)][-LAST_STEPS:]
+    return f"{math.fsum(values) / len(values):.3f}" if values else None
 
 
 def _kind_row(kind: str) -> tuple[str, Callable[[Run], str | None]]:
@@ -88,8 +90,8 @@ OVERVIEW: list[tuple[str, Callable[[Run], str | None]]] = [
     ("parameters", lambda run: short(run.info["parameters"]) if "parameters" in run.info else None),
     ("devices", lambda run: run.info.get("devices")),
     ("attention", lambda run: run.info.get("attention")),
-    ("steps", lambda run: _progress(run, "step", "{:,}".format)),
-    ("tokens seen", lambda run: _progress(run, "token", short)),
+    ("steps", lambda run: _progress(run, "steps", "step", "{:,}".format)),
+    ("tokens seen", lambda run: _progress(run, "tokens", "tokens", short)),
     ("loss", lambda run: _loss(run.series("loss"))),
     *(_kind_row(kind) for kind in KINDS),
     ("tokens per second (median)", _speed),

@@ -5,7 +5,7 @@ format, reason and words, and keeps the choice in the address (`#verdict=rejecte
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,40 +56,25 @@ def html_page(groups: Sequence[SynthGroup], stats: GroupStatistics, rejected: bo
 
 
 def distribution_cards(stats: GroupStatistics) -> list[ChartCard]:
-    return [
-        ChartCard("Pairs a text", f"accepted pairs of {stats.texts:,} texts", pairs_chart(stats.pairs_a_text)),
-        *accepted_cards(stats),
-        *score_cards(stats),
-        *reason_card(stats),
-    ]
-
-
-def accepted_cards(stats: GroupStatistics) -> Iterator[ChartCard]:
-    """Counts over accepted pairs; nothing where there are none."""
-    if not stats.accepted:
-        return
-    yield ChartCard("Words an answer", "final answers, without their reasoning", length_chart(stats.answer_words))
-    for title, note, counts, colour in (
-        ("First words of questions", f"the {NAMES} most frequent", stats.first_words, "c4"),
-        ("Task categories", "what questions ask for, told by how they begin", stats.categories, "c3"),
-        ("Formats", "as the parser read them", stats.formats, "c6"),
-    ):
-        yield ChartCard(title, note, names_chart(title, counts, colour, stats.accepted))
-
-
-def score_cards(stats: GroupStatistics) -> Iterator[ChartCard]:
+    cards = [ChartCard("Pairs a text", f"accepted pairs of {stats.texts:,} texts", pairs_chart(stats.pairs_a_text))]
+    if stats.accepted:
+        note = "final answers, without their reasoning"
+        cards.append(ChartCard("Words an answer", note, length_chart(stats.answer_words)))
+        for title, note, counts, colour in (
+            ("First words of questions", f"the {NAMES} most frequent", stats.first_words, "c4"),
+            ("Task categories", "what questions ask for, told by how they begin", stats.categories, "c3"),
+            ("Formats", "as the parser read them", stats.formats, "c6"),
+        ):
+            cards.append(ChartCard(title, note, names_chart(title, counts, colour, stats.accepted)))
     for name, scores in sorted(stats.scores.items()):
         note = f"a score of {len(scores):,} accepted pairs, mean {sum(scores) / len(scores):.3g}"
-        yield ChartCard(name.replace("_", " "), note, score_chart(name, scores))
-
-
-def reason_card(stats: GroupStatistics) -> Iterator[ChartCard]:
+        cards.append(ChartCard(name.replace("_", " "), note, score_chart(name, scores)))
     if refused := stats.reasons.total():
         note = f"{refused:,} beside {stats.accepted:,} accepted"
         chart = names_chart("Refused pairs", stats.reasons, "refused", refused)
-        yield ChartCard(
-            "Refused pairs", note, chart, {name: REASONS[name] for name in stats.reasons if name in REASONS}
-        )
+        meanings = {name: REASONS[name] for name in stats.reasons if name in REASONS}
+        cards.append(ChartCard("Refused pairs", note, chart, meanings))
+    return cards
 
 
 def names_chart(title: str, counts: Counter[str], colour: str, total: int) -> Markup:
