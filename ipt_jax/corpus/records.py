@@ -4,7 +4,6 @@ Field names are the contract between stages (design section 2). Records hold no 
 equal bytes.
 """
 
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -150,14 +149,21 @@ class TokenPage(msgspec.Struct):
 
 
 AnyRecord = TypeVar("AnyRecord", bound=msgspec.Struct)
-encode = msgspec.msgpack.Encoder().encode
-_decoder = cache(msgspec.msgpack.Decoder)  # by type
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[type, Any] = {}
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    return _encoder.encode(record)
 
 
 def decode(data: bytes, cls: type[AnyRecord]) -> AnyRecord:
     """The record of type `cls` in `data`. Raises UserError if the bytes are not one."""
+    decoder = _decoders.get(cls)
+    if decoder is None:
+        decoder = _decoders[cls] = msgspec.msgpack.Decoder(cls)
     try:
-        return _decoder(cls).decode(data)
+        return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"record is not a {cls.__name__}: {error}; set the path to the output of the right stage"

@@ -21,11 +21,11 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as orbax
 
 from ipt_jax.core.checkpoint_digests import write_digests
-from ipt_jax.core.checkpoint_path import LiteralPath, ModelSource, resolve_checkpoint
+from ipt_jax.core.checkpoint_path import LiteralPath, resolve_checkpoint
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import refuse_unrelated, whole_directory
-from ipt_jax.corpus.tokenizer import load_tokenizer
 from ipt_jax.hf.config import config_to_hf, read_model_config
+from ipt_jax.hf.export_tokenizer import copy_tokenizer, export_tokenizer
 from ipt_jax.hf.param_names import leaves
 from ipt_jax.hf.params import Parameters, open_parameters
 from ipt_jax.hf.safetensors_io import Planned, write_tensors, written_here
@@ -74,17 +74,6 @@ def _save(directory: LiteralPath, path: tuple[str, ...], value: np.ndarray) -> N
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
-def copy_tokenizer(source: ModelSource, target: Path) -> None:
-    """Copies the tokenizer files of a model, or prints a warning."""
-    if source.tokenizer is None:
-        print(
-            "warning: the model has no tokenizer files; add them before texts are tokenized for it",
-            file=sys.stderr,
-        )
-        return
-    load_tokenizer(source.tokenizer).save(target)
-
-
 def peak_rss_bytes() -> int:
     """The most memory this process has held."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -104,7 +93,7 @@ def run_export(checkpoint: str | Path, output: str | Path) -> dict[str, Any]:
         write_tensors(directory, planned, _hf_tensors(parameters, dtype))
         _write_json(directory / "config.json", raw)
         _write_json(directory / "generation_config.json", _generation(config))
-        copy_tokenizer(source, directory)
+        export_tokenizer(source, directory)
     return {"tensors": len(planned), "bytes": size, "peak_rss_bytes": peak_rss_bytes()}
 
 

@@ -69,17 +69,11 @@ def synthesizer_identity(
 def open_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Engine:
     """Starts the engine that the settings name. Imports only its packages."""
     if settings.engine == "vllm":
-        from synth.engine.vllm_ import VllmEngine
-
-        return VllmEngine(settings, tokenizer)
-    if settings.engine == "openai":
-        from synth.engine.openai_ import OpenAIEngine
-
-        return OpenAIEngine(settings, tokenizer)
-    if settings.engine == "jax":
-        from synth.engine.jax_ import JaxEngine
-
-        return JaxEngine(settings, tokenizer)
-    from synth.engine.scripted import ScriptedEngine
-
-    return ScriptedEngine(settings, tokenizer)
+        from synth.engine.vllm_ import VllmEngine as Opened
+    elif settings.engine == "openai":
+        from synth.engine.openai_ import OpenAIEngine as Opened  # type: ignore[assignment]
+    elif settings.engine == "jax":
+        from synth.engine.jax_ import JaxEngine as Opened  # type: ignore[assignment]
+    else:
+        from synth.engine.scripted import ScriptedEngine as Opened  # type: ignore[assignment]
+    return Opened(settings, tokenizer)

@@ -147,7 +147,7 @@ def test_a_damaged_directory_is_refused_by_name(damage: Any, exported: Path, tmp
 def test_a_cut_file_is_refused(exported: Path, tmp_path: Path) -> None:
     whole = (exported / "model.safetensors").read_bytes()
     (exported / "model.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match="model.safetensors: not a complete safetensors file"):
         run_import(exported, tmp_path / "imported")
 
 
