@@ -1,11 +1,11 @@
-"""Padding of `best_fit`, beside Grain's best-fit packing on the same documents in the same run.
+"""Padding of `best_fit`, compared with Grain's best-fit packing on the same documents.
 
-Documents longer than a row are cut into rows and a rest for both. Padding is counted without the last row. Grain packs
-into a number of open rows (`--bins`); this project sees 512 rows' worth of documents at a time.
+Both sides cut documents longer than a row into rows and a rest. Padding is counted without the last row. Grain packs
+into a number of open rows (`--bins`). This project packs the documents of 512 rows at a time.
 
     python benchmarks/best_fit.py [--seq-len 2048] [--documents 30000] [--bins 512] [--texts FILE.jsonl ...]
 
-`--texts` takes JSON Lines with a `context` or `text`; a token is counted for each word and sign.
+`--texts` are JSON Lines with a `context` or `text`. Each word and each punctuation mark counts as a token.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def grains(lengths: np.ndarray, seq_len: int, bins: int) -> tuple[int, float]:
         source, length_struct={"tokens": seq_len}, num_packing_bins=bins, shuffle_bins=False
     )
     filled = [int((row["tokens_segment_ids"] > 0).sum()) for row in packed]
-    filled.remove(min(filled))  # the least full stands for the last
+    filled.remove(min(filled))  # the least full row counts as the last
     return len(filled) + 1, 1 - sum(filled) / (len(filled) * seq_len)
 
 

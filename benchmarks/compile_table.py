@@ -1,11 +1,11 @@
-"""The tables of docs/reference/compile.md: the train step of four models compiled for six topologies, none of which is
-here, and what every recipe is predicted to reach on eight H100s.
+"""Write the tables of docs/reference/compile.md: the train step of four models compiled for six absent topologies, and
+the predicted speed of every recipe on eight H100s.
 
     python benchmarks/compile_table.py --ipt .venv-compile/bin/ipt -o docs/reference/compile.md
     python benchmarks/compile_table.py --ipt .venv-compile/bin/ipt -o docs/reference/compile.md --tables recipes
 
-Each line is one `ipt compile … --json` in a child process. Results are kept in out/compile/ and not made twice: rerun
-the same command to resume, delete the folder after a change to the step.
+Each line is one `ipt compile … --json` in a child process. Results are stored in out/compile/. Rerun the same command
+to resume. Delete the folder after a change to the step.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def recipe_line(name: str, result: dict[str, Any]) -> str:
 
 
 def replaced(page: str, name: str, text: str) -> str:
-    """`page` with what stands between the markers of `name` replaced."""
+    """`page` with the text between the markers of `name` replaced."""
     begin, end = f"<!-- {name}: made by benchmarks/compile_table.py -->\n", f"<!-- end of {name} -->\n"
     return page.split(begin)[0] + begin + text + end + page.split(end)[1]
 
@@ -163,7 +163,7 @@ def main() -> None:
         "tables": lambda: models_tables(options.ipt, options.models.split(","), options.topologies.split(",")),
     }
     machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    dated = f"Compiled on {datetime.date.today()}, {machine}, no accelerator; compile seconds beside other work."
+    dated = f"Compiled on {datetime.date.today()}, {machine}, no accelerator; compile seconds under other load."
     page = options.output.read_text(encoding="utf-8") if options.output else ""
     for name in options.tables:
         text = "\n".join([*makers[name](), dated]) + "\n"

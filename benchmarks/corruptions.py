@@ -1,4 +1,4 @@
-"""Question-answer pairs on their texts, and what may be wrong with one: each kind of fault, made from right pairs."""
+"""Question-answer pairs with their texts, and the faults that a pair can have. Faults are made from correct pairs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FOREIGN = [
 
 
 class Case(NamedTuple):
-    """A pair on its text; `story` tells which texts belong together. `choices` are the options that it may get."""
+    """A pair with its text. Texts of one `story` belong together. `choices` are the options that it may get."""
 
     story: str
     context: str
@@ -91,13 +91,13 @@ class Corrupter:
         return case._replace(question=self.elsewhere(case).question)
 
     def entity_swapped(self, case: Case) -> Case | None:
-        """A name or number of the answer becomes one of another story."""
+        """Replaces a name or number of the answer by one of another story."""
         while (story := self.rng.choice(self.stories)) == case.story:
             continue
         return self.rename(case, self.names[case.story], sorted(self.names[story] - self.names[case.story]))
 
     def entity_same_text(self, case: Case) -> Case | None:
-        """A name or number of the answer becomes another one of the same text."""
+        """Replaces a name or number of the answer by another one of the same text."""
         here = names(case.context)
         return self.rename(case, here, sorted(here))
 
@@ -156,7 +156,7 @@ class Corrupter:
 
 
 def names(text: str) -> set[str]:
-    """Capitalised words that stand nowhere in lower case, and numbers."""
+    """Capitalised words that never occur in lower case, and numbers."""
     found = words(text)
     lower = {word for word in found if word[0].islower()}
     return {

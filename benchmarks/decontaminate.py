@@ -1,11 +1,11 @@
-"""Speed and memory of `synth decontaminate`, and its matches against a plain search.
+"""Speed and memory of `synth decontaminate`, and its matches compared with a plain search.
 
-    python benchmarks/decontaminate.py                     # MB and pairs a second and core, three rounds
+    python benchmarks/decontaminate.py                     # MB and pairs per CPU second, three rounds
     python benchmarks/decontaminate.py --memory 200 400    # peak memory at 200 and 400 MB of text
 
-Text is FairytaleQA (../shared beside the checkout, repeated with a number in each text), the benchmark its validation
-questions and answers, and drawn items on top up to `--items`. The rival is what one would write first: words by a
-regular expression, tuples of 13 of them in a set.
+The text is FairytaleQA (../shared next to the checkout, repeated with a number in each text). The benchmark is its
+validation questions and answers, with random items up to `--items`. The rival is the obvious program: words by a
+regular expression, and a set of tuples of 13 of them.
 """
 
 import argparse
@@ -89,11 +89,11 @@ def write_groups(path: Path, groups: int) -> tuple[int, int]:
         texts = []
         for place in (0, 1):
             row = known[(2 * number + place) % len(known)]
-            told = [Pair(one["question"], one["answer"]) for one in row["qa"]]
+            asked = [Pair(one["question"], one["answer"]) for one in row["qa"]]
             text = f"{number} {row['context']}"
-            texts.append(GroupText(f"t{2 * number + place}", 0, len(text), text, "s", told, place, 0, 0, 0, "stop"))
-            pairs += len(told)
-            letters += len(text) + sum(len(one.question) + len(one.answer) for one in told)
+            texts.append(GroupText(f"t{2 * number + place}", 0, len(text), text, "s", asked, place, 0, 0, 0, "stop"))
+            pairs += len(asked)
+            letters += len(text) + sum(len(one.question) + len(one.answer) for one in asked)
         return encode(SynthGroup(f"g{number}", texts, "m", "w", {}, "f"))
 
     with Output(path, stage="synth", identity={}, shard_name="groups") as output:
@@ -148,10 +148,10 @@ def speed(folder: Path, arguments: argparse.Namespace) -> None:
             print(f"round {number + 1}  {name:18} {wall:6.1f} s, {cpu:6.1f} CPU s, "
                   f"{result['documents_removed']} documents removed", flush=True)  # fmt: skip
     base = statistics.median(seconds["nothing but start"])
-    for name, (_, size, told) in sides.items():
+    for name, (_, size, pairs) in sides.items():
         cpu = statistics.median(seconds[name]) - (0 if name.startswith("rival") else base)
         if size:
-            by_pairs = f", {told / cpu:,.0f} pairs" if told else ""
+            by_pairs = f", {pairs / cpu:,.0f} pairs" if pairs else ""
             print(f"{name}: {size / 1e6 / cpu:,.1f} MB{by_pairs} a CPU second")
     print(f"reading {arguments.items:,} benchmark items: {base:.1f} CPU s")
 

@@ -1,12 +1,12 @@
-"""What `synth run` itself costs: rounds a second and core without a model, and memory as the corpus grows.
+"""Cost of `synth run` without a model: rounds per CPU second, and memory by the size of the corpus.
 
-    python benchmarks/driver.py                          # 20,000 texts: rounds a CPU second, stage by stage
-    python benchmarks/driver.py --texts 100000 300000    # resident memory while it runs, a process a size
+    python benchmarks/driver.py                          # 20,000 texts: rounds per CPU second, stage by stage
+    python benchmarks/driver.py --texts 100000 300000    # resident memory during the run, one process per size
 
-Everything of `synth run` works but the model: reader, tokenizer (Mistral's), budget, prompts, parser, records, spool,
-shards, progress. `canned` answers each request after `--latency` seconds with one of 64 well-formed completions made
-beforehand, so that the engine costs next to nothing; `scripted` is the engine of rehearsals, which hashes the prompt,
-reads it and quotes it. CPU seconds are those of all threads, so a rate is one core's whatever else the machine does.
+Everything of `synth run` runs except the model: reader, tokenizer (Mistral's), budget, prompts, parser, records,
+journal, shards, progress. `canned` answers each request after `--latency` seconds with one of 64 prepared well-formed
+completions, so that the engine costs next to nothing. `scripted` is the engine of rehearsals, which hashes, reads and
+quotes the prompt. CPU seconds are those of all threads, so a rate is per core and does not depend on other load.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """benchmarks/fuzz_pairs.py [--count N] [--seed S] [--processes P]
 
-Random and mutated outputs through the parser and the renderer, against a grammar that was written from the format's
-description and shares no code with the parser: it reads lines, not cues. Each output must raise nothing, each of its
-pairs must be accepted by both or by neither, and what is accepted must render to a document that is not empty and, with
-the pairs put back on the wire, be read again as it is. Prints one JSON object; exits 1 at the first disagreement, with
-the seed that makes it again.
+Compare the parser with an independent grammar on random and mutated outputs, and render the accepted pairs. The grammar
+was written from the description of the format and shares no code with the parser: it reads lines, not cues. No output
+may raise an error. Each pair must be accepted by both or by neither. Accepted pairs must render to a document that is
+not empty, and must be parsed unchanged from their wire form. Prints one JSON object. Exits with code 1 at the first
+difference and prints the seed that reproduces it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from synth.render.documents import Renderer, RenderSettings
 
 # ---- the grammar: one completion as a text between closing tags
 #
-# piece    = blank "<QUE>" question "<ANS>" answer         (neither holds a tag)
+# piece    = blank "<QUE>" question "<ANS>" answer         (neither contains a tag)
 # question = stem [options] [cue]                          (stripped; the stem is not blank)
-# options  = a line "Options:", then 2 to 26 lines "- text", all different, none blank; blank lines may stand between
+# options  = a line "Options:", then 2 to 26 lines "- text", all different, none blank; blank lines between them
 # cue      = the last line, "Let's think step by step."    (no other line begins so)
 # answer   = text, or with the cue: text, then one line that begins with "Therefore, the answer is "; without, no such
-#            line. With options the final answer is one of them, give or take one closing period.
+#            line. With options the final answer is one of them, with or without a closing period.
 # A pair whose stem and options are those of a pair accepted before it (but for case, blanks, order) is none.
 
 PLAIN = r"(?:(?!<QUE>|<ANS>|</?CON>)[\s\S])*"
@@ -40,7 +40,7 @@ CUE, FINAL, OPTIONS = "Let's think step by step.", "Therefore, the answer is ", 
 
 
 def accepts(text: str) -> list[bool]:
-    """For each piece that a closing tag ends, whether it is a pair; false for what stands behind the last one."""
+    """For each piece that a closing tag ends, whether it is a pair. False for text after the last one."""
     *pieces, tail = text.split("</END>")
     seen: set[tuple[str, frozenset[tuple[str, int]]]] = set()
     verdicts = []
@@ -53,7 +53,7 @@ def accepts(text: str) -> list[bool]:
 
 
 def grammar_key(piece: str) -> tuple[str, frozenset[tuple[str, int]]] | None:
-    """What tells a pair from others of its text; None where the piece is no pair."""
+    """What distinguishes a pair from others of its text. None if the piece is not a pair."""
     found = PIECE.fullmatch(piece)
     if found is None:
         return None
@@ -207,7 +207,7 @@ def mutated(rng: random.Random) -> str:
 
 
 def swapped(rng: random.Random) -> str:
-    """A valid text whose bits of syntax are exchanged for others, doubled or left out."""
+    """A valid text with parts of its syntax replaced, doubled or removed."""
     bits = re.split(r"(<QUE>|<ANS>|</END>|\n)", valid_text(rng))
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(bits))

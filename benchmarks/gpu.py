@@ -89,7 +89,7 @@ def run_units(todo: list[Unit], deadline: float, work: Path, tiny: bool, save: C
 
 
 def child_rows(unit: Unit, limit: float, work: Path, tiny: bool, ceilings: Row) -> Iterator[Row]:
-    """The rows that a child prints; one row that says so if it fails or outlasts the time."""
+    """The rows that a child prints, or one row with the reason if it fails or exceeds the time."""
     command = [sys.executable, __file__, "--child", unit.part, "--argument", unit.argument, "--work", str(work)]
     command += ["--ceilings", json.dumps(ceilings), *(["--tiny"] if tiny else [])]
     log = work / f"{unit.part}-{unit.argument.replace(' ', '-') or 'all'}.log"
@@ -220,7 +220,7 @@ def main() -> None:
         shutil.rmtree(work / "cache", ignore_errors=True)
     print(table(report["rows"]))
     if all("note" in row and row["note"].startswith(("failed", "dropped")) for row in report["rows"][1:]):
-        sys.exit("gpu: nothing was measured; the rows above say why")
+        sys.exit("gpu: nothing was measured; see the rows above for the reason")
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/gpu.py. Each runs in a child process and yields one row a figure.
+"""The measurements of benchmarks/gpu.py. Each runs in a child process and yields one row per figure.
 
 A row is a dict: `case` names it, `note` is for people, the other keys are figures in SI units (bytes, seconds, FLOP/s).
 """
@@ -51,7 +51,7 @@ SYNTHESIZER = dict(  # the shape of TinyLlama-1.1B
 
 @dataclass(frozen=True)
 class Context:
-    """What a child knows."""
+    """The settings of a child process."""
 
     argument: str
     work: Path
@@ -129,8 +129,8 @@ def numbers(context: Context) -> Iterator[Row]:
     def row(shape: Numbers) -> Row:
         try:
             return compare_attention(context, shape)
-        except Exception as error:  # a shape that cuDNN refuses is a finding
-            return {"case": shape.name, "good": False, "note": f"refused: {str(error).splitlines()[0][:160]}"}
+        except Exception as error:  # a shape that cuDNN rejects is a result
+            return {"case": shape.name, "good": False, "note": f"rejected: {str(error).splitlines()[0][:160]}"}
 
     with ThreadPoolExecutor(1 if context.tiny else 8) as pool:
         yield from pool.map(row, NUMBERS[:: 4 if context.tiny else 1])
@@ -238,7 +238,7 @@ def build(context: Context, case: Case) -> Any:
 
 
 def rows_that_fit(context: Context, case: Case) -> int:
-    """The rows of a case, halved until the device has its share of the 70 GiB that the case is made for."""
+    """The rows of a case, halved until they fit the device. The case is sized for 70 GiB."""
     rows = case.rows
     while rows > 1 and rows * 70 * 2**30 > case.rows * context.ceilings["memory_bytes"] and not context.tiny:
         rows //= 2
@@ -261,7 +261,7 @@ def peak_of(compiled: Any) -> int:
 
 
 def random_batch(program: Any) -> dict[str, Any]:
-    """One batch [A, M, T] of random tokens on the device: whole rows of one document each."""
+    """One batch [A, M, T] of random tokens on the device, one document per row."""
     import numpy as np
 
     from ipt_jax.parallel.mesh import batch_sharding, place_batch
@@ -316,7 +316,7 @@ def shape_of(size: str) -> dict[str, Any]:
 
 
 def synthesis(context: Context) -> Iterator[Row]:
-    """Requests through the engine of `synth run`, twice as many as its batch holds."""
+    """Requests through the engine of `synth run`, twice as many as fit in its batch."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""The rivals of benchmarks/gpu.py: other train steps of the same shape, tokens a row and optimizer."""
+"""The rivals of benchmarks/gpu.py: other train steps of the same shape, tokens per row and optimizer."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def rivals(context: Context) -> Iterator[Row]:
 
 
 def release_torch() -> None:
-    """Frees what a failed try holds; called outside of `except`, whose traceback would keep it alive."""
+    """Frees the memory of a failed try. Called outside of `except`, whose traceback would keep it alive."""
     gc.collect()
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()
 
 
 def naive(context: Context, size: str, rows: int) -> Row:
-    """`naive_step.py` in bfloat16. Rows beyond its memory are refused by the compiler, before anything runs."""
+    """`naive_step.py` in bfloat16. The compiler rejects rows beyond the memory before anything runs."""
     from naive_step import make_step
 
     rows = min(rows, 4)  # scores of T squared: 0.5 GiB a layer and row at 1.3b

@@ -1,11 +1,11 @@
-"""Memory of `ipt import` and `ipt export`: a random model in several safetensors files is imported and exported again.
+"""Memory of `ipt import` and `ipt export` for a random model in several safetensors files.
 
     python benchmarks/hf_memory.py [--preset mistral-1.3b] [--dtype bfloat16] [--folder DIR] [--json]
 
-Each command is a process of its own. Two figures each: the peak resident set that the kernel recorded, pages of mapped
-files included (they are given back under pressure), and the most anonymous memory seen in samples 20 ms apart. Bars:
-import at most 2 GiB above the model's own bytes, export at most 1 GiB above the largest file that it writes. Needs
-four times the model's bytes on the disk of DIR (a temporary folder by default), which is cleared at the end.
+Each command is a process of its own, with two figures: the peak resident set that the kernel recorded, which includes
+pages of mapped files (the kernel reclaims them under pressure), and the peak anonymous memory in samples 20 ms apart.
+Bars: import at most 2 GiB above the model's bytes, export at most 1 GiB above the largest file that it writes. Needs
+four times the model's bytes on the disk of DIR (default: a temporary folder), which is cleared at the end.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def measure(*arguments: str) -> dict[str, float]:
 
 
 def anonymous_bytes(process: int) -> int:
-    """What the process holds that no file backs; 0 where it has just ended or the system is no Linux."""
+    """Anonymous memory of the process. 0 if it has just ended, or on other systems than Linux."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except FileNotFoundError:

@@ -1,13 +1,13 @@
-"""Kills runs of `synth run` at random moments and looks whether any group is missing, doubled or half-written.
+"""Kill runs of `synth run` at random moments and check that no group is missing, duplicated or incomplete.
 
-    python benchmarks/kills.py --engine scripted --kills 30     SIGKILL, run again; byte-equal to an undisturbed run
+    python benchmarks/kills.py --engine scripted --kills 30     SIGKILL, rerun; byte-identical to an undisturbed run
     python benchmarks/kills.py --engine vllm --kills 5          the same with the real vLLM on this machine's CPU
-    python benchmarks/kills.py --ray --kills 3                  SIGKILL of an actor inside one run, which goes on
+    python benchmarks/kills.py --ray --kills 3                  SIGKILL of an actor in a run, which continues
     python benchmarks/kills.py --ray --engine vllm --kills 1    the same with a vLLM in each of two actors
-    python benchmarks/kills.py --engine openai --kills 1        SIGKILL of a real vLLM server, started again 5 s later
+    python benchmarks/kills.py --engine openai --kills 1        SIGKILL of a real vLLM server, restarted after 5 s
 
-The model is the walking one of `walking_model.py`: 19M parameters, pairs in the right form. Every kill comes after new
-groups were stored, so that the next one finds other work. Exits with 1 where anything is wrong. Linux only.
+The model is the random one of `walking_model.py`: 19M parameters, pairs in the right format. Every kill comes after new
+groups were stored, so that the next one finds other work. Exits with code 1 if anything is wrong. Linux only.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def journals(output: Path) -> dict[str, int]:
-    """Bytes in each spool; one that is sealed meanwhile is left out."""
+    """Bytes in each journal. One that is sealed meanwhile is skipped."""
     sizes = {}
     for file in output.glob("spool/*.spool"):
         with suppress(FileNotFoundError):
@@ -100,7 +100,7 @@ def still_runs(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL for a process and, when it is gone, for what it left behind."""
+    """SIGKILL for a process and, after its end, for its remaining children."""
     parent = psutil.Process(pid)
     tree = [parent, *parent.children(recursive=True)]
     for process in tree:
@@ -118,7 +118,7 @@ def kill_runs(command: list[str], output: Path, log: Path, kills: int, rng: Rand
         process.kill()
         process.wait()
         _, left = psutil.wait_procs(children, timeout=20)
-        print(f"kill {number + 1}: {stored(output)}, {len(children)} child processes, {len(left)} left")
+        print(f"kill {number + 1}: {stored(output)}, {len(children)} child processes, {len(left)} remaining")
         if left:
             sys.exit(f"processes outlived their run: {left}")
     finish(start(command, log), log)

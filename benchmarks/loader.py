@@ -1,11 +1,11 @@
-"""How fast rows reach the trainer, beside Grain, Hugging Face `datasets` and one flat file of tokens.
+"""Speed of the loader, compared with Grain, Hugging Face `datasets` and one flat file of tokens.
 
-Every contestant runs in a fresh process that shuffles one corpus of documents, joins them and gives batches of rows of
-2,048 tokens; the clock starts before the first file is opened and stops after the last batch, imports excluded. All
-run in turn, round after round; the table gives medians. This project gives six checked fields a row, Grain tokens,
-segment ids and positions, the others tokens alone. Grain cannot read this project's pages, so it has ArrayRecord files
-of its own: a document a record, its token ids and nothing else, uncompressed too. The last lines run this project with
-10 ms added to every read, on this corpus and on one of eight times the tokens (`cc` is needed for it).
+Every contestant runs in a new process that shuffles one corpus of documents, joins them and yields batches of rows of
+2,048 tokens. The clock starts before the first file is opened and stops after the last batch, imports excluded. All
+contestants run in turn in every round, and the table has medians. This project yields six checked fields per row, Grain
+tokens, segment ids and positions, the others tokens only. Grain cannot read this project's pages, so it has ArrayRecord
+files of its own: one uncompressed record per document with its token ids. The last lines run this project with 10 ms
+added to every read, on this corpus and on one of eight times the tokens (`cc` is needed for it).
 
     python benchmarks/loader.py [--tokens 40e6] [--rounds 3] [--directory DIR]
 """
@@ -86,7 +86,7 @@ def datasets_singly(root: Path, _: int) -> Batches:
 
 
 def _gathered(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Joined by the thousand: joining each to what is left would be the contestant's cost."""
+    """Joined by the thousand. Joining each to the rest would be a cost of the contestant."""
     while part := list(itertools.islice(documents, 1000)):
         yield np.concatenate(part)
 
@@ -118,7 +118,7 @@ CONTESTANTS: dict[str, Callable[[Path, int], Batches]] = {
 
 def measure(name: str, root: Path, tokens: int) -> None:
     """In a process of its own: one contestant from start to end."""
-    import datasets  # noqa: F401  (imports are no part of the time)
+    import datasets  # noqa: F401  (imports are not timed)
     import grain  # noqa: F401
 
     import ipt_jax.data.plan  # noqa: F401
@@ -128,7 +128,7 @@ def measure(name: str, root: Path, tokens: int) -> None:
         first = first or time.perf_counter() - wall
         given += batch.size
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    status = Path("/proc/self/status").read_text()  # getrusage would tell the peak of the process that started this one
+    status = Path("/proc/self/status").read_text()  # getrusage would return the peak of the parent
     peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
     print(json.dumps({"given": given, "wall": wall, "cpu": cpu, "first": first, "peak_mib": peak}))
 
@@ -175,7 +175,7 @@ def run(name: str, root: Path, tokens: int, slow: Path | None = None) -> dict[st
 def compile_slow_disk(root: Path) -> Path | None:
     compiler = shutil.which("cc")
     if compiler is None:
-        print("no cc: the line with 10 ms a read is left out", file=sys.stderr)
+        print("no cc: the line with 10 ms per read is skipped", file=sys.stderr)
         return None
     library = root / "slow_disk.so"
     source = Path(__file__).with_name("slow_disk.c")
@@ -186,7 +186,7 @@ def compile_slow_disk(root: Path) -> Path | None:
 def compare(root: Path, tokens: int, rounds: int) -> None:
     tokens = prepare(root, tokens)
     slow = compile_slow_disk(root)
-    if slow:  # a start on such a disk takes a fifth of a second, a fifth of what the smaller corpus takes in all
+    if slow:  # a start on such a disk takes 0.2 s, a fifth of the time of the smaller corpus
         write_corpus(root / LONG / "raw", web_lengths(LONG_TIMES * tokens // 450, 450, 1), "raw", 1)
     runs: dict[str, list[dict[str, Any]]] = {}
     for number in range(rounds):
@@ -198,7 +198,7 @@ def compare(root: Path, tokens: int, rounds: int) -> None:
             runs.setdefault(LONG, []).append(run("this project", root / LONG, tokens))
             runs.setdefault(f"{LONG}, 10 ms a read", []).append(run("this project", root / LONG, tokens, slow))
     print(f"{tokens:,} tokens, rows of {SEQ_LEN:,}, batches of {ROWS}; {platform.processor()} {os.cpu_count()} CPUs")
-    print(f"{'':30}{'M tokens/s':>12}{'a core':>10}{'first batch':>14}{'peak MiB':>10}{'this project is':>18}")
+    print(f"{'':30}{'M tokens/s':>12}{'per core':>10}{'first batch':>14}{'peak MiB':>10}{'this project is':>18}")
     speed = {name: statistics.median(one["given"] / one["wall"] for one in found) for name, found in runs.items()}
     for name, found in runs.items():
         core = statistics.median(one["given"] / one["cpu"] for one in found)

@@ -1,11 +1,11 @@
-"""Whether memory stays flat: of the loader over 20,000 rows, of `ipt tokenize` over gigabytes of text.
+"""Memory over time: of the loader over 20,000 rows, and of `ipt tokenize` over gigabytes of text.
 
     python benchmarks/memory.py loader                  # resident memory after 1,000, 5,000, 10,000 and 20,000 rows
     python benchmarks/memory.py tokenize --gigabytes 0.5 1 2 5
 
-Each measurement is a process of its own. The loader reads rows of 2,048 tokens of a corpus that lasts so long; pages of
-files do not count. Tokenizing runs in one process, with a tokenizer of whole words, of 40 letters in the mean, which
-passes over bytes several times as fast as a BPE; everything around it is the same. Text is made of drawn words.
+Each measurement is a process of its own. The loader reads rows of 2,048 tokens of a corpus of that size. Pages of files
+are not counted. Tokenizing runs in one process, with a tokenizer of complete words of 40 letters on average, which is
+several times as fast per byte as a BPE. The text is random words.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS = (1_000, 5_000, 10_000, 20_000)
 
 
 def resident() -> int:
-    """MiB of this process that are in memory and are no pages of files."""
+    """MiB of this process in memory, without pages of files."""
     fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
     return (int(fields[1]) - int(fields[2])) * resource.getpagesize() >> 20
 

@@ -1,7 +1,7 @@
-"""The train step that one writes in JAX from scratch in an afternoon: what benchmarks/train_step.py holds ours against.
+"""A plain JAX train step, written from scratch: the rival in benchmarks/train_step.py.
 
-Plain einsums, a mask, full logits, optax.adamw; jitted with the state donated. The layers are scanned over stacked
-weights (`loop=False`) or written out by a Python loop over a list of them (`loop=True`). Uses nothing of this project.
+Plain einsums, a mask, full logits, optax.adamw, jitted with the state donated. The layers are scanned over stacked
+weights (`loop=False`) or unrolled by a Python loop over a list of them (`loop=True`). Uses no code of this project.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a plan costs by the number of documents: time, memory, the first row after a cold start, a random row.
+"""Cost of a plan by the number of documents: time, memory, the first row after a cold start, a random row.
 
-Writes token directories of the paper's mix (nine tenths raw documents, of which a fifth were converted and drop out,
-augmented ones that hold two each, tuning documents four times) with everything that planning reads: manifests and index
-files of lognormal lengths. Token shards would be 200 GB for 2e8 documents; here a shard is an empty file of the right
-name, but for the blocks of the rows that are timed, which are written as real records among one-byte ones. Planning,
-cold start and rows each run in a process of their own; before the cold start the files' pages are dropped from the
-page cache.
+Writes token directories of the paper's mix (nine tenths raw documents, of which a fifth were converted and are
+excluded, augmented documents with two of them each, tuning documents four times) with everything that planning reads:
+manifests and index files of lognormal lengths. Token shards of 2e8 documents would take 200 GB. Here a shard is an
+empty file of the right name, except for the blocks of the timed rows, which are written as real records among one-byte
+ones. Planning, cold start and rows each run in a process of their own. Before the cold start the files' pages are
+dropped from the page cache.
 
     python benchmarks/plan_scale.py [--documents 1e5 1e6] [--directory DIR]        2e8: 4 GB of disk for index files
 """
@@ -69,7 +69,7 @@ def write_directory(root: Path, number: int, documents: int) -> None:
         index["page"] = pages_of(index["tokens"])
         if kind == "raw":
             index["characters"] = 4 * index["tokens"]
-        if kind == "augmented":  # each holds two converted texts; every fifth raw document is one
+        if kind == "augmented":  # each has two converted texts; every fifth raw document is one
             parents = np.zeros(2 * (stop - first), PARENTS)
             parents["id"] = key_of((5 * np.arange(2 * first, 2 * stop)) % raw, 0)
             parents["end"] = 0xFFFFFFFF

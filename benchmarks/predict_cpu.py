@@ -1,11 +1,11 @@
-"""How far `ipt compile`'s prediction is from the truth on this CPU: the same roofline, with this CPU's measured peaks.
+"""Error of `ipt compile`'s prediction on this CPU: the same roofline, with this CPU's measured peaks.
 
     python benchmarks/predict_cpu.py                   # shape A of train_step.py in float32 and bfloat16: two minutes
     python benchmarks/predict_cpu.py --shape B
 
 Measures products (a square matrix product in the step's dtype) and memory (adding one to an array much larger than the
-caches), compiles the train step of train_step.py, predicts it from its program, and times it. Peaks are measured before
-and after the steps and the better is taken, since the machine may be shared. Says nothing about accelerators.
+caches), compiles the train step of train_step.py, predicts its time from its program, and times it. Peaks are measured
+before and after the steps and the better is used, because the machine may be shared. Does not apply to accelerators.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Speed and memory of `synth render`, with and without a data set for the hub; and pairs as odd as can be, rendered.
+"""Speed and memory of `synth render`, with and without a data set for the hub, and a check on malformed pairs.
 
     python benchmarks/rendering.py [--groups 10000 100000] [--odd 1000000]
 
-Groups of two texts of 250 words with five pairs each, in all four formats, are made up in a temporary directory; each
+Groups of two texts of 250 words with five pairs each, in all four formats, are generated in a temporary directory. Each
 stage runs in a process of its own, whose CPU seconds and peak memory are printed. More than 10,000 groups are rendered
-by a pool of processes that the system does not account to their starter: there the wall clock alone is told.
-`--odd` renders that many random and mutated pairs instead, checks that every span cuts its string out of the document
-and that every pair is shown or counted, and prints what was found.
+by a pool of processes that the system does not account to their parent: only the wall clock is printed there. `--odd`
+renders that many random and mutated pairs instead, checks that every span cuts its string out of the document and that
+every pair is shown or counted, and prints the counts.
 """
 
 from __future__ import annotations

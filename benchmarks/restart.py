@@ -1,17 +1,17 @@
 """benchmarks/restart.py [--texts 40000000] [--measured 1000000] [--folder DIR]
 
-What a start of `synth run` costs by the size of its corpus.
+Cost of starting `synth run` by the size of its corpus.
 
-1. Unit costs, on real files: `--measured` texts of 2,000 bytes are written, and a tenth of them; a process each makes
+1. Unit costs, on real files: `--measured` texts of 2,000 bytes are written, and a tenth of them. One process each makes
    their work list (seconds, peak memory, size on disk), and hashes the files.
-2. A shard of 10,000 groups of such texts is made by the scripted engine: bytes a group, in the spool and sealed, and
-   in the manifest.
-3. A restart at `--texts` texts. Made up: the corpus (sparse files that hold rows only where the run will read), its
-   digests, the work list (by arithmetic; the same arithmetic is first compared with a real list of `--measured` / 10
-   texts), the shards that are done, all but two (sparse files of the right size, listed in a real manifest), and nine
-   tenths of the spool of the next (groups of part 2). Real: everything that runs. `synth run` with the scripted engine
-   goes on, is killed with SIGKILL, and started again three times; each process tells when its first request comes,
-   counted from its own start, and its peak memory.
+2. The scripted engine makes a shard of 10,000 groups of such texts: bytes per group, in the journal, sealed, and in the
+   manifest.
+3. A restart at `--texts` texts. Simulated: the corpus (sparse files with rows only where the run reads), its digests,
+   the work list (by arithmetic, which is first compared with a real list of `--measured` / 10 texts), the finished
+   shards, all but two (sparse files of the right size, listed in a real manifest), and nine tenths of the journal of
+   the next (groups of part 2). Real: everything that runs. `synth run` with the scripted engine resumes, is killed with
+   SIGKILL, and is restarted three times. Each process prints the time of its first request, counted from its own start,
+   and its peak memory.
 
 Prints one JSON object.
 """
@@ -137,7 +137,7 @@ def peak_mib() -> float:
 
 
 def time_list(folder: Path, corpus: str) -> dict[str, Any]:
-    """Seconds and memory of a first pass. CPU seconds, because others may work beside it."""
+    """Seconds and memory of a first pass. CPU seconds, because the machine may be shared."""
     run = settings(folder, corpus, 0.0)
     tokenizer = load_tokenizer(run.synthesizer.model)
     before, started = peak_mib(), time.process_time()
@@ -205,7 +205,7 @@ def run_until_first_request(folder: Path, corpus: str, leave: bool) -> dict[str,
     return run_synth(settings(folder, corpus, 0.02))
 
 
-# ---- the whole
+# ---- the restart
 
 
 def make_up(folder: Path, texts: int) -> dict[str, Any]:

@@ -1,24 +1,24 @@
-"""Output tokens a second of `synth run` on real vLLM, beside the engine's own ceiling and the official procedure.
+"""Output tokens per second of `synth run` on real vLLM, compared with the engine's ceiling and the official procedure.
 
     python benchmarks/synthesis.py --model walking --rounds 1 2 3
     python benchmarks/synthesis.py --model smollm2 --rounds 2 --groups 160 --against ceiling
 
-All contestants run in turn in one engine process that is started once; its prefix cache is emptied before each.
+All contestants run in turn in one engine process that is started once. Its prefix cache is emptied before each.
 
-chains    `synth run`'s own code: reader, chains, driver, parser, records, spool, shards, progress.
-ceiling   the requests of the chains run just before, known in advance: same prompts, same number of tokens (EOS is
-          ignored), same shared prefixes, independent of each other. Submitted all at once, in the order that keeps the
-          cache's hits: some groups' first texts, the same groups' second texts, and so on.
-official  the procedure of the paper's released script, written anew from its description: text i is linked to texts
-          i + B, i + 2B; a whole round is one batch of strings and ends before the next begins; all history is dropped
-          where words times 1.5 exceed the window. Given to it: tokenizing and detokenizing in one batched call each
-          (the engine's own would be one by one), no double BOS, no file written.
+chains    the code of `synth run`: reader, chains, driver, parser, records, journal, shards, progress.
+ceiling   the requests of the preceding run of the chains, known in advance: same prompts, same number of tokens (EOS is
+          ignored), same shared prefixes, independent of each other. All are submitted at once, in the order that
+          preserves cache hits: some groups' first texts, the same groups' second texts, and so on.
+official  the procedure of the paper's released script, reimplemented from its description: text i is linked to texts
+          i + B, i + 2B. A round is one batch of strings and ends before the next begins. All history is dropped if
+          words times 1.5 exceed the window. Improved for it: tokenizing and detokenizing in one batched call each (the
+          engine's own would be one by one), no double BOS, no file written.
 
-Texts are FairytaleQA (../shared beside the checkout; drawn words where it is absent) cut to lengths drawn from
-`--tokens`. `walking` is a random model that writes in the format by itself (walking_model.py says what is made up) and
-samples at temperature 1; `smollm2` is SmolLM2-135M-Instruct as `configs/real` uses it, untuned, greedy, with seed
-examples. What the prefix cache gave is the engine's own count; what it could have given is, per request, the whole
-blocks of what the group's former request computed and this one repeats.
+The texts are FairytaleQA (../shared next to the checkout, or random words if absent) cut to lengths drawn from
+`--tokens`. `walking` is a random model that writes in the format (see walking_model.py) and samples at temperature 1.
+`smollm2` is SmolLM2-135M-Instruct as in `configs/real`, untuned, greedy, with seed examples. Hits of the prefix cache
+are the engine's own count. Possible hits are, per request, the complete blocks that the group's former request computed
+and this one repeats.
 """
 
 import argparse
@@ -182,7 +182,7 @@ def spelled_seed(tokenizer: Any, ids: list[int]) -> str:
 
 
 def encode_strings(tokenizer: Any, prompts: list[str], bos: str, eos: str) -> list[list[int]]:
-    """Strings in which the control tokens are spelled, one batched call for all pieces between them."""
+    """Strings with spelled-out control tokens. One batched call for all pieces between them."""
     pieces: list[str] = []
     layout: list[list[int]] = []  # per prompt: a control token's id as it is, a piece as -1 - its place
     for prompt in prompts:
@@ -197,7 +197,7 @@ def encode_strings(tokenizer: Any, prompts: list[str], bos: str, eos: str) -> li
 
 
 def read_pairs(text: str) -> list[Pair]:
-    """The released script's rules: whole records alone, one answer tag, no question twice."""
+    """The released script's rules: complete records only, one answer tag, no question twice."""
     pairs: dict[str, Pair] = {}
     for piece in text.split("</END>")[:-1]:
         question, *answers = piece.split("<ANS>")
@@ -256,7 +256,7 @@ def processor_seconds() -> dict[str, float]:
 
 
 def possible_cached(run: Run, block: int) -> tuple[int, int]:
-    """(cached, possible) prompt tokens of the requests that go on from a former one of their group."""
+    """(cached, possible) prompt tokens of the requests that extend a former one of their group."""
     last: dict[str, Request] = {}
     cached = possible = 0
     for request in sorted(run.requests, key=lambda one: one.round):
@@ -355,7 +355,7 @@ def tell(name: str, rounds: int, run: Run, block: int) -> None:
     if name == "chains":
         cached, possible = possible_cached(run, block)
         ended = sum(request.ended for request in run.requests) / len(run.requests)
-        share = f"{cached / possible:.3f} of the possible {possible:,}" if possible else "nothing to go on from"
+        share = f"{cached / possible:.3f} of the possible {possible:,}" if possible else "no former requests"
         print(f"    cached of later rounds: {share}; ended by EOS: {ended:.2f}", flush=True)
 
 

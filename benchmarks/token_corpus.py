@@ -18,13 +18,13 @@ SHARD_DOCUMENTS = 20_000
 
 
 def web_lengths(count: int, mean: float, seed: int) -> np.ndarray:
-    """Lognormal lengths of about the given mean, as web text has them: most short, a few of many thousands."""
+    """Lognormal lengths of about the given mean, like web text: most short, a few of many thousands."""
     drawn = np.random.default_rng(seed).lognormal(np.log(mean) - 0.5, 1.0, count)
     return np.clip(drawn, 8, 20_000).astype(np.int64)
 
 
 def write_corpus(path: Path, lengths: np.ndarray, kind: Kind, seed: int) -> None:
-    """A finished directory of token shards; kept where it is there already."""
+    """A finished directory of token shards; kept if it exists."""
     if (path / "manifest.json").exists():
         return
     total = -(-len(lengths) // SHARD_DOCUMENTS)

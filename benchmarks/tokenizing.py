@@ -1,12 +1,12 @@
-"""Speed and memory of `ipt tokenize`, against the `tokenizers` library's own `encode_batch` on text already in memory.
+"""Speed and memory of `ipt tokenize`, compared with `encode_batch` of the `tokenizers` library on text in memory.
 
     python benchmarks/tokenizing.py                    # speed: rounds of both sides, in turn, on the same cores
     python benchmarks/tokenizing.py --memory 1000 2000 # peak memory at 1 and 2 GB of text
 
-Text is FairytaleQA (../shared beside the checkout, repeated) or, where that is absent, drawn words. The tokenizer is
-Mistral's, out of mistral-common, as tokenizer.json. Our side reads JSON Lines and writes whole shards to disk, with
-checksums; the other side does nothing but encode. By default both take one core: then CPU seconds can be compared too,
-which is what counts on a machine that does other work. `--cores 2` compares wall time, the start of workers included.
+The text is FairytaleQA (../shared next to the checkout, repeated), or random words if that is absent. The tokenizer is
+Mistral's, from mistral-common, as tokenizer.json. Our side reads JSON Lines and writes complete shards to disk, with
+checksums. The other side only encodes. By default both use one core, so that CPU seconds can be compared on a shared
+machine. `--cores 2` compares wall time, including the start of workers.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python benchmarks/train_step.py --shapes A --systems ours,naive-scan,naive-loop --rounds 5
 
 Every system trains the same decoder in float32 with AdamW, two float32 moments, no remat and no logger, on one batch of
-8 x 512 random tokens. Each is a child process of its own on the same cores; all children of a shape start and compile
-one after the other, then take turns of a few steps, so that a slow minute of the machine hits all alike. A step ends
-when its loss is on the host. Ours is the very step that `ipt train` runs; it is held against the better naive step and
-the better torch. Losses are printed, since a wrong step may be a fast one. Says nothing about accelerators.
+8 x 512 random tokens. Each is a child process of its own on the same cores. All children of a shape start and compile
+one after the other, then take turns of a few steps, so that other load affects all alike. A step ends when its loss is
+on the host. Ours is the step that `ipt train` runs. It is compared with the better naive step and the better torch.
+Losses are printed, because a wrong step may be a fast one. Does not apply to accelerators.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ SYSTEMS: dict[str, Callable[[dict[str, int], np.ndarray, int], Step]] = {
 def child(system: str, shape: dict[str, int], threads: int) -> None:
     """Answers each line of stdin, a number of steps, with one JSON line; the first answer is that of the start."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries is not an answer
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], (ROWS, LENGTH), dtype=np.int32)
     step = SYSTEMS[system](shape, tokens, threads)
@@ -163,7 +163,7 @@ def timed(step: Step, steps: int) -> tuple[list[float], list[float]]:
     return seconds, losses
 
 
-# ---- the parent: starts the children, gives them turns, prints the table
+# ---- the parent: starts the children, runs them in turn, prints the table
 
 
 def start(system: str, shape: str, threads: int) -> subprocess.Popen[str]:
@@ -179,7 +179,7 @@ def answer(system: str, process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        sys.exit(f"{system} ended with code {process.wait()} before its answer; its own words stand above")
+        sys.exit(f"{system} ended with code {process.wait()} before its answer; see its output above")
     return json.loads(line)
 
 

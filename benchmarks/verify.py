@@ -1,11 +1,11 @@
-"""How well each score of `synth verify` tells right pairs from wrong ones, as AUC: one half is chance, one is certain.
+"""AUC of each score of `synth verify` between correct pairs and wrong ones: 0.5 is chance, 1 is perfect.
 
-Right pairs are FairytaleQA's own; each fault is made from them (benchmarks/corruptions.py), and a score's AUC is over
-the right pairs that allow the fault against the wrong ones made of them. A score that a pair does not get is left out,
-with the number of pairs that have it in parentheses where it is not all.
+Correct pairs are FairytaleQA's own. Each fault is made from them (benchmarks/corruptions.py). A score's AUC compares
+the correct pairs that allow the fault with the wrong ones made from them. A pair without the score is skipped. If not
+all pairs have it, their number is in parentheses.
 
     python benchmarks/verify.py                                              scores that need no engine, and their speed
-    python benchmarks/verify.py --engine vllm --model DIR --seconds 300      those that need one, on a part
+    python benchmarks/verify.py --engine vllm --model DIR --seconds 300      those that need one, on a sample
     python benchmarks/verify.py --fit                                        the weights in synth/verify/text_scores.py
 """
 
@@ -44,7 +44,7 @@ ASKED_FAULTS = (
     "wrong option, same text",
 )
 PRODUCT = "combined · open_closed"
-AT_ONCE = 8  # right pairs that an engine is asked about with all that was made of them
+AT_ONCE = 8  # correct pairs per batch of requests, with all wrong pairs made from them
 Table = dict[str, list[tuple[FoundScores, FoundScores]]]  # fault -> what right and wrong pairs got
 
 
@@ -92,12 +92,12 @@ def cell(name: str, found: list[tuple[FoundScores, FoundScores]]) -> str:
 
 
 def show_speed(cases: list[Case]) -> None:
-    """Each score alone on one core, texts prepared anew; the best of three."""
+    """Speed of each score on one core, texts prepared each time. The best of three."""
     speeds = []
     for name in (*NAMES, "all"):
         taken = [seconds(cases, NAMES if name == "all" else (name,)) for _ in range(3)]
         speeds.append(f"{name} {len(cases) / min(taken):,.0f}")
-    print(f"\npairs a second on one core of {platform.processor() or platform.machine()}: {', '.join(speeds)}")
+    print(f"\npairs per second on one core of {platform.processor() or platform.machine()}: {', '.join(speeds)}")
 
 
 def seconds(cases: list[Case], names: tuple[str, ...]) -> float:
@@ -139,7 +139,7 @@ class Asker:
         return given | ({PRODUCT: parts[0] * parts[1]} if known else {})  # type: ignore[operator]
 
     async def chosen(self, right: Case, wrong: Case) -> tuple[FoundScores, FoundScores]:
-        """Both are choices among the same options, so one set of requests tells of both."""
+        """Both are choices among the same options, so one set of requests serves both."""
         asked = self.case(right)
         orders = [Random(f"{asked.id}/{number}").sample(right.choices, len(right.choices)) for number in range(ORDERS)]
         shares = await asyncio.gather(*(in_order(asked, order, number) for number, order in enumerate(orders)))

@@ -1,11 +1,11 @@
-"""A random Mistral of 19M parameters that writes pairs in the synthesizer's format by itself, and stops by itself.
+"""A random Mistral of 19M parameters that writes pairs in the synthesizer's format and stops by itself.
 
-Real: the shape, every matrix product, attention, the tokenizer (Mistral's SentencePiece model out of mistral-common),
-sampling, EOS, lengths that differ from text to text. Made up: the tokenizer has the format's three tags as
-tokens of their own, and embeddings and output head are drawn so that a question's words follow `<QUE>`, an answer's
-follow `<ANS>`, and `</END>` closes or goes on. Which word, and how many, falls out of the random layers. What it writes
-means nothing. It has as many key-value heads as query heads, so that a cache of 1 GiB holds 131,072 tokens: less than
-a round of a few hundred groups, as a real cache holds far less than a round of a real corpus.
+Real: the shape, every matrix product, attention, the tokenizer (Mistral's SentencePiece model from mistral-common),
+sampling, EOS, lengths that differ from text to text. Artificial: the tokenizer has the format's three tags as tokens of
+their own, and embeddings and output head are drawn so that a question's words follow `<QUE>`, an answer's follow
+`<ANS>`, and `</END>` stops or continues. The random layers determine which word, and how many. The output means
+nothing. The model has as many key-value heads as query heads, so that a cache of 1 GiB holds 131,072 tokens: less than
+a round of a few hundred groups, as a real cache is far smaller than a round of a real corpus.
 """
 
 import shutil
@@ -56,7 +56,7 @@ def write_tokenizer(folder: Path):
 
 
 def walk(model, tokenizer) -> None:
-    """Draws embeddings and head anew, with a direction for each state of the walk."""
+    """Draws new embeddings and a new head, with a direction for each state of the walk."""
     import torch
 
     pieces = tokenizer.convert_ids_to_tokens(list(range(32_000)))
