@@ -215,7 +215,7 @@ def test_a_finished_run_says_so_and_touches_nothing(finished: Path) -> None:
 def test_another_recipe_is_refused_naming_the_field(finished: Path, blocks: dict[str, Any], field: str) -> None:
     with pytest.raises(UserError) as refused:
         run(finished, **blocks)
-    assert f"its checkpoint at step 11 was made with {field}; give another run_dir" in str(refused.value)
+    assert f"its checkpoint at step 11 was made with {field}; set another run_dir" in str(refused.value)
 
 
 def test_any_character_in_the_path_of_a_run(straight: Path, folder: Path) -> None:
