@@ -1,8 +1,6 @@
-"""README, docs, CONTRIBUTING and CHANGELOG: width, links, index and plain words.
+"""README, docs, CONTRIBUTING and CHANGELOG: width, links, index, named files and the order of the log.
 
-Tables, code blocks and lines that hold one link may exceed the width. `PRIVATE` lists phrases of this project's early
-pages that a reader of the field would have to decode, each with what to write instead. `docs/log.md` and
-`docs/decisions/earlier.md` keep their dated text and are exempt from that list alone.
+Tables, code blocks and lines that hold one link may exceed the width. Words are checked in test_wording.py.
 """
 
 from __future__ import annotations
@@ -16,29 +14,7 @@ from extras import ROOT
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
-HISTORY = [DOCS / "log.md", DOCS / "decisions" / "earlier.md"]
 WIDTH = 100
-PRIVATE = {
-    r"go(?:es)? on from": "resume from",
-    r"nothing swallowed": "no silent data loss",
-    r"is told|are told": "is reported",
-    r"stands? in for": "replaces",
-    r"as long as": "if, while",
-    r"keeps? apart|kept apart": "separate",
-    r"run again it": "rerun to resume",
-    r"the same command .{0,20}goes on": "rerun the same command to resume",
-    r"knocks?": "retries",
-    r"mend(?:s|ed)?": "fix, repair",
-    r"sealed anew|rendered anew|made anew": "rewritten",
-    r"leaves? (?:\w+ ){1,3}alone": "keep, skip",
-    r"to the byte": "byte-identical",
-    r"for ever": "indefinitely",
-    r"all of it, in parts": "split",
-    r"laid out": "formatted",
-    r"want of room": "lack of space",
-    r"turns round": "inverts",
-    r"the seconds? of its": "the duration of its",
-}
 
 
 def name_of(path: Path) -> str:
@@ -55,16 +31,6 @@ def too_wide(text: str) -> list[str]:
     return [line for line in lines if len(line) > WIDTH and not re.match(r"\||    |\s*(- )?<?\S+>?$", line)]
 
 
-def private_phrases(text: str) -> list[str]:
-    """Phrases of `PRIVATE`, each with what to write instead."""
-    plain = re.sub(r"\s+", " ", re.sub(r"`[^`\n]+`", "", without_code(text)))
-    return [
-        f"{match.group()!r}: {instead}"
-        for phrase, instead in PRIVATE.items()
-        for match in re.finditer(rf"\b(?:{phrase})\b", plain, re.IGNORECASE)
-    ]
-
-
 def links(text: str) -> list[str]:
     return re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", without_code(text))
 
@@ -72,8 +38,6 @@ def links(text: str) -> list[str]:
 def test_the_checks_find_what_they_look_for() -> None:
     assert too_wide("x " * 60) and not too_wide("| " + "x " * 60) and not too_wide("```\n" + "x " * 60 + "\n```")
     assert not too_wide("- https://example.org/" + "x" * 100)
-    assert len(private_phrases("The run goes\non from step 7. It is told.")) == 2
-    assert not private_phrases("Resume from step 7. `as long as` is code.")
     assert links("[a](b.md#c) [d](https://e) [f]( g)") == ["b.md", "https://e"]
 
 
@@ -94,12 +58,7 @@ def test_the_index_names_every_page_once() -> None:
     assert sorted(path for path in linked if path.is_relative_to(DOCS)) == [page for page in PAGES if page != index]
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in HISTORY], ids=name_of)
-def test_pages_have_no_private_phrase(path: Path) -> None:
-    assert private_phrases(path.read_text(encoding="utf-8")) == []
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if path not in HISTORY], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in FILES if path != DOCS / "log.md"], ids=name_of)
 def test_files_that_pages_name_exist(path: Path) -> None:
     named = re.findall(r"`((?:ipt_jax|synth|tests|benchmarks|launch|examples)/[\w./-]+\.\w+)`", path.read_text("utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
