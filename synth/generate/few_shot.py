@@ -7,7 +7,6 @@ failure of the model is recorded. Groups are independent of each other: no reque
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.hashing import digest
 from ipt_jax.core.seeding import uniform
+from ipt_jax.core.stage import format_counts
 from ipt_jax.corpus.records import Document, GroupText, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.collect.run import DataSet, read_examples
@@ -49,13 +49,9 @@ class Failures:
         if self.texts <= REPORTED:
             log.warning("%s: failed, stored without pairs: %s", text, failure)
         elif self.texts.bit_count() == 1:  # 8, 16, 32, …
-            log.warning("%d texts have failed (%s)%s", self.texts, counted(self.reasons), self.last)
+            log.warning("%d texts have failed (%s)%s", self.texts, format_counts(self.reasons), self.last)
         if self.texts >= HOPELESS and not self.answered:
             raise Fault(f"no request was answered and {self.texts} texts have failed{self.last}; {RERUN}")
-
-
-def counted(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import refuse_foreign, writing
 from ipt_jax.core.hashing import FileHashCache, file_digest
-from ipt_jax.core.stage import Manifest, Output
+from ipt_jax.core.stage import Manifest, Output, format_counts
 from ipt_jax.corpus.records import SynthGroup
 from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from synth.config import RunSettings
 from synth.engine import open_engine, synthesizer_identity, synthesizer_tokenizer
 from synth.engine.base import Engine, EngineDied
 from synth.format.wire import FORMAT
-from synth.generate.few_shot import RERUN, Chain, counted, make_chain
+from synth.generate.few_shot import RERUN, Chain, make_chain
 from synth.generate.group_store import DETAILS, GroupStore, failed_texts, remove_failed, show_progress
 from synth.generate.ray_workers import fill_with_ray, with_absolute_paths
 from synth.generate.scheduler import run_groups
@@ -73,7 +73,7 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
         summary = output.manifest.summary
     if failed := summary["failed"]:
         count = f"{sum(failed.values()):,} of {summary['texts']:,}"
-        report(f"{count} texts failed ({counted(failed)}); rerun with --retry-failed to retry them")
+        report(f"{count} texts failed ({format_counts(failed)}); rerun with --retry-failed to retry them")
     return {**summary, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -160,24 +160,22 @@ def refuse_failure(counts: Counter[str], last: str) -> None:
     """Raises Fault when every text has failed: such an output is not finished."""
     failed = failed_texts(counts)
     if failed and sum(failed.values()) == counts["texts"]:
-        raise Fault(f"all {counts['texts']:,} texts failed ({counted(failed)}){last}; {RERUN}")
+        raise Fault(f"all {counts['texts']:,} texts failed ({format_counts(failed)}){last}; {RERUN}")
 
 
 def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
     """The figures of a finished run. `well_formed` is a share of all pairs, truncated ones included."""
     counts = manifest.counts
     rejected = rejection_counts(counts)
-    pairs = counts.get("pairs", 0)
+    pairs = manifest.count("pairs")
     found = pairs + rejected.total()
     names = ("texts_without_pairs", "prompt_tokens", "cached_prompt_tokens", "completion_tokens")
     return {
-        "texts": counts.get("texts", 0),
-        "groups": counts.get("groups", 0),
-        "pairs": pairs,
+        **{name: manifest.count(name) for name in ("texts", "groups", "pairs")},
         "rejected": dict(rejected),
         "well_formed": round(pairs / found, 4) if found else None,
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
-        **{name: counts.get(name, 0) for name in names + DETAILS},
+        **{name: manifest.count(name) for name in names + DETAILS},
         "finished": counts_under(counts, "finished."),
         "failed": failed_texts(counts),
         **score_figures(counts),

@@ -24,6 +24,7 @@ from ipt_jax.core.files import write_whole
 from ipt_jax.core.hashing import FileState, digest, file_state, hash64, refuse_change
 from ipt_jax.core.progress import Progress
 from ipt_jax.core.seeding import uniform
+from ipt_jax.core.stage import format_counts
 from ipt_jax.corpus.records import Document
 from ipt_jax.corpus.row_reader import Dropped
 from ipt_jax.corpus.sources import Form, Unit, input_paths, plan_units, read_unit
@@ -112,8 +113,8 @@ def list_work(settings: RunSettings, tokenizer: Tokenizer, fingerprint: str) -> 
             progress.advance(len(units) - progress.done)
         if not shards:
             raise UserError(
-                f"corpus {settings.corpus.path}: no text to convert (fraction {settings.corpus.fraction}, dropped "
-                f"{dict(dropped) or 'none'}); raise the fraction or use another corpus"
+                f"corpus {settings.corpus.path}: no text to convert (fraction {settings.corpus.fraction}, dropped: "
+                f"{format_counts(dropped)}); raise the fraction or use another corpus"
             )
         refuse_duplicates(settings, tokenizer, units, ids.suspects())
     paths = input_paths(settings.corpus)
