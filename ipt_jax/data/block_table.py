@@ -193,7 +193,7 @@ def _save(path: Path, table: BlockTable) -> None:
 
 
 def _load(path: Path, size: int) -> BlockTable | None:
-    """None if there is no table, or one of another user that may not be read."""
+    """None if there is no table, or one that may not be read."""
     try:
         data = path.read_bytes()  # one read of a network disk
     except (FileNotFoundError, PermissionError):

@@ -1,7 +1,7 @@
 """What remains of raw documents without the spans that were converted into augmented documents.
 
 A token is excluded if its last character is in a converted span: the token of a word often begins with the space before
-it. Each remaining range of tokens becomes a document. BOS and EOS belong to the text beside them. Records are matched
+it. Each remaining range of tokens is a document. BOS and EOS belong to the text beside them. Records are matched
 with converted texts shard by shard. Memory: 16 bytes per converted span (three times that while they are sorted) and a
 byte per raw record; afterwards a bit per record and 16 bytes per remaining range.
 """

@@ -48,7 +48,7 @@ class HostReads:
             self._load(rows.ravel().tolist())
         elif self._hosts == 1:
             self._load_ahead(int(read))
-        made = self._plan.batch(rows.ravel().tolist(), whole_blocks=self._hosts == 1)
+        made = self._plan.batch(rows.ravel().tolist(), by_block=self._hosts == 1)
         return {name: array.reshape(*rows.shape, -1) for name, array in made.items()}
 
     def _load_ahead(self, read: int) -> None:

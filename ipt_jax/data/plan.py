@@ -122,13 +122,13 @@ class Plan:
             "fingerprint": self.fingerprint,
         }
 
-    def batch(self, rows: Sequence[int], *, whole_blocks: bool = False) -> dict[str, np.ndarray]:
-        """Each field's array [len(rows), T]. `whole_blocks`: read and cache whole blocks, for a reader of all rows."""
+    def batch(self, rows: Sequence[int], *, by_block: bool = False) -> dict[str, np.ndarray]:
+        """Each field's array [len(rows), T]. `by_block`: read and cache complete blocks, for a reader of all rows."""
         pieces = self.pieces(rows)
-        return render(pieces, self._read(pieces, whole_blocks), len(rows), self.settings.seq_len, self._dtype)
+        return render(pieces, self._read(pieces, by_block), len(rows), self.settings.seq_len, self._dtype)
 
     def load_blocks(self, rows: Sequence[int]) -> None:
-        """Reads the blocks that `batch(rows, whole_blocks=True)` needs."""
+        """Reads the blocks that `batch(rows, by_block=True)` needs."""
         pieces = self.pieces(rows)
         for source, reader in enumerate(self._readers):
             reader.load_blocks(pieces["document"]["record"][pieces["source"] == source])
@@ -141,7 +141,7 @@ class Plan:
             found[-1]["row"] += slot - first
         return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, PIECE), *found])
 
-    def _read(self, pieces: np.ndarray, whole_blocks: bool) -> FoundDocuments:
+    def _read(self, pieces: np.ndarray, by_block: bool) -> FoundDocuments:
         """The document of each piece."""
         places, runs = np.empty(len(pieces), FOUND), [np.zeros((0, 2), np.uint32)]
         buffers: list[bytes] = []
@@ -149,7 +149,7 @@ class Plan:
             mine = np.flatnonzero(pieces["source"] == source)
             if not len(mine):
                 continue
-            found = reader.read(pieces["document"][mine], whole_blocks=whole_blocks)
+            found = reader.read(pieces["document"][mine], by_block=by_block)
             found.places["buffer"] += len(buffers)
             found.places["run"] += sum(map(len, runs))
             places[mine] = found.places

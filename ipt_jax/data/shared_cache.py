@@ -50,7 +50,7 @@ class _Slot:
 
 class SharedCache(Generic[K, V]):
     """`make(key)`, kept for the `size` keys used last. Threads that ask for one key share one call of `make`. An error
-    is not kept."""
+    is not cached."""
 
     def __init__(self, make: Callable[[K], V], size: int):
         self._make, self._slots = make, lru_cache(size)(_Slot)

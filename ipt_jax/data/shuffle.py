@@ -98,7 +98,7 @@ class Stream:
         return int(window.begins[first]) if first < len(window.begins) else _end(window)
 
     def middles(self, stream_slice: StreamSlice) -> np.ndarray:
-        """The fraction of the stream at which each document's middle lies."""
+        """The fraction of the stream at the middle of each document."""
         return (2 * stream_slice.begins + stream_slice.documents["length"]) / (2 * self.amount)
 
     def between(self, first: int, stop: int) -> StreamSlice:

@@ -85,9 +85,9 @@ class TokenReader:
         pages = WINDOWS_CACHED * window * source.table.size * manifest.records // self._ends[-1]
         self._pages = SharedCache(self._read_page, pages + 1)
 
-    def read(self, documents: np.ndarray, *, whole_blocks: bool) -> FoundDocuments:
+    def read(self, documents: np.ndarray, *, by_block: bool) -> FoundDocuments:
         """`documents`: DOCUMENT rows."""
-        if whole_blocks:
+        if by_block:
             units, which = np.unique(documents["record"] // self._block, return_inverse=True)
             spans = self._blocks.many(units.tolist())
         else:

@@ -177,8 +177,8 @@ def test_a_batch_must_split_evenly(plan: Plan) -> None:
 
 def test_a_row_alone_is_that_of_the_batch(plan: Plan) -> None:
     rows = [3, 4, 5, plan.rows - 1, 700, plan.rows, 0]
-    for whole_blocks in (False, True):
-        together = plan.batch(rows, whole_blocks=whole_blocks)
+    for by_block in (False, True):
+        together = plan.batch(rows, by_block=by_block)
         for slot, row in enumerate(rows):
             assert all((values == together[name][slot]).all() for name, values in row_fields(plan, row).items())
 
