@@ -199,7 +199,7 @@ def test_a_module_name_means_one_thing() -> None:
 
 def test_few_modules_and_few_tiny_ones() -> None:
     sizes = [path.read_text(encoding="utf-8").count("\n") for path in SOURCES if path.name != "__init__.py"]
-    assert len(sizes) <= 140
+    assert len(sizes) <= 135
     assert sum(size < 60 for size in sizes) <= 15
 
 
@@ -214,7 +214,8 @@ def test_files_and_functions_fit_a_reader() -> None:
         assert text.count("\n") <= 500, f"{path}: more than 500 lines"
         for function in functions(ast.parse(text)):
             lines = (function.end_lineno or function.lineno) - function.lineno + 1
-            assert lines <= 100, f"{path}:{function.lineno} {function.name}: {lines} lines"
+            most = 60 if path in SOURCES else 100
+            assert lines <= most, f"{path}:{function.lineno} {function.name}: {lines} lines"
     assert not [path for path in SOURCES if path.stem in ("utils", "util", "common", "helpers", "misc")]
 
 
