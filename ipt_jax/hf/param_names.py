@@ -41,7 +41,6 @@ TABLE = (
     Row(("norm",), "model.norm.weight"),
     Row(("head",), "lm_head.weight", inputs=1),
 )
-TIED_HEAD = "lm_head.weight"  # some writers store it although it equals the embedding
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from ipt_jax.core.checkpoint_path import LiteralPath, ModelSource
 from ipt_jax.core.errors import UserError
 from ipt_jax.hf.config import read_model_config
-from ipt_jax.hf.param_names import TIED_HEAD, Leaf, leaves
-from ipt_jax.hf.safetensors_io import Stored, list_tensors, read_tensor
+from ipt_jax.hf.param_names import Leaf, leaves
+from ipt_jax.hf.safetensors_io import HEAD, Stored, list_tensors, read_tensor
 from ipt_jax.model.config import ModelConfig
 
 Parameters = Iterator[tuple[Leaf, np.ndarray]]
@@ -30,19 +30,28 @@ def load_params(
     source: ModelSource,
     dtype: str = "float32",
     place: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, value: jnp.asarray(value),
+    vocab_size: int | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Configuration and parameters of `source`; `place` puts each parameter where it should live."""
+    """Configuration and parameters of `source`; `place` puts each parameter where it should live.
+
+    `vocab_size` adds ids: their rows of the embedding and columns of the head are the mean of the stored ones.
+    """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     config = read_model_config(source)
+    added = max(0, (vocab_size or 0) - config.vocab_size)
     params: dict[str, Any] = {}
     _, parameters = open_parameters(source, config)
     for leaf, value in parameters:
         block = params
         for key in leaf.row.path[:-1]:
             block = block.setdefault(key, {})
+        if added and leaf.row.path[0] in ("embedding", "head"):
+            axis = int(leaf.row.path[0] == "head")
+            mean = value.astype(np.float32).mean(axis, keepdims=True).astype(value.dtype)
+            value = np.concatenate([value, np.repeat(mean, added, axis)], axis)
         block[leaf.row.path[-1]] = place(leaf.row.path, value.astype(jnp.dtype(dtype), copy=False))
-    return config, params
+    return config.model_copy(update={"vocab_size": config.vocab_size + added}), params
 
 
 def open_parameters(source: ModelSource, config: ModelConfig) -> tuple[str, Parameters]:
@@ -57,6 +66,11 @@ def open_parameters(source: ModelSource, config: ModelConfig) -> tuple[str, Para
 def _check_hf(source: ModelSource, config: ModelConfig, stored: dict[str, Stored]) -> str:
     wanted = {name: leaf.hf_shape for leaf in leaves(config) for name in leaf.names}
     for name, shape in wanted.items():
+        if name == HEAD not in stored and len(stored) >= len(wanted) - 1:
+            raise UserError(
+                f"{source.weights}: tensor {name} is missing: the model was saved without its output projection; "
+                "save it with AutoModelForCausalLM, or set tie_word_embeddings to true in config.json"
+            )
         if name not in stored:
             raise UserError(
                 f"{source.weights}: tensor {name} is missing; config.json asks for it, copy the model again"
@@ -71,7 +85,7 @@ def _check_hf(source: ModelSource, config: ModelConfig, stored: dict[str, Stored
                 f"{stored[name].file}: tensor {name} is {stored[name].dtype}; give float32, bfloat16 or float16 weights"
             )
     for name in stored.keys() - wanted.keys():
-        if name != TIED_HEAD and not name.endswith("rotary_emb.inv_freq"):  # a table that old writers stored
+        if name != HEAD and not name.endswith("rotary_emb.inv_freq"):  # a table that old writers stored
             raise UserError(f"{stored[name].file}: tensor {name} is not part of a {config.family} model")
     dtypes = {DTYPES[stored[name].dtype] for name in wanted}
     return "bfloat16" if dtypes == {"bfloat16"} else "float32"
@@ -82,7 +96,7 @@ def _from_hf(config: ModelConfig, stored: dict[str, Stored], dtype: str) -> Para
         value = np.empty(leaf.shape, jnp.dtype(dtype))
         parts = value if leaf.stacked else value[None]
         for part, name in zip(parts, leaf.names, strict=True):
-            part[...] = leaf.from_hf(read_tensor(stored[name], name))
+            part[...] = leaf.from_hf(read_tensor(stored[name]))
         yield leaf, value
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ipt_jax.core.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SHARD_BYTES = 5 * 10**9
 CODES = {"float32": "F32", "bfloat16": "BF16"}
 MARK = {"format": "pt", "writer": "ipt_jax"}  # transformers requires a format; the writer identifies our exports
@@ -31,6 +32,7 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it: F32, BF16, F16
+    name: str  # in the file
 
 
 def list_tensors(directory: Path) -> dict[str, Stored]:
@@ -40,9 +42,9 @@ def list_tensors(directory: Path) -> dict[str, Stored]:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = [directory / name for name in sorted(set(named.values()))]
     else:
-        files, named = sorted(directory.glob("*.safetensors")), {}
+        files, named = sorted(directory.glob("model*.safetensors")), {}  # not Mistral's consolidated.safetensors
     if not files:
-        raise UserError(f"{directory}: no *.safetensors; save the model with safetensors (.bin files are never read)")
+        raise UserError(f"{directory}: no model*.safetensors; save the model with safetensors (.bin is never read)")
     found: dict[str, Stored] = {}
     for file in files:
         found |= _list_file(file)
@@ -51,7 +53,17 @@ def list_tensors(directory: Path) -> dict[str, Stored]:
             raise UserError(
                 f"{directory / file_name}: tensor {name} is missing, though {INDEX} names it; copy it again"
             )
+    if "embed_tokens.weight" in found:  # a bare LlamaModel
+        found = {name if name == HEAD else f"model.{name}": stored for name, stored in found.items()}
     return found
+
+
+def stores_other_head(directory: Path) -> bool:
+    """Whether an output projection is stored that differs from the embedding."""
+    stored = list_tensors(directory)
+    if HEAD not in stored or EMBEDDING not in stored:
+        return False
+    return not np.array_equal(read_tensor(stored[HEAD]), read_tensor(stored[EMBEDDING]))
 
 
 def _list_file(file: Path) -> dict[str, Stored]:
@@ -60,20 +72,20 @@ def _list_file(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-            return {name: Stored(file, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+            return {name: Stored(file, tuple(one.get_shape()), one.get_dtype(), name) for name, one in slices.items()}
     except SafetensorError as error:
         raise UserError(f"{file}: not a complete safetensors file ({error}); copy it again") from error
 
 
-def read_tensor(stored: Stored, name: str) -> np.ndarray:
+def read_tensor(stored: Stored) -> np.ndarray:
     """One tensor, copied out of its file."""
     with safe_open(stored.file, framework="np") as opened:
-        return opened.get_tensor(name)
+        return opened.get_tensor(stored.name)
 
 
 def written_here(directory: Path) -> bool:
     """Whether the directory's first safetensors file was written by this project."""
-    for file in sorted(directory.glob("*.safetensors"))[:1]:
+    for file in sorted(directory.glob("model*.safetensors"))[:1]:
         try:
             with safe_open(file, framework="np") as opened:
                 return (opened.metadata() or {}).get("writer") == MARK["writer"]

@@ -109,8 +109,8 @@ def prefill(params: Params, rows: Rows, arrivals: Arrivals, eos_id: Array, *, co
 
 
 def _is_live(token: Array, produced: Array, limit: Array, eos_id: Array) -> Array:
-    """eos_id -1 ends nothing."""
-    return (produced < limit) & (token != eos_id)
+    """`eos_id` [E] holds the ids that end a row, -1 for none."""
+    return (produced < limit) & (token[..., None] != eos_id).all(-1)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="rows")

@@ -79,11 +79,14 @@ class LanguageModel:
         """float32 [B, T, V] of tokens [B, T], or [T, V] of one row; compiled once per shape."""
         rows = np.atleast_2d(np.asarray(tokens, np.int32))
         segments = None if segment_ids is None else jnp.asarray(np.atleast_2d(np.asarray(segment_ids, np.int32)))
+        _check_ids("tokens", rows.ravel(), self.config.vocab_size)
         out = np.asarray(_logits(self.params, jnp.asarray(rows), segments, config=self.compiled), np.float32)
         return out if np.ndim(tokens) == 2 else out[0]
 
     def loglikelihood(self, prompts: Sequence[PromptInput], continuations: Sequence[PromptInput]) -> list[Score]:
         """The score of each continuation after its prompt; the two are encoded separately."""
+        _check_list("prompts", prompts)
+        _check_list("continuations", continuations)
         if len(prompts) != len(continuations):
             raise UserError(f"loglikelihood: {len(prompts)} prompts for {len(continuations)} continuations; pass pairs")
         rows = [
@@ -128,10 +131,10 @@ class LanguageModel:
         eos: bool = True,
     ) -> list[Any]:
         """A completion of each prompt: a text for a text, ids for ids. Prompt i draws from (seed, i)."""
+        _check_list("prompts", prompts)
+        _check_sampling(max_new_tokens, temperature)
         if not prompts:
             return []
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
         ids = [self.encode(prompt) for prompt in prompts]
         for number, prompt in enumerate(ids):
             self._fits(number, len(prompt) + max_new_tokens, f"prompt and {max_new_tokens} new tokens")
@@ -147,6 +150,7 @@ class LanguageModel:
     def encode(self, text: PromptInput, continuing: bool = False) -> list[int]:
         """Ids of a prompt, or of what continues one; a list passes through."""
         if not isinstance(text, str):
+            _check_ids("prompts", text, self.config.vocab_size)
             return list(text)
         tokenizer = self._tokenizer()
         start = [] if continuing or tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -182,7 +186,8 @@ class BatchGenerator:
         self, model: LanguageModel, batch_rows: int, max_model_len: int, max_new_tokens: int, eos: bool = True
     ):
         self.model, self.length, self.max_new_tokens = model, max_model_len, max_new_tokens
-        self.eos_id = -1 if model.config.eos_id is None or not eos else model.config.eos_id
+        self.eos_ids = model.config.eos_ids if eos else ()
+        self.eos = jnp.array(self.eos_ids or (-1,), jnp.int32)
         self.arrivals = max(1, batch_rows // 4)  # rows per prefill, and rows that end before the loop returns
         self.rows = generate.empty_rows(model.config, batch_rows, max_model_len, max_new_tokens, model.dtype)
         self.owner: list[int | None] = [None] * batch_rows
@@ -200,6 +205,8 @@ class BatchGenerator:
         """Queues a prompt and returns its number. The limit is cut to the end of the context."""
         if not 0 < len(prompt) < self.length:
             raise UserError(f"a prompt of {len(prompt)} tokens: expected 1 to {self.length - 1} (max_model_len - 1)")
+        _check_ids("prompt", prompt, self.model.config.vocab_size)
+        _check_sampling(1 if max_new_tokens is None else max_new_tokens, temperature)
         wanted = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
         limit = min(wanted, self.length - len(prompt))
         self.queue.append((self.added, list(prompt), seed, limit, temperature))
@@ -222,9 +229,7 @@ class BatchGenerator:
         if not live:
             return []
         enough = jnp.int32(max(0, live - self.arrivals))
-        self.rows = generate.decode(
-            self.model.params, self.rows, jnp.int32(self.eos_id), enough, config=self.model.compiled
-        )
+        self.rows = generate.decode(self.model.params, self.rows, self.eos, enough, config=self.model.compiled)
         return self._collect()
 
     def _admit(self) -> None:
@@ -240,9 +245,7 @@ class BatchGenerator:
             slots[row], temperatures[row] = place, temperature
             self.owner[place] = number
         new = generate.Arrivals(*map(jnp.asarray, (tokens, lengths, slots, limits, temperatures, seeds)))
-        self.rows = generate.prefill(
-            self.model.params, self.rows, new, jnp.int32(self.eos_id), config=self.model.compiled
-        )
+        self.rows = generate.prefill(self.model.params, self.rows, new, self.eos, config=self.model.compiled)
 
     def _collect(self) -> list[Generation]:
         live, produced, output = (np.asarray(x) for x in (self.rows.live, self.rows.produced, self.rows.output))
@@ -251,7 +254,7 @@ class BatchGenerator:
             if number is None or live[place]:
                 continue
             ids = output[place, : produced[place]].tolist()
-            ended = bool(ids) and ids[-1] == self.eos_id
+            ended = bool(ids) and ids[-1] in self.eos_ids
             done.append(Generation(number, ids[:-1] if ended else ids, "stop" if ended else "length"))
             self.owner[place] = None
         return done
@@ -279,6 +282,24 @@ def _continuations(
         return jnp.where(count, logprob, 0.0).sum(), ((logits.argmax(1) == target) | ~count).all()
 
     return jax.lax.map(one, (hidden, targets, counts))
+
+
+def _check_list(name: str, values: Any) -> None:
+    if isinstance(values, str):
+        raise UserError(f"{name} is a string; pass a list, such as [{values[:20]!r}]")
+
+
+def _check_ids(name: str, ids: Any, vocab_size: int) -> None:
+    for token in ids:
+        if not isinstance(token, int | np.integer) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise UserError(f"{name}: token id {token!r}; expected integers from 0 to {vocab_size - 1}")
+
+
+def _check_sampling(max_new_tokens: Any, temperature: Any) -> None:
+    if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}; expected an integer, 1 or more")
+    if not isinstance(temperature, int | float | np.number) or not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature!r}; expected a finite number, 0 or more")
 
 
 def _power_of_two(n: int) -> int:

@@ -47,7 +47,7 @@ class ModelConfig(Settings):
     max_positions: int = Field(default=2048, gt=0)
     initializer_range: float = Field(default=0.02, gt=0)
     bos_id: int | None = 1
-    eos_id: int | None = 2
+    eos_id: int | tuple[int, ...] | None = 2
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -57,10 +57,16 @@ class ModelConfig(Settings):
             raise ValueError(f"head_dim ({self.head_dim}) must be even, RoPE rotates pairs")
         if self.family == "llama" and self.sliding_window is not None:
             raise ValueError("family llama has no sliding_window; use family mistral, which may have rope_scaling too")
-        for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} ({token}) must be below vocab_size ({self.vocab_size})")
+        for name, tokens in (("bos_id", () if self.bos_id is None else (self.bos_id,)), ("eos_id", self.eos_ids)):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} ({token}) must be below vocab_size ({self.vocab_size})")
         return self
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text."""
+        return self.eos_id if isinstance(self.eos_id, tuple) else () if self.eos_id is None else (self.eos_id,)
 
 
 class ModelSettings(Settings):

@@ -258,6 +258,12 @@ def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: i
         z_loss=recipe.train.z_loss,
         unroll=device.platform in ("cuda", "gpu") and recipe.train.remat != "full",
     )
+    if recipe.data.seq_len > model.max_positions:
+        raise UserError(
+            f"data.seq_len is {recipe.data.seq_len}, but model.max_positions is {model.max_positions}; lower "
+            f"data.seq_len, or set model.max_positions to {recipe.data.seq_len} (stored weights have not seen the "
+            "positions beyond their own)"
+        )
     optimizer = make_optimizer(recipe.optimizer, decay_mask(model))
     state = abstract_state(model, optimizer)
     placement = place_params(logical_axes(model), state.params, mesh)

@@ -197,13 +197,15 @@ def initial_state(recipe: Recipe, plan: Plan, program: Program) -> TrainState:
         sharding: Any = functools.reduce(operator.getitem, path, program.shardings.params)
         return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
-    _, params = load_params(source, "float32", place)
+    _, params = load_params(source, "float32", place, program.model.vocab_size)
     return state_from_params(params, program.optimizer, program.shardings)
 
 
 def refuse_other_shapes(path: str, stored: ModelConfig, wanted: ModelConfig) -> None:
     """Raises UserError when the recipe overrides a field that the stored weights cannot follow."""
     for field, value in wanted.model_dump().items():
+        if field == "vocab_size" and value > stored.vocab_size:
+            continue  # `load_params` adds the rows
         if abstract_params(stored.model_copy(update={field: value})) != abstract_params(stored):
             raise UserError(
                 f"model.{field} is {value}, but the weights of {path} have {getattr(stored, field)}; "

@@ -185,3 +185,22 @@ def test_the_model_is_a_flax_module() -> None:
     assert second < first
     np.testing.assert_allclose(first, np.square(before).mean(), rtol=1e-5)
     np.testing.assert_allclose(loaded.model(tokens), loaded.logits(tokens), atol=1e-5)
+
+
+def test_bad_arguments_are_refused_by_name() -> None:
+    model = language_model()
+    for call, message in (
+        (lambda: model.generate("the cat", 4), "prompts is a string; pass a list, such as ['the cat']"),
+        (lambda: model.loglikelihood(["a"], "b"), "continuations is a string; pass a list, such as ['b']"),
+        (lambda: model.generate([[5, 53]], 4), "prompts: token id 53; expected integers from 0 to 52"),
+        (lambda: model.generate([[5, -1]], 4), "prompts: token id -1; expected integers from 0 to 52"),
+        (lambda: model.generate([[5, 1.5]], 4), "prompts: token id 1.5; expected integers from 0 to 52"),
+        (lambda: model.logits([5, 53]), "tokens: token id np.int32(53); expected integers from 0 to 52"),
+        (lambda: model.generate([[5]], 4, temperature=-1), "temperature is -1; expected a finite number, 0 or more"),
+        (lambda: model.generate([[5]], 4, temperature=np.nan), "temperature is nan; expected a finite number"),
+        (lambda: model.generate([[5]], 2.5), "max_new_tokens is 2.5; expected an integer, 1 or more"),
+        (lambda: model.generate([[5]], 0), "max_new_tokens is 0; expected an integer, 1 or more"),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(error.value).startswith(message)
