@@ -141,6 +141,9 @@ def export(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Hugging Face directory to write.", show_default=False)
     ],
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: float32 or bfloat16. Default: that of the checkpoint.")
+    ] = None,
 ) -> Result:
     """Convert a checkpoint to a Hugging Face model.
 
@@ -149,7 +152,13 @@ def export(
     """
     from ipt_jax.hf.convert import run_export
 
-    return run_export(checkpoint, output)
+    result = run_export(checkpoint, output, dtype)
+
+    def view() -> None:
+        show(result, as_json=False)
+        print(f"written to {output}; load it with transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")
+
+    return Shown(result, view=view)
 
 
 @command(app, "eval")

@@ -76,6 +76,8 @@ def _checkpoint(path: Path) -> Path | None:
     if path.parent.name == "checkpoints" and path.name.isdigit():
         raise UserError(f"model {path}: {damage(path, LOADED)}; use another checkpoint or copy it again")
     newest, skipped = newest_verified(path / "checkpoints", LOADED)
+    if newest is None and skipped and not any(step.exists() for step, _ in skipped):
+        return _checkpoint(path)  # the run has removed them and written newer ones
     if newest is None and skipped:
         raise refuse_all(skipped)
     for step, found in skipped:

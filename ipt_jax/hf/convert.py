@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import resource
 import sys
@@ -17,19 +18,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import numpy as np
 import orbax.checkpoint.experimental.v1 as orbax
 
 from ipt_jax.core.checkpoint_digests import write_digests
-from ipt_jax.core.checkpoint_path import LiteralPath, resolve_checkpoint
+from ipt_jax.core.checkpoint_path import LiteralPath, ModelSource, resolve_checkpoint
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import refuse_unrelated, whole_directory
+from ipt_jax.core.progress import Progress
 from ipt_jax.hf.config import config_to_hf, read_model_config
 from ipt_jax.hf.export_tokenizer import copy_tokenizer, export_tokenizer
 from ipt_jax.hf.param_names import leaves
 from ipt_jax.hf.params import Parameters, open_parameters
-from ipt_jax.hf.safetensors_io import Planned, write_tensors, written_here
+from ipt_jax.hf.safetensors_io import CODES, Planned, write_tensors, written_here
 from ipt_jax.model.config import ModelConfig, param_count
+
+TRIES = 5  # checkpoints that a run may remove during an export
 
 
 def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
@@ -43,9 +48,12 @@ def run_import(hf_dir: str | Path, output: str | Path) -> dict[str, Any]:
     earlier = output / "model.json"
     refuse_unrelated(output, earlier.is_file() and earlier.read_text(encoding="utf-8") == text, "import")
     size = param_count(config) * (2 if dtype == "bfloat16" else 4)
+    _silence_orbax()
     with whole_directory(output, size) as directory:
-        for leaf, value in parameters:
-            _save(LiteralPath(directory / "written"), leaf.row.path, value)
+        with Progress(size / 1e6, "MB", "ipt import") as progress:
+            for leaf, value in parameters:
+                _save(LiteralPath(directory / "written"), leaf.row.path, value)
+                progress.advance(value.nbytes / 1e6)
         orbax.partial.finalize(LiteralPath(directory / "written"))
         checkpoint = directory / "checkpoint"
         checkpoint.mkdir()
@@ -74,33 +82,62 @@ def _save(directory: LiteralPath, path: tuple[str, ...], value: np.ndarray) -> N
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
+def _silence_orbax() -> None:
+    """An interrupted save logs a traceback for each array; the exception is raised as well."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 def peak_rss_bytes() -> int:
     """The most memory this process has held."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
-def run_export(checkpoint: str | Path, output: str | Path) -> dict[str, Any]:
-    """Writes the model of `checkpoint` (a run, a step, an import or an HF directory) to `output`."""
-    source, output = resolve_checkpoint(checkpoint), Path(output).absolute()
+def run_export(checkpoint: str | Path, output: str | Path, dtype: str | None = None) -> dict[str, Any]:
+    """Writes the model of `checkpoint` (a run, a step, an import or an HF directory) to `output`.
+
+    `dtype` is float32, bfloat16 or None for that of the checkpoint. A run that removes the checkpoint meanwhile has
+    written a newer one, which is exported.
+    """
+    if dtype not in (None, *CODES):
+        raise UserError(f"dtype is {dtype!r}; expected {' or '.join(CODES)}")
+    for _ in range(TRIES):
+        source = resolve_checkpoint(checkpoint)
+        try:
+            return _export(source, Path(output).absolute(), dtype)
+        except Exception:
+            if source.weights.exists():
+                raise
+            print(f"{source.weights.parent} was removed by its run while it was read; retrying", file=sys.stderr)
+    raise UserError(
+        f"{checkpoint}: the run removes its checkpoints while they are read; set train.keep_checkpoints higher"
+    )
+
+
+def _export(source: ModelSource, output: Path, dtype: str | None) -> dict[str, Any]:
     config = read_model_config(source)
-    dtype, parameters = open_parameters(source, config)
+    stored, parameters = open_parameters(source, config)
+    dtype = dtype or stored
     raw = config_to_hf(config, dtype)
     refuse_unrelated(output, _is_export(output, raw), "export")
     planned = [Planned(name, leaf.hf_shape, dtype) for leaf in leaves(config) for name in leaf.names]
     size = sum(tensor.bytes for tensor in planned)
     with whole_directory(output, size) as directory:
-        write_tensors(directory, planned, _hf_tensors(parameters, dtype))
+        with Progress(size / 1e6, "MB", "ipt export") as progress:
+            write_tensors(directory, planned, _hf_tensors(parameters, dtype, progress))
         _write_json(directory / "config.json", raw)
         _write_json(directory / "generation_config.json", _generation(config))
         export_tokenizer(source, directory)
     return {"tensors": len(planned), "bytes": size, "peak_rss_bytes": peak_rss_bytes()}
 
 
-def _hf_tensors(parameters: Parameters, dtype: str) -> Iterator[np.ndarray]:
+def _hf_tensors(parameters: Parameters, dtype: str, progress: Progress) -> Iterator[np.ndarray]:
     for leaf, value in parameters:
         for part in value if leaf.stacked else value[None]:
-            yield leaf.to_hf(part).astype(np.dtype(dtype), copy=False)
+            tensor = leaf.to_hf(part).astype(np.dtype(dtype), copy=False)
+            progress.advance(tensor.nbytes / 1e6)
+            yield tensor
 
 
 def _is_export(path: Path, raw: dict[str, Any]) -> bool:

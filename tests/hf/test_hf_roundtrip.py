@@ -279,3 +279,50 @@ def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str, t
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(LLAMA, "float32") | change))
     with pytest.raises(UserError, match=message):
         read_model_config(resolve_checkpoint(tmp_path))
+
+
+def test_an_export_of_a_run_that_removes_its_checkpoint_takes_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", MISTRAL, steps=(2,))
+    opened = convert.open_parameters
+
+    def removed_meanwhile(source: Any, config: ModelConfig) -> Any:
+        if source.weights.parent.name == "2":
+            save_run(run, MISTRAL, steps=(4,))
+            shutil.rmtree(source.weights.parent)
+        return opened(source, config)
+
+    monkeypatch.setattr(convert, "open_parameters", removed_meanwhile)
+    run_export(run, tmp_path / "hf")
+    assert "2 was removed by its run while it was read; retrying" in capsys.readouterr().err
+    np.testing.assert_array_equal(ipt_jax.load(tmp_path / "hf").logits([1, 2]), ipt_jax.load(run).logits([1, 2]))
+
+
+def test_an_export_converts_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save_run(tmp_path / "run", MISTRAL)
+    assert 2 * run_export(run, tmp_path / "half", "bfloat16")["bytes"] == run_export(run, tmp_path / "hf")["bytes"]
+    assert load_file(tmp_path / "half/model.safetensors")["model.norm.weight"].dtype == jnp.bfloat16
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+    assert "ipt export: " in capsys.readouterr().err
+    with pytest.raises(UserError, match="dtype is 'int8'; expected float32 or bfloat16"):
+        run_export(run, tmp_path / "hf", "int8")
+
+
+def test_an_interrupted_import_leaves_nothing(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, save = [], convert._save
+
+    def interrupted(*args: Any) -> None:
+        saved.append(save(*args))
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "_save", interrupted)
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        run_import(exported, tmp_path / "imported")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+    error = capsys.readouterr().err
+    assert error.startswith("ipt import: ") and "stopped after" in error and "Traceback" not in error
