@@ -4,7 +4,7 @@ Guarantees: `encode` adds no BOS or EOS. Text that spells a control token stays 
 model has the spelling. Segments of a document are encoded one by one, in training and at inference, so that the tokens
 of a prompt are a prefix of the training row; with `continuing` a segment gets no space before its first word.
 
-`characters` uses the bytes that each id stands for: exact for byte-level vocabularies and those of SentencePiece
+`characters` uses the bytes of each id: exact for byte-level vocabularies and those of SentencePiece
 (U+2581 is a space, `<0x0A>` a byte), and ten times as fast as the offsets of the library. The bytes are compared with
 the text, and the offsets are used for a tokenizer that changes its text (lower case, Unicode normalization).
 """

@@ -1,8 +1,8 @@
 """Evaluation tasks: JSON Lines files of questions, and how an answer to one is scored.
 
 A row is `{id, prompt, choices, gold}` (log-likelihood of each choice) or `{id, prompt, answer}` (greedy generation;
-`answer` is a string or a list of accepted strings). A file has one sort of row; other fields are ignored. A mistake is
-a UserError that names the file and the line.
+`answer` is a string or a list of accepted strings). All rows of a file have one of the two
+forms; other fields are ignored. A mistake is a UserError that names the file and the line.
 
 Scores of choices, from the log-probabilities of their tokens: `acc` picks by their sum; `acc_norm` by the sum per byte
 of the choice (the headline: independent of the tokenizer, and lm-eval's acc_norm for ASCII choices); `acc_token` by the

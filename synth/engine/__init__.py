@@ -1,4 +1,4 @@
-"""Engines behind one interface: vLLM in this process, any OpenAI-compatible server, this project's own model in JAX,
+"""Engines with one interface: vLLM in this process, any OpenAI-compatible server, this project's own model in JAX,
 and a scripted one for tests and rehearsals."""
 
 from pathlib import Path

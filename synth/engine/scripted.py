@@ -1,8 +1,8 @@
 """An engine without a model, for tests and rehearsals: its answers follow from the prompt, its faults from settings.
 
 Each pair asks for the word after a few words of the prompt's last context. A request holds a place for
-`faults.latency_seconds`, give or take half. Cached prompt tokens are those that an unlimited prefix cache would reuse
-of the same group's last request.
+`faults.latency_seconds`, drawn from 0.5 to 1.5 times that. Cached prompt tokens are those that an unlimited prefix
+cache would reuse of the same group's last request.
 """
 
 import asyncio

@@ -194,7 +194,7 @@ def figures(counts: Counter[str]) -> dict[str, object]:
 def remove_failed(output: Output, groups_per_shard: int) -> int:
     """Reopens every shard with failed texts, without the groups that hold one; returns the number of these groups.
 
-    A shard becomes a journal of its good groups and is sealed again after the others were retried. Each step is atomic:
+    A shard is turned into a journal of its good groups, and sealed after the others were retried. Each step is atomic:
     a journal gets its name when it is complete and synced, and the shard is removed from the manifest after that. A
     kill leaves the shard, or a journal that any run resumes. The disk must hold these shards once more, uncompressed.
     """

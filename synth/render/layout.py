@@ -1,4 +1,4 @@
-"""Lay out texts and pairs as one document in the drawn style, with the character spans of each of them.
+"""Arrange texts and pairs in one document in the drawn style, with the character spans of each of them.
 
 Guarantees: values are inserted into a template in one pass, so a value that contains '{answer}' stays unchanged. Every
 text and pair is shown once, in order. Options are shuffled per pair, and the answer follows. In few_shot the last text

@@ -152,7 +152,6 @@ def test_source_text_is_found() -> None:
     assert [(line, len(found_in(text))) for line, text in source_text(code)] == [(1, 1), (4, 1), (4, 1), (2, 1)]
 
 
-@pytest.mark.xfail(strict=False, reason="modules are being rewritten")
 def test_sources_have_no_private_phrase() -> None:
     found = findings(SOURCES)
     assert not found, f"{len(found)} phrases:\n" + "\n".join(found)
