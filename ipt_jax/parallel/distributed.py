@@ -67,15 +67,16 @@ def _join_addresses() -> str:
 
 
 def _join(group: str, **where: Any) -> None:
-    """`jax.distributed.initialize`. Exits with code 2 and one line where JAX would abort: when peers do not start."""
+    """`jax.distributed.initialize`. Where JAX would abort or crash at exit, prints one line and exits with code 2."""
     seconds = int(os.environ.get("IPT_JOIN_SECONDS", JOIN_SECONDS))
-    advice = "start all processes at about the same time, and check the address, the port and the firewall"
 
-    def give_up() -> None:
-        os.write(2, f"{group}: other processes did not join within {seconds} s (IPT_JOIN_SECONDS); {advice}\n".encode())
+    def give_up(reason: str) -> None:
+        advice = "start all processes at about the same time, and check the address, the port and the firewall"
+        os.write(2, f"error: {group}: {reason}; {advice}\n".encode())
         os._exit(2)
 
-    timer = threading.Timer(seconds, give_up)
+    late = f"other processes did not join within {seconds} s (IPT_JOIN_SECONDS)"
+    timer = threading.Timer(seconds, give_up, [late])
     timer.daemon = True
     timer.start()
     try:
@@ -84,7 +85,7 @@ def _join(group: str, **where: Any) -> None:
             shutdown_timeout_seconds=PEER_SECONDS,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{group}: cannot join ({' '.join(str(error).split())[:200]}); {advice}") from error
+        give_up(f"cannot join ({' '.join(str(error).split())[:200]})")
     finally:
         timer.cancel()
 

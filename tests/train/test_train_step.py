@@ -135,7 +135,7 @@ def test_choices_are_told() -> None:
     choices = program_of(recipe_of(), model_of()).choices
     assert choices["attention"] == "xla" and "cpu" in choices["attention_reason"]
     assert (choices["compute_dtype"], choices["fallbacks"], choices["mesh"]["fsdp"]) == ("float32", [], 1)
-    assert choices["state_bytes_per_device"] == 3 * 4 * choices["parameters"] + 3 * 4  # moments; three counters
+    assert choices["state_bytes_per_device"] == 3 * 4 * choices["parameters"] + 2 * 4  # moments; two counters
     with pytest.raises(UserError, match="train.attention is cudnn, which cannot run here"):
         program_of(recipe_of(train={"attention": "cudnn"}), model_of())
 
@@ -171,7 +171,7 @@ def test_a_spike_is_reported_where_it_begins_and_ends() -> None:
     losses = [7.0 + 0.1 * (step % 5) for step in range(64)] + [247.0, 180.0] + [7.1] * 10
     said = {step: line for step, loss in enumerate(losses, 1) if (line := window.add(step, loss))}
     assert said == {
-        65: "warning: step 65: loss 247.000, median of the last 64 steps 7.200",
+        65: "warning: step 65: loss 247.000, median of the last 65 steps 7.200",
         67: "step 67: loss 7.100 is back near the median after 2 steps of up to 247.000",
     }
 
