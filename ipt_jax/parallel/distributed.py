@@ -62,6 +62,15 @@ def _join_addresses() -> str:
             f"IPT_PROCESS_ID is {process!r} and IPT_NUM_PROCESSES is {processes!r}; "
             "expected a number of processes and this one's place among them, from 0"
         )
+    if process == "0":  # JAX crashes where it cannot listen
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(address.rpartition(":")[2])))
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"IPT_COORDINATOR={address}: cannot listen on this port ({error}); set another"
+                ) from error
     _join(address, coordinator_address=address, num_processes=int(processes), process_id=int(process))
     return f"{address}, process {process} of {processes}"
 
