@@ -129,6 +129,7 @@ def _export(source: ModelSource, output: Path, dtype: str | None) -> dict[str, A
         _write_json(directory / "config.json", raw)
         _write_json(directory / "generation_config.json", _generation(config))
         export_tokenizer(source, directory)
+        (directory / "README.md").write_text(_card(source, config, dtype, output), encoding="utf-8")
     return {"tensors": len(planned), "bytes": size, "peak_rss_bytes": peak_rss_bytes()}
 
 
@@ -148,6 +149,33 @@ def _is_export(path: Path, raw: dict[str, Any]) -> bool:
 def _generation(config: ModelConfig) -> dict[str, Any]:
     tokens = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
     return {key: value for key, value in tokens.items() if value is not None}
+
+
+def _card(source: ModelSource, config: ModelConfig, dtype: str, output: Path) -> str:
+    """The model card: what the model was trained from and on, and how to load it."""
+    step = source.weights.parent
+    record, run = (_read_json(file) for file in (step / "record/record.json", step.parent.parent / "run.json"))
+    recipe = run.get("recipe", {})
+    lines = ["---", "library_name: transformers", "---", "", f"# {output.name}", ""]
+    lines.append(f"A {config.family} model of {param_count(config):,} parameters in {dtype}, written by `ipt export`.")
+    if recipe:
+        model = recipe["model"]
+        lines += ["", f"- Base: {model.get('from') or 'new weights, ' + str(model.get('preset') or 'no preset')}"]
+    if record:
+        lines.append(f"- Training: step {record['step']:,}, {record['tokens']:,} tokens")
+    lines += ["", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [f'{name} = {cls}.from_pretrained("{output.name}")' for name, cls in LOADERS]
+    lines += ["```", "", f"vLLM: `vllm serve {output.name}`"]
+    if recipe:
+        lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=1), "```"]
+    return "\n".join(lines) + "\n"
+
+
+LOADERS = (("model", "AutoModelForCausalLM"), ("tokenizer", "AutoTokenizer"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def copy_tokenizer(source: ModelSource, target: Path) -> Tokenizer | None:
 def export_tokenizer(source: ModelSource, target: Path) -> None:
     """Copies the tokenizer files and adds what transformers and vLLM need to encode as in training."""
     tokenizer = copy_tokenizer(source, target)
-    if tokenizer is None or tokenizer.path.suffix == ".json":
+    if tokenizer is None:
         return
     settings_file = target / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}

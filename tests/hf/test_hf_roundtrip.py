@@ -326,3 +326,14 @@ def test_an_interrupted_import_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
     error = capsys.readouterr().err
     assert error.startswith("ipt import: ") and "stopped after" in error and "Traceback" not in error
+
+
+def test_an_export_has_a_model_card(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", MISTRAL)
+    (run / "run.json").write_text(json.dumps({"recipe": {"model": {"preset": "tiny", "from": None}}}))
+    (run / "checkpoints/5/record").mkdir()
+    (run / "checkpoints/5/record/record.json").write_text(json.dumps({"step": 5, "tokens": 12345}))
+    run_export(run, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "- Base: new weights, tiny\n- Training: step 5, 12,345 tokens\n" in card
+    assert 'tokenizer = AutoTokenizer.from_pretrained("hf")' in card and '"preset": "tiny"' in card
