@@ -1,6 +1,6 @@
 """The records that stages exchange: msgspec structs in msgpack, one per ArrayRecord entry.
 
-Field names are the contract between stages (design section 2). Records hold no times and no paths, so equal work gives
+Field names are the contract between stages (docs/reference/file_formats.md). No times and no paths: equal work gives
 equal bytes.
 """
 

@@ -353,7 +353,7 @@ def test_filtering_needs_no_engine(groups: Path, tmp_path: Path) -> None:
 
 
 def test_swapped_answers_are_told_on_real_text() -> None:
-    """The bar of the design (0.90), on a part of what `benchmarks/verify.py` reads."""
+    """At least 0.90, on a part of what `benchmarks/verify.py` reads."""
     rows = [json.loads(line) for line in shared("data/fairytaleqa/val.jsonl").read_text().splitlines()[:150]]
     cases = [(row["story"], row["context"], one["question"], one["answer"]) for row in rows for one in row["qa"]]
     others = cases[len(cases) // 2 :] + cases[: len(cases) // 2]
