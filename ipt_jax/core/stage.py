@@ -13,6 +13,7 @@ Does not guarantee: remote file systems. ArrayRecord writes to local disks only.
 """
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -393,9 +394,16 @@ def refuse_other(path: Path, found: Manifest, expected: Manifest) -> None:
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     name = changed[0] if changed else "settings"
     raise UserError(
-        f"output {path}: made with {name}={before.get(name)!r}, now {now.get(name)!r}; "
+        f"output {path}: made with {name}={difference(before.get(name), now.get(name))}; "
         "set another output, or delete this one"
     )
+
+
+def difference(before: Any, now: Any) -> str:
+    """`2, now 3`. Digests are cut to 12 digits, and what they are of has changed."""
+    if all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (before, now)):
+        return f"{before[:12]}…, now {now[:12]}…: the contents of this input have changed since"
+    return f"{before!r}, now {now!r}"
 
 
 def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -18,7 +18,7 @@ import msgspec
 
 from ipt_jax.core.checkpoint_digests import Newest, Skipped, newest_verified, refuse_all, unverified
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import flatten
+from ipt_jax.core.stage import difference, flatten
 from ipt_jax.train.checkpoint import CheckpointRecord, from_first_process
 from ipt_jax.train.run_info import report
 
@@ -66,5 +66,5 @@ def refuse_changed(run_dir: Path, record: CheckpointRecord, made_with: dict[str,
         if before.get(field) != now.get(field):
             raise UserError(
                 f"run_dir {run_dir}: its checkpoint at step {record.step} was made with {field}="
-                f"{before.get(field)!r}, now it is {now.get(field)!r}; set another run_dir, or restore the old value"
+                f"{difference(before.get(field), now.get(field))}; set another run_dir, or restore the old value"
             )

@@ -13,7 +13,7 @@ import pytest
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import write_whole
-from ipt_jax.core.stage import Output
+from ipt_jax.core.stage import Output, difference
 from ipt_jax.corpus import read_documents
 from ipt_jax.corpus.records import Document, Parent, Segment, decode, encode
 from ipt_jax.corpus.shards import Shards, read_manifest
@@ -83,6 +83,9 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     fill(tmp_path / "o")
     with pytest.raises(UserError, match=r"made with text.field='text', now 'body'; set another output"):
         fill(tmp_path / "o", identity={"seed": 0, "text": {"field": "body"}})
+    assert difference("1e24" * 16, "805a" * 16) == (
+        "1e241e241e24…, now 805a805a805a…: the contents of this input have changed since"
+    )
     with pytest.raises(UserError, match="made by stage 'test', not 'render'"):
         Output(tmp_path / "o", stage="render", identity=IDENTITY, shard_name="documents").__enter__()
 
@@ -193,7 +196,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from ipt_jax.core.stage import Output
+from ipt_jax.core.stage import Output, difference
 with Output(sys.argv[1], stage="test", identity={}, shard_name="documents"):
     print("held", flush=True)
     time.sleep(60)

@@ -202,13 +202,13 @@ def test_a_finished_run_says_so_and_touches_nothing(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("blocks", "field"),
     [
-        ({"data": {"seed": 1}}, "data.seed=0, now it is 1"),
-        ({"data": {"packing": "best_fit"}}, "data.packing='concat', now it is 'best_fit'"),
-        ({"train": {"batch_tokens": 8 * 32}}, "data.rows_per_step=16, now it is 8"),
-        ({"train": {"seed": 3}}, "train.seed=0, now it is 3"),
-        ({"model": {"layers": 1}}, "model.layers=2, now it is 1"),
-        ({"optimizer": {"learning_rate": 0.02}}, "optimizer.learning_rate=0.01, now it is 0.02"),
-        ({"optimizer": {"name": "sgd"}}, "optimizer.name='adamw', now it is 'sgd'"),
+        ({"data": {"seed": 1}}, "data.seed=0, now 1"),
+        ({"data": {"packing": "best_fit"}}, "data.packing='concat', now 'best_fit'"),
+        ({"train": {"batch_tokens": 8 * 32}}, "data.rows_per_step=16, now 8"),
+        ({"train": {"seed": 3}}, "train.seed=0, now 3"),
+        ({"model": {"layers": 1}}, "model.layers=2, now 1"),
+        ({"optimizer": {"learning_rate": 0.02}}, "optimizer.learning_rate=0.01, now 0.02"),
+        ({"optimizer": {"name": "sgd"}}, "optimizer.name='adamw', now 'sgd'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -241,7 +241,7 @@ def test_another_corpus_is_refused(finished: Path) -> None:
 
 def test_a_change_is_named_before_what_follows_from_it(tmp_path: Path) -> None:
     before, now = ({"data": {"tokenizer": name, "sources": [{"contents": name}]}} for name in "ab")
-    with pytest.raises(UserError, match=r"made with data.tokenizer='a', now it is 'b'"):
+    with pytest.raises(UserError, match=r"made with data.tokenizer='a', now 'b'"):
         refuse_changed(tmp_path, CheckpointRecord(11, 0, "plan", before), now)
 
 
