@@ -196,7 +196,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from ipt_jax.core.stage import Output, difference
+from ipt_jax.core.stage import Output
 with Output(sys.argv[1], stage="test", identity={}, shard_name="documents"):
     print("held", flush=True)
     time.sleep(60)
