@@ -408,11 +408,15 @@ def test_training_goes_on_from_another_model(straight: Path, tmp_path: Path) -> 
     assert run_train(recipe)["step"] == STEPS
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), parameters(tmp_path / "run"), parameters(straight / "run"))
     assert 0 < max(jax.tree.leaves(moved)) < 1e-6
-    other = Recipe.model_validate(
-        recipe.model_dump(by_alias=True) | {"model": model | {"vocab_size": 200}, "run_dir": str(tmp_path / "other")}
-    )
-    with pytest.raises(UserError, match=r"model.vocab_size is 200, but the weights of .* have 104"):
-        run_train(other)
+
+    def again(name: str, **fields: int) -> Recipe:
+        changed = {"model": model | fields, "run_dir": str(tmp_path / name)}
+        return Recipe.model_validate(recipe.model_dump(by_alias=True) | changed)
+
+    with pytest.raises(UserError, match=r"model.hidden_size is 64, but the weights of .* have 32"):
+        run_train(again("wider", hidden_size=64))
+    assert run_train(again("more_ids", vocab_size=200))["step"] == STEPS
+    assert parameters(tmp_path / "more_ids")["embedding"].shape == (200, SMALL["hidden_size"])
     another = json.loads((tmp_path / "raw" / "tokenizer" / "tokenizer.json").read_text())
     vocab = another["model"]["vocab"]
     another["model"]["vocab"] = dict(
