@@ -108,7 +108,7 @@ def refuse_different_hosts(facts: dict[str, Any]) -> None:
     rows = multihost_utils.process_allgather(np.frombuffer(own.ljust(longest), np.uint8))
     first, *others = [json.loads(bytes(row)) for row in np.asarray(rows, np.uint8)]
     for process, found in enumerate(others, start=1):
-        for name in facts.keys() | found.keys() - {"host"}:
+        for name in sorted(facts.keys() | found.keys() - {"host"}):
             if found.get(name) != first.get(name):
                 raise UserError(
                     f"process {process} ({found['host']}) has {name}={found.get(name)!r}, process 0 ({first['host']}) "

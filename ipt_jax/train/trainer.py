@@ -271,6 +271,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     handled = [number for number in STOPS if not (several and number == signal.SIGTERM)]
+    handled = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, ask) for number in handled}
     try:
         yield multihost_utils.reached_preemption_sync_point if several else lambda step: asked.is_set()

@@ -48,7 +48,7 @@ def checksums(output: Path) -> dict[str, str]:
 
 @pytest.mark.extra
 def test_ray_makes_the_same_bytes(tmp_path: Path) -> None:
-    """As a user runs it: relative paths, a mistake in the last line, the mended file, against two local processes."""
+    """As a user runs it: relative paths, a mistake in the last line, the fixed file, against two local processes."""
     need("ray", extra="ray")
     save_tokenizer(tmp_path / "tokenizer")
     lines = [json.dumps({"id": str(i), "text": f"a small world of words {i}"}) for i in range(200)]

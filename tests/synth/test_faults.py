@@ -185,7 +185,7 @@ def test_engine_that_dies_ends_the_run_in_one_line(tmp_path: Path) -> None:
     [(30, "all 30 texts failed (error 30)"), (400, "no request was answered and 50 texts have failed")],
 )
 def test_run_in_which_every_text_fails_ends_in_one_line(tmp_path: Path, texts: int, told: str) -> None:
-    """Soon, with the last reason, and with few lines before; the command that it names mends the output."""
+    """Soon, with the last reason, and with few lines before; the command that it names repairs the output."""
     failing = command(tmp_path, texts=texts, synthesizer__faults={"error": 1.0})
     assert failing.returncode == 1
     (line,) = [line for line in failing.stderr.splitlines() if line.startswith("fault: ")]

@@ -353,6 +353,18 @@ def test_other_signals_save_too(folder: Path, name: signal.Signals) -> None:
     assert len(checkpoints(folder / "run")) == 1
 
 
+def test_nohup_keeps_its_meaning() -> None:
+    """A signal that the shell made the process ignore stays ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with trainer.stop_signal() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked(1) and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_run_that_stops_early_keeps_its_schedule(straight: Path, folder: Path) -> None:
     stopped = run(folder, train={"stop_at_step": 5})
     assert (stopped["step"], stopped["steps"]) == (5, 5) and checkpoints(folder / "run") == [3, 5]
