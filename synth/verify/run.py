@@ -5,6 +5,7 @@ pure function of groups and recipe.
 """
 
 import asyncio
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -79,8 +80,10 @@ def run_verify(settings: VerifySettings) -> dict[str, Any]:
                 label="synth verify",
                 workers=1 if len(shards) < FEW_GROUPS else None,
             )
-        elif len(output.entries) < len(shards.paths):
-            score_with_engine(verifier, shards, output)
+        else:
+            if len(output.entries) < len(shards.paths):
+                score_with_engine(verifier, shards, output)
+            remove_journals(output)
         manifest = output.finish()
     return {
         "groups": manifest.records,
@@ -148,7 +151,6 @@ async def ask_shards(engine: Engine, verifier: Verifier, shards: Shards, output:
                 with closing(Journal(output.path / "spool" / f"{shard:05d}.spool")) as journal:
                     await fill_journal(journal, engine, verifier, shards, shard, progress)
                     seal(output, shard, shards, journal)
-        (output.path / "spool").rmdir()
     finally:
         await engine.close()
 
@@ -174,3 +176,9 @@ def seal(output: Output, shard: int, shards: Shards, journal: Journal) -> None:
         counts.update(tally(decode(journal.read(place), SynthGroup)))
     output.seal(shard, len(shards.paths), (journal.read(place) for place in places), counts=counts)
     journal.path.unlink()
+
+
+def remove_journals(output: Output) -> None:
+    """Removes their folder. A kill between sealing a shard and removing its journal leaves one behind."""
+    if (output.path / "spool").is_dir():
+        shutil.rmtree(output.path / "spool")

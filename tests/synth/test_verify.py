@@ -266,6 +266,30 @@ def test_killed_runs_lose_and_double_nothing(groups: Path, tmp_path: Path) -> No
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("sealed", [0, 1], ids=["the first shard", "all shards"])
+def test_a_journal_left_by_a_kill_after_sealing_is_removed(
+    groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: int
+) -> None:
+    names = ["combined", "options", "open_closed"]
+    recipe = verify_settings(groups, tmp_path / "out", names)
+    run_verify(verify_settings(groups, tmp_path / "whole", names))
+    last = len(list((tmp_path / "whole").glob("*.array_record"))) - 1
+    unlink = Path.unlink
+
+    def die(path: Path, missing_ok: bool = False) -> None:
+        if path.name == f"{sealed * last:05d}.spool":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", die)
+        run_verify(recipe)
+    assert list((tmp_path / "out" / "spool").iterdir())
+    run_verify(recipe)
+    assert not (tmp_path / "out" / "spool").exists()
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
 def stored(output: Path) -> int:
     return sum(path.stat().st_size for path in [*output.glob("spool/*"), *output.glob("*.array_record")])
 
