@@ -179,6 +179,6 @@ def seal(output: Output, shard: int, shards: Shards, journal: Journal) -> None:
 
 
 def remove_journals(output: Output) -> None:
-    """Removes their folder. A kill between sealing a shard and removing its journal leaves one behind."""
+    """Removes their folder. It holds a journal if a kill came between sealing a shard and removing its journal."""
     if (output.path / "spool").is_dir():
         shutil.rmtree(output.path / "spool")
