@@ -42,10 +42,18 @@ class TrainSettings(Settings):
     """Random seed of new weights."""
     log_every: int = Field(default=10, gt=0)
     """Steps between two log lines."""
-    checkpoint_every: int = Field(default=1000, gt=0)
-    """Steps between two checkpoints."""
+    checkpoint_every: int | None = Field(default=1000, gt=0)
+    """Steps between two checkpoints. null: by `checkpoint_minutes` alone."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
+    """Minutes after a save at which the next one is due, at a logged step. null: by `checkpoint_every` alone."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Number of latest checkpoints to keep."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Steps between two checkpoints that are never removed; saved at multiples of it. null: none."""
+    keep_hours: float | None = Field(default=None, gt=0)
+    """Hours between two checkpoints that are never removed, from the first one on. null: none."""
+    keep_best: str | None = None
+    """Measure of the validation. The checkpoint with its lowest value is kept. null: none."""
     stop_at_step: int | None = Field(default=None, gt=0)
     """Step at which this command ends, with the schedule of the full plan. null: the last step of the plan."""
     skip_steps: tuple[int, ...] = ()
@@ -75,6 +83,8 @@ class OptimizerSettings(Settings):
     """Decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which Adam's two moments are stored. They are updated in float32. May change at a resume."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of matrices. Norms are not decayed."""
     clip_norm: float | None = Field(default=1.0, gt=0)

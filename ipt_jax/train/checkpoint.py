@@ -1,19 +1,21 @@
 """Checkpoints in RUN/checkpoints/STEP, written asynchronously by Orbax.
 
 Guarantees: a directory gets a step's number when all of its bytes are on disk and listed in its `digests.json`; a save
-that fails is reported at once, is removed, and costs no earlier checkpoint; the last K are kept. A step's directory
-holds the arrays (`params`, `optimizer`), `record` (step, tokens, settings of the run) and `model.json`, and can be read
-without the run.
+that fails is reported at once, is removed, and costs no earlier checkpoint. The last K are kept, one every N steps or
+hours, and the best by a validation measure, by Orbax's policies. A step's directory holds the arrays (`params`,
+`optimizer`), `record` (step, tokens, settings of the run) and `model.json`, and can be read without the run.
 Does not guarantee: when one host fails to write, the others wait for Orbax's time-out of 20 minutes.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +27,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
+from ipt_jax.config import TrainSettings
 from ipt_jax.core.checkpoint_digests import numbered, write_digests
 from ipt_jax.core.checkpoint_path import LiteralPath
 from ipt_jax.core.errors import Fault, UserError
@@ -39,13 +43,34 @@ FULL = "No space left on device"
 
 
 class CheckpointRecord(msgspec.Struct):
-    """What a checkpoint knows of its run. A resume requires equal `made_with`."""
+    """What a checkpoint knows of its run and its weights. A resume requires equal `made_with`."""
 
     step: int
     tokens: int  # trained on so far, padding not counted
     plan_fingerprint: str
     made_with: dict[str, Any]
     digests: bool = False  # whether digests.json has to be there: checkpoints of earlier versions have none
+    measures: dict[str, float] = {}  # of the weights of this step, such as validation losses
+    unix_seconds: float = 0.0  # when it was saved
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, as Orbax's policies see it."""
+
+    step: int
+    time: datetime
+    metrics: dict[str, float] | None
+
+    @classmethod
+    def read(cls, directory: Path, measure: str | None) -> Self:
+        """`metrics` is None where the checkpoint has no `measure`."""
+        try:
+            record = msgspec.json.decode((directory / "record" / "record.json").read_bytes(), type=CheckpointRecord)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):  # foreign or damaged; `resume` names it
+            record = CheckpointRecord(int(directory.name), 0, "", {})
+        time = datetime.fromtimestamp(record.unix_seconds, UTC)
+        return cls(int(directory.name), time, record.measures if measure in record.measures else None)
 
 
 class RecordHandler(ocp.JsonCheckpointHandler):
@@ -75,9 +100,10 @@ class RecordRestore(ocp.args.JsonRestore):
 class Checkpoints:
     """Writes and reads the checkpoints of one run. Entered after the run has chosen what it resumes from."""
 
-    def __init__(self, run_dir: Path, model: ModelConfig, keep: int):
+    def __init__(self, run_dir: Path, model: ModelConfig, settings: TrainSettings):
         self.path = run_dir.absolute() / "checkpoints"  # Orbax refuses relative paths
-        self._keep = keep
+        self._settings, self._preserved = settings, preservation(settings)
+        self._begun = time.monotonic()  # of the last save
         handler = ocp.CompositeCheckpointHandler(
             params=ocp.StandardCheckpointHandler(),
             optimizer=ocp.StandardCheckpointHandler(),
@@ -100,25 +126,43 @@ class Checkpoints:
         self._wait()
         self._orbax.close()
 
+    def due(self, step: int) -> bool:
+        """Whether to save at `step`, on all hosts alike.
+
+        Minutes are compared at logged steps, by the first process's clock. (Orbax's own policy of seconds ends the run
+        when that process is five minutes late.)
+        """
+        settings = self._settings
+        if any(steps and step % steps == 0 for steps in (settings.checkpoint_every, settings.keep_every)):
+            return True
+        if settings.checkpoint_minutes is None or step % settings.log_every:
+            return False
+        return bool(from_first_process(time.monotonic() - self._begun >= 60 * settings.checkpoint_minutes))
+
     def save(self, state: TrainState, record: CheckpointRecord, *, last: bool) -> None:
         """Copies the state off the devices and returns. Writing continues in the background, and prints its end.
 
         A save that fails is printed, and the next one is the next try; `finish` raises for the last of a run.
         """
         self._wait()
-        self._failure, self._last = None, last
+        self._failure, self._last, self._begun = None, last, time.monotonic()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))
         room = jax.process_index() != 0 or self._has_room(record.step, size if last else 2 * size)
         if not from_first_process(room):
             self._failure = self._failure or UserError("the first process found no room for a checkpoint")
             return
+        finite = {name: value for name, value in record.measures.items() if math.isfinite(value)}  # JSON has no NaN
         try:
             self._orbax.save(
                 LiteralPath(self.path / f"{record.step}{SAVING}"),
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(state.optimizer),
-                    record=RecordSave(msgspec.to_builtins(msgspec.structs.replace(record, digests=True))),
+                    record=RecordSave(
+                        msgspec.to_builtins(
+                            msgspec.structs.replace(record, digests=True, measures=finite, unix_seconds=time.time())
+                        )
+                    ),
                 ),
                 force=True,
             )
@@ -138,7 +182,7 @@ class Checkpoints:
             raise self._failure or Fault("the last save of the run failed on another host, which prints why")
 
     def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
-        """The state saved at `step`, straight into its shards; `state` gives shapes."""
+        """The state saved at `step`, straight into its shards; `state` gives shapes, and the dtypes to convert to."""
         wanted = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), state, shardings
         )
@@ -179,8 +223,19 @@ class Checkpoints:
             self._fail(step, error)
             return
         report(f"saved at step {step}: {size / 1e6:,.1f} MB on disk after {time.monotonic() - started:.1f} s")
-        for old in numbered(self.path)[self._keep :]:
-            remove(old)
+        self._remove_old(step)
+
+    def _remove_old(self, step: int) -> None:
+        """Removes what no policy keeps, after the checkpoint of `step` is durable."""
+        directories = numbered(self.path)[::-1]  # Orbax's policies take the oldest first
+        best = self._settings.keep_best
+        saved = [Saved.read(directory, best) for directory in directories]
+        if best is not None and saved[-1].metrics is None:
+            report(f"warning: step {step} has no measure {best}: train.keep_best cannot compare it")
+        kept = self._preserved.should_preserve(saved, context=policies.PreservationContext())
+        for directory, keeps in zip(directories, kept, strict=True):
+            if not keeps:
+                remove(directory)
 
     def _fail(self, step: int, error: Exception) -> None:
         """Reports a save that failed and removes its parts, which would take the next one's room."""
@@ -197,6 +252,23 @@ class Checkpoints:
             self._failure = UserError(f"{where}; free space or repair the disk, and rerun the same command to resume")
         else:
             self._failure = Fault(f"{where}; rerun the same command to resume")
+
+
+def preservation(settings: TrainSettings) -> policies.PreservationPolicy:
+    """The checkpoints to keep: the latest ones, some for good, and the one with the lowest measure."""
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(settings.keep_checkpoints)]
+    if settings.keep_every is not None:
+        kept.append(policies.EveryNSteps(settings.keep_every))
+    if settings.keep_hours is not None:
+        kept.append(policies.EveryNSeconds(round(3600 * settings.keep_hours)))
+    if (best := settings.keep_best) is not None:
+        kept.append(
+            policies.BestN(
+                get_metric_fn=lambda measures: float(measures[best]), reverse=True, n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )  # fmt: skip
+    return policies.AnyPreservationPolicy(kept)
 
 
 def drain(checkpointer: ocp.AsyncCheckpointer) -> None:

@@ -241,7 +241,7 @@ class Ledger:
     def _settle_one(self, step: int, metrics: dict[str, Any], speed: dict[str, float | None]) -> None:
         measured = loss_metrics(metrics)
         tokens = int(metrics["tokens"])
-        self.record = msgspec.structs.replace(self.record, step=step, tokens=self.record.tokens + tokens)
+        self.record = msgspec.structs.replace(self.record, step=step, tokens=self.record.tokens + tokens, measures={})
         self.last = {"step": step, "tokens": self.record.tokens, **measured, **speed, "unix_seconds": time.time()}
         self._check(step, measured, has_targets=bool(metrics["targets"].sum()), applied=bool(metrics["applied"]))
         if self._bad_steps:

@@ -1,7 +1,7 @@
 """The train step, a pure function (state, batch) -> (state, metrics), and its construction from a recipe and a mesh.
 
 Guarantees: the loss is the sum over the global batch divided once by the global count of target tokens, so neither
-micro-batches nor meshes change what is optimized; gradients and moments are float32 whatever the compute dtype. A batch
+micro-batches nor meshes change what is optimized; gradients and updates are float32 whatever the compute dtype. A batch
 is a dict of arrays [A, M, T]: A accumulation steps of M rows. Metrics are scalars and sums by document kind; the caller
 decides what follows from them. A step that is not finite, or has no targets, leaves parameters and moments unchanged.
 
@@ -189,16 +189,39 @@ def learning_rate(settings: OptimizerSettings, step: Array | int, total_steps: i
     return settings.learning_rate * warmup * shape
 
 
+BFLOAT16_BETA2 = 0.99  # rounding to 8 bits undoes a decay by less than 1 / 256
+
+
 def make_optimizer(settings: OptimizerSettings, decay: Any) -> optax.GradientTransformation:
     """Turns clipped gradients into directions, before the learning rate. `decay`: a bool per parameter."""
     direction = {
         "adamw": optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps, mu_dtype=jnp.float32),
         "sgd": optax.identity(),
     }[settings.name]
+    if settings.moments_dtype != "float32":
+        if settings.name == "adamw" and settings.beta2 > BFLOAT16_BETA2:
+            raise UserError(
+                f"optimizer.beta2 is {settings.beta2}, too near 1 for a second moment in bfloat16, which would never "
+                f"decay; set optimizer.beta2 to {BFLOAT16_BETA2} or less, or optimizer.moments_dtype to float32"
+            )
+        direction = stored_as(direction, jnp.dtype(settings.moments_dtype))
     return optax.chain(
         direction,
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
     )
+
+
+def stored_as(direction: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """`direction` with its moments stored as `dtype` between float32 updates (Optax does so for the first one only)."""
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        found, state = direction.update(grads, cast(state, jnp.float32), params)
+        return found, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(direction.init(params), dtype), update)
 
 
 def clip(grads: Any, norm: Array, limit: float | None) -> Any:

@@ -87,7 +87,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         if found is not None and found.step >= end:
             return result(recipe, end, found, last_line(run_dir))
 
-        checkpoints = stack.enter_context(Checkpoints(run_dir, model, recipe.train.keep_checkpoints))
+        checkpoints = stack.enter_context(Checkpoints(run_dir, model, recipe.train))
         start = found or CheckpointRecord(0, 0, plan.fingerprint, identity)
         if jax.process_index() == 0:
             described = describe(recipe, plan, program, processes)
@@ -129,7 +129,7 @@ def train(
             ledger.add(done, metrics)
             stop = stop_asked(done)
             last = stop or done == end
-            due = last or done % settings.checkpoint_every == 0
+            due = last or checkpoints.due(done)
             if due or done % settings.log_every == 0:
                 alive()
                 ledger.settle(done if due else done - 1)  # the devices are busy with step `done` meanwhile
@@ -161,7 +161,7 @@ def made_with(recipe: Recipe, model: ModelConfig, plan: Plan) -> dict[str, Any]:
     return {
         "data": plan.identity | {"cross_document": recipe.data.cross_document},
         "model": model.model_dump(),
-        "optimizer": recipe.optimizer.model_dump(),
+        "optimizer": recipe.optimizer.model_dump(exclude={"moments_dtype"}),
         "train": {"seed": recipe.train.seed, "z_loss": recipe.train.z_loss},
     }
 

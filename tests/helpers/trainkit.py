@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from token_shards import random_documents, write_tokens
 from ipt_jax.config import Recipe
 from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.decoder import init_params
+from ipt_jax.parallel.distributed import ADDRESSES
 from ipt_jax.parallel.mesh import batch_sharding, make_mesh, place_batch
 from ipt_jax.train.state import TrainState, state_from_params
 from ipt_jax.train.step import Program, build_program
@@ -139,3 +141,22 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Pop
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+
+
+def train_processes(code: str, arguments: tuple[str, ...], devices: list[int]) -> list[str]:
+    """What each process of one run prints to stderr. `code` runs `ipt` on `arguments`; all processes must finish."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    children = []
+    for number, count in enumerate(devices):
+        names = dict(zip(ADDRESSES, (address, str(number), str(len(devices))), strict=True))
+        environment = {"JAX_NUM_CPU_DEVICES": str(count)} | (names if len(devices) > 1 else {})
+        children.append(run_python(code, *arguments, **environment))
+    try:
+        errors = [child.communicate(timeout=250)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert all(child.returncode == 0 for child in children), "\n".join(errors)[-4000:]
+    return errors

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections import namedtuple
@@ -19,13 +18,12 @@ from typing import Any
 import pytest
 from test_resume import STEPS, checkpoints, last_step, run, same_bits, wait_for
 from token_shards import save_tokenizer
-from trainkit import recipe_of, run_python, write_corpus
+from trainkit import recipe_of, run_python, train_processes, write_corpus
 
 import ipt_jax
 from ipt_jax.core.checkpoint_digests import damage, newest_verified
 from ipt_jax.core.errors import UserError
 from ipt_jax.hf.convert import run_export
-from ipt_jax.parallel.distributed import ADDRESSES
 from ipt_jax.train import checkpoint, trainer
 from ipt_jax.train.metrics import MetricsLog
 
@@ -442,19 +440,7 @@ def test_metrics_wait_for_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def run_two(folder: Path) -> list[str]:
     """What two processes with four devices each print when they run the recipe."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    addresses = [dict(zip(ADDRESSES, (address, str(i), "2"), strict=True)) for i in range(2)]
-    arguments = ("train", str(folder / "run.yaml"))
-    children = [run_python(TRAIN, *arguments, JAX_NUM_CPU_DEVICES="4", **names) for names in addresses]
-    try:
-        errors = [child.communicate(timeout=250)[1] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert all(child.returncode == 0 for child in children), "\n".join(errors)[-4000:]
-    return errors
+    return train_processes(TRAIN, ("train", str(folder / "run.yaml")), [4, 4])
 
 
 def test_two_processes_save_once_and_fall_back_together(unfinished: Path) -> None:
