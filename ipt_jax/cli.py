@@ -4,6 +4,7 @@ Each command checks its settings, runs one stage and prints the stage's figures.
 runs, so that `ipt plan` starts without jax.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,11 +53,14 @@ def plan(recipe: "Recipe") -> Result:
     cannot be met. Reads token shards only. Writes no output.
     """
     from ipt_jax.config import check_schedule, rows_per_step
-    from ipt_jax.data.plan import build_plan, print_plan
+    from ipt_jax.data.plan import build_plan, print_plan, repeats
 
     solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
     check_schedule(recipe, solved.steps)
-    return Shown(solved.summary(), view=lambda: print_plan(solved))
+    summary = solved.summary()
+    for line in repeats(summary):
+        print(f"ipt plan: {line}", file=sys.stderr)
+    return Shown(summary, view=lambda: print_plan(summary))
 
 
 @command(app, "show", recipe=RECIPE)

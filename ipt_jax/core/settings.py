@@ -152,8 +152,12 @@ def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_names(cls, first["loc"])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+        key, parents = str(first["loc"][-1]), name.rpartition(".")[0]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        elsewhere = [one.name for one in list_fields(cls) if one.name.split(".")[-1] == key]
+        suggested = elsewhere or [f"{parents}.{one}".lstrip(".") for one in near]
+        meant = " or ".join(map(repr, suggested))
+        hint = f"did you mean {meant}?" if suggested else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {name!r}; {hint}{more}"
     if first["type"] == "missing":
         missing = [_name(mistake) for mistake in mistakes if mistake["type"] == "missing"]

@@ -33,7 +33,8 @@ class HostReads:
     def __init__(self, plan: Plan, *, start: int, steps: int, rows_per_step: int, host: int, hosts: int):
         self._plan, self._start, self.steps = plan, start, steps
         self._rows_per_step, self._host, self._hosts = rows_per_step, host, hosts
-        self.stop = -(-plan.rows // rows_per_step)
+        self._row = plan.first_row(start)
+        self.stop = start + max(-(-(plan.rows - self._row) // rows_per_step), 0)
         self._ahead = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="ahead")
         self._loaded, self._lock = 0, Lock()
         self._quick = False
@@ -70,9 +71,9 @@ class HostReads:
     def _rows(self, read: int) -> np.ndarray:
         """The rows of this host at the steps of an element, up to the last step."""
         first = self._start + read * self.steps
-        steps = np.arange(first, min(first + self.steps, self.stop))
+        steps = np.arange(first, min(first + self.steps, self.stop)) - self._start
         mine = self._rows_per_step // self._hosts
-        return steps[:, None] * self._rows_per_step + self._host * mine + np.arange(mine)
+        return self._row + steps[:, None] * self._rows_per_step + self._host * mine + np.arange(mine)
 
     def __repr__(self) -> str:
         return f"HostReads(steps={self.steps}, plan={self._plan.fingerprint[:12]})"

@@ -8,6 +8,8 @@ where it fits best, within one chunk of the order, so that the mixture holds and
     best_fit, the same:                      1 1 1 1 1 3 3 3 | 2 2 2 2 2 2 . .
 """
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from ipt_jax.data.block_table import DOCUMENT
@@ -22,16 +24,59 @@ _NUMBERS = [("row", "<i8"), ("at", "<i4"), ("source", "u1"), ("offset", "<i4"), 
 PIECE = np.dtype([*_NUMBERS, ("document", DOCUMENT)])
 
 
-class Concat:
-    """Documents joined and cut at the row length."""
+class Packing(ABC):
+    """The rows of a merged order. Subclasses set `rows`, their number."""
+
+    rows: int
 
     def __init__(self, order: MergedOrder, seq_len: int):
         self._order, self._seq_len = order, seq_len
         self._layouts = SharedCache(self._layout, CHUNKS_CACHED)
-        self.rows = -(-order.tokens // seq_len)
 
+    @abstractmethod
     def pieces(self, first: int, stop: int) -> np.ndarray:
         """The pieces of rows [first, stop), ordered by row and column. Read-only for the caller."""
+
+    @abstractmethod
+    def cut(self, row: int) -> int:
+        """The first row from `row` on before which all rows together take a beginning of every stream."""
+
+    @abstractmethod
+    def _layout(self, number: int) -> np.ndarray:
+        """The pieces of a chunk."""
+
+    @abstractmethod
+    def _chunk_of(self, row: int) -> int:
+        """A chunk before which all pieces, and after which no piece, are in rows before `row`."""
+
+    def taken(self, row: int) -> list[int]:
+        """The token of each stream up to which rows [0, row) take it."""
+        if row <= 0:
+            return [stream.first for stream in self._order.streams]
+        if row >= self.rows:
+            return [stream.amount for stream in self._order.streams]
+        chunk = self._chunk_of(row)
+        pieces = self._layouts(chunk)
+        pieces = pieces[pieces["row"] < row]
+        lengths = (pieces["length"][pieces["source"] == source] for source in range(len(self._order.streams)))
+        bounds = zip(self._order.bounds(chunk), lengths, strict=True)
+        return [bound + int(length.sum(dtype=np.int64)) for bound, length in bounds]
+
+
+class Concat(Packing):
+    """Documents joined and cut at the row length."""
+
+    def __init__(self, order: MergedOrder, seq_len: int):
+        super().__init__(order, seq_len)
+        self.rows = -(-order.tokens // seq_len)
+
+    def cut(self, row: int) -> int:
+        return min(max(row, 0), self.rows)
+
+    def _chunk_of(self, row: int) -> int:
+        return self._order.chunk_at(row * self._seq_len)
+
+    def pieces(self, first: int, stop: int) -> np.ndarray:
         chunk = self._order.chunk_at(first * self._seq_len)
         found = [_of_rows(self._layouts(chunk), first, stop)]
         while self._order.start(chunk + 1) < min(stop * self._seq_len, self._order.tokens):
@@ -54,18 +99,23 @@ class Concat:
         return pieces
 
 
-class BestFit:
+class BestFit(Packing):
     """Complete documents, each where it fits best. Packs every chunk once to count its rows, eight bytes per chunk."""
 
     def __init__(self, order: MergedOrder, seq_len: int):
-        self._order, self._seq_len = order, seq_len
-        self._layouts = SharedCache(self._layout, CHUNKS_CACHED)
+        super().__init__(order, seq_len)
         counts = [self._packed(chunk)["row"][-1:] + 1 for chunk in range(order.chunks)]
         self._ends = np.cumsum([int(count.sum()) for count in counts])
         self.rows = int(self._ends[-1])
 
+    def cut(self, row: int) -> int:
+        """The end of a chunk: its rows take its documents in another order than the streams."""
+        return 0 if row <= 0 else self.rows if row >= self.rows else int(self._ends[self._chunk_of(row)])
+
+    def _chunk_of(self, row: int) -> int:
+        return int(np.searchsorted(self._ends, row - 1, side="right"))
+
     def pieces(self, first: int, stop: int) -> np.ndarray:
-        """As `Concat.pieces`."""
         low, high = np.searchsorted(self._ends, [first, min(stop, self.rows) - 1], side="right")
         return np.concatenate([_of_rows(self._layouts(chunk), first, stop) for chunk in range(low, high + 1)])
 

@@ -3,13 +3,17 @@
 Guarantees: the row at (step, slot) is a pure function of the plan, so resuming needs the step alone, and any number of
 hosts sees the same global batches. The fingerprint covers the contents of the sources, the amounts, the order and the
 packing. Memory grows with blocks of documents, not with documents: lengths and tokens are read when a row is read.
+
+A run may change its amounts or batch size at a step. The rows before that step keep their place, each source continues
+its sequence of documents where they left it, and the run as a whole gives exactly the new amounts.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -27,12 +31,13 @@ from ipt_jax.data.batch import render
 from ipt_jax.data.block_table import SourceDocuments, contents, open_documents
 from ipt_jax.data.encode import token_dtype
 from ipt_jax.data.mixture import DataSettings, SourceMix, check_sources, solve_mix
-from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat
+from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat, Packing
 from ipt_jax.data.shuffle import MergedOrder, Stream
 from ipt_jax.data.token_reader import FOUND, FoundDocuments, TokenReader
 from ipt_jax.data.token_shards import open_token_shards
 
 PLAN_VERSION = 3  # incremented when the same settings give other rows
+MANY_EPOCHS = 16  # of one source: above, a plan warns
 
 
 @dataclass(frozen=True)
@@ -52,35 +57,24 @@ class Source:
         return "+".join(kind for kind in KINDS if self.manifest.counts.get(kind))
 
 
-class Plan:
-    """Rows 0 to rows - 1 of a mix, by index. Later rows are masked padding, which fills the last batch."""
+@dataclass(frozen=True)
+class Mix:
+    """Sources of a recipe, opened, and the tokens that each gives in the run as a whole."""
 
-    def __init__(
-        self, settings: DataSettings, sources: Sequence[Source], amounts: Sequence[int], *, rows_per_step: int
-    ):
-        self.settings, self.sources, self.amounts, self.rows_per_step = settings, sources, amounts, rows_per_step
-        self._streams = [
-            Stream(source.documents, amount, settings.seed, source.settings.name)
-            for source, amount in zip(sources, amounts, strict=True)
-        ]
-        order = MergedOrder(self._streams, CHUNK_ROWS * settings.seq_len)
-        self._packing = (Concat if settings.packing == "concat" else BestFit)(order, settings.seq_len)
-        self.rows = self._packing.rows
-        self.steps = -(-self.rows // rows_per_step)
-        self.tokens = sum(amounts)
-        identity = sources[0].manifest.identity
-        self.vocab_size: int = identity["vocab_size"]
-        self.tokenizer_digest: str = identity["tokenizer"]
-        self.tokenizer_dir = sources[0].path / "tokenizer"
-        self._dtype = token_dtype(self.vocab_size)
-        self._readers = [
-            TokenReader(source.path, source.manifest, source.documents, window=stream.window_blocks, dtype=self._dtype)
-            for source, stream in zip(sources, self._streams, strict=True)
-        ]
+    settings: DataSettings
+    sources: list[Source]
+    amounts: list[int]
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What the fingerprint covers, by field, so that an error can name the field that changed."""
+    @property
+    def vocab_size(self) -> int:
+        return int(self.sources[0].manifest.identity["vocab_size"])
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.sources[0].path / "tokenizer"
+
+    def identity(self, rows_per_step: int) -> dict[str, Any]:
+        """What the fingerprint of a plan covers, by field, so that an error can name the field that changed."""
         sources = [
             {
                 "name": source.settings.name,
@@ -93,24 +87,138 @@ class Plan:
         settings = {name: getattr(self.settings, name) for name in ("seq_len", "packing", "seed")}
         return settings | {
             "version": PLAN_VERSION,
-            "rows_per_step": self.rows_per_step,
-            "tokenizer": self.tokenizer_digest,
+            "rows_per_step": rows_per_step,
+            "tokenizer": self.sources[0].manifest.identity["tokenizer"],
             "sources": sources,
         }
+
+
+class RunSegment(NamedTuple):
+    """Steps of a run with equal settings: the first of them, rows per step, and the tokens that each source gives in
+    the run as a whole, by name."""
+
+    step: int
+    rows_per_step: int
+    amounts: dict[str, int]
+
+
+class PlannedRows(NamedTuple):
+    """Rows `first` to `stop` - 1 of a run, packed together. `streams` of `sources`, indices into those of the plan."""
+
+    first: int
+    stop: int
+    packing: Packing
+    streams: list[Stream]
+    sources: list[int]
+
+    def taken(self, row: int) -> dict[int, int]:
+        """Tokens that each source has given in all rows before `row`."""
+        return dict(zip(self.sources, self.packing.taken(min(row, self.stop) - self.first), strict=True))
+
+
+class Plan:
+    """Rows 0 to rows - 1 of a mix, by index. Other rows are masked padding, which fills the last batch.
+
+    `past`: segments of the run before step `step`, from which `amounts` and `rows_per_step` hold.
+    """
+
+    def __init__(self, mix: Mix, *, rows_per_step: int, past: Sequence[RunSegment] = (), step: int = 0):
+        self.mix, self.settings, self.sources, self.amounts = mix, mix.settings, mix.sources, mix.amounts
+        self.rows_per_step = rows_per_step
+        self.names = [source.settings.name for source in mix.sources]
+        self.segments = [*past, RunSegment(step, rows_per_step, dict(zip(self.names, mix.amounts, strict=True)))]
+        self._first_rows = [0]
+        for before, after in pairwise(self.segments):
+            self._first_rows.append(self._first_rows[-1] + (after.step - before.step) * before.rows_per_step)
+        self._planned = self._plan_segments()
+        self._streams = self._planned[-1].streams
+        self.rows = self._planned[-1].stop
+        self.steps = step + max(-(-(self.rows - self._first_rows[-1]) // rows_per_step), 0)
+        self.tokens = sum(mix.amounts)
+        self.vocab_size, self.tokenizer_dir = mix.vocab_size, mix.tokenizer_dir
+        self._dtype = token_dtype(self.vocab_size)
+        self._readers = [
+            TokenReader(source.path, source.manifest, source.documents, window=stream.window_blocks, dtype=self._dtype)
+            for source, stream in zip(mix.sources, self._streams, strict=True)
+        ]
+
+    def _plan_segments(self) -> list[PlannedRows]:
+        """The rows of each segment that has other amounts than the one before it."""
+        planned: list[PlannedRows] = []
+        for number, (segment, row) in enumerate(zip(self.segments, self._first_rows, strict=True)):
+            if number and segment.amounts == self.segments[number - 1].amounts:
+                continue
+            taken: dict[int, int] = {}
+            if planned:
+                last = planned.pop()
+                planned.append(last._replace(stop=last.first + last.packing.cut(row - last.first)))
+                taken = planned[-1].taken(planned[-1].stop)
+                row = max(row, planned[-1].stop)
+            planned.append(self._plan_rows(row, segment, taken))
+        return planned
+
+    def _plan_rows(self, first: int, segment: RunSegment, taken: dict[int, int]) -> PlannedRows:
+        """The rows of one segment, after rows that took `taken` tokens of each source."""
+        sources, streams = [self.names.index(name) for name in segment.amounts], []
+        for source, amount in zip(sources, segment.amounts.values(), strict=True):
+            begin = taken.get(source, 0)
+            if amount < begin:
+                raise UserError(
+                    f"source {self.names[source]!r}: has given {begin:,} tokens by step {segment.step}, but the recipe "
+                    f"asks for {amount:,} in the run as a whole, {begin - amount:,} fewer; raise its amount or "
+                    "data.tokens, or set another run_dir"
+                )
+            documents = self.sources[source].documents
+            streams.append(Stream(documents, amount, self.settings.seed, self.names[source], begin))
+        order = MergedOrder(streams, CHUNK_ROWS * self.settings.seq_len)
+        packing = (Concat if self.settings.packing == "concat" else BestFit)(order, self.settings.seq_len)
+        return PlannedRows(first, first + packing.rows, packing, streams, sources)
+
+    def first_row(self, step: int) -> int:
+        """The first row of a step."""
+        last = max(number for number, segment in enumerate(self.segments) if segment.step <= step)
+        return self._first_rows[last] + (step - self.segments[last].step) * self.segments[last].rows_per_step
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The step of a row, and its slot in the batch."""
+        last = max(number for number, first in enumerate(self._first_rows) if first <= row)
+        step, slot = divmod(row - self._first_rows[last], self.segments[last].rows_per_step)
+        return self.segments[last].step + step, slot
+
+    def taken(self, step: int) -> dict[str, int]:
+        """Tokens that each source has given in all steps before `step`."""
+        row = self.first_row(step)
+        planned = [one for one in self._planned if one.first <= row][-1]
+        return dict.fromkeys(self.names, 0) | {self.names[one]: tokens for one, tokens in planned.taken(row).items()}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint covers: that of the mix, and the segments of a run that has several."""
+        segments = [[step, rows, list(map(list, amounts.items()))] for step, rows, amounts in self.segments]
+        return self.mix.identity(self.rows_per_step) | ({"segments": segments} if len(segments) > 1 else {})
 
     @cached_property
     def fingerprint(self) -> str:
         return digest(self.identity)
 
-    def summary(self) -> dict[str, Any]:
-        """What `ipt plan --json` prints."""
+    def summary(self, trained: int = 0) -> dict[str, Any]:
+        """What `ipt plan --json` prints, for a run of which `trained` steps are done."""
         counted = [stream.count() for stream in self._streams]
         sources = [
             _source_summary(source, amount, documents, self.tokens)
             for source, amount, (documents, _) in zip(self.sources, self.amounts, counted, strict=True)
         ]
+        taken = self.taken(trained)
+        segments = [
+            {"step": step, "rows_per_step": rows, "tokens": sum(amounts.values())}
+            for step, rows, amounts in self.segments
+        ]
         return {
-            "sources": sources,
+            "sources": [source | {"trained_tokens": taken[source["name"]]} for source in sources]
+            if trained
+            else sources,
+            **({"segments": segments} if len(segments) > 1 else {}),
+            **({"trained_steps": trained, "trained_tokens": sum(taken.values())} if trained else {}),
             "rows": self.rows,
             "seq_len": self.settings.seq_len,
             "tokens": self.tokens,
@@ -137,8 +245,13 @@ class Plan:
         """The pieces (data.packing PIECE) of some rows. `row` is the index into `rows`."""
         found = []
         for slot, first, stop in _runs(rows, self.rows):
-            found.append(self._packing.pieces(first, stop).copy())
-            found[-1]["row"] += slot - first
+            for planned in self._planned:
+                low, high = max(first, planned.first), min(stop, planned.stop)
+                if low < high:
+                    pieces = planned.packing.pieces(low - planned.first, high - planned.first).copy()
+                    pieces["row"] += slot - first + planned.first
+                    pieces["source"] = np.array(planned.sources, np.uint8)[pieces["source"]]
+                    found.append(pieces)
         return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, PIECE), *found])
 
     def _read(self, pieces: np.ndarray, by_block: bool) -> FoundDocuments:
@@ -186,7 +299,13 @@ def _source_summary(source: Source, amount: int, documents: int, total: int) -> 
 
 
 def build_plan(settings: DataSettings, *, rows_per_step: int) -> Plan:
-    """The plan of `settings`. Raises UserError for damage and for an amount that cannot be met.
+    """The plan of `settings` for a run of one segment. Raises UserError for damage and for an amount that cannot be
+    met."""
+    return Plan(open_mix(settings), rows_per_step=rows_per_step)
+
+
+def open_mix(settings: DataSettings) -> Mix:
+    """The sources of `settings`, and the tokens that each gives.
 
     Shards are checked by size, index files by checksum when their block table is made, each record when it is read.
     """
@@ -194,8 +313,24 @@ def build_plan(settings: DataSettings, *, rows_per_step: int) -> Plan:
     opened = {source.name: open_token_shards(source.path, verify=False) for source in settings.sources}
     _check_tokenizers(settings, opened)
     sources = [_open_source(source, opened) for source in settings.sources]
-    amounts = solve_mix(settings, [source.documents.tokens for source in sources])
-    return Plan(settings, sources, amounts, rows_per_step=rows_per_step)
+    return Mix(settings, sources, solve_mix(settings, [source.documents.tokens for source in sources]))
+
+
+def run_segments(identity: dict[str, Any]) -> list[RunSegment]:
+    """The segments of a run, from the identity of its plan."""
+    amounts = [[source["name"], source["tokens"]] for source in identity["sources"]]
+    found = identity.get("segments", [[0, identity["rows_per_step"], amounts]])
+    return [RunSegment(step, rows, dict(amounts)) for step, rows, amounts in found]
+
+
+def continue_plan(mix: Mix, *, rows_per_step: int, past: Sequence[RunSegment], step: int) -> Plan:
+    """The plan of a run with the segments `past` whose next step is `step`. A new segment begins there if the amounts
+    or the batch are others."""
+    last = past[-1]
+    amounts = [(source.settings.name, amount) for source, amount in zip(mix.sources, mix.amounts, strict=True)]
+    if (last.rows_per_step, list(last.amounts.items())) == (rows_per_step, amounts):
+        return Plan(mix, rows_per_step=rows_per_step, past=past[:-1], step=last.step)
+    return Plan(mix, rows_per_step=rows_per_step, past=past, step=step)
 
 
 def _check_tokenizers(settings: DataSettings, opened: dict[str, Shards]) -> None:
@@ -215,8 +350,8 @@ def _open_source(source: SourceMix, opened: dict[str, Shards]) -> Source:
     return Source(source, path, manifest, documents, contents(other.manifest) if other else None)
 
 
-def print_plan(plan: Plan) -> None:
-    Console().print(plan_summary_table(plan.summary()))
+def print_plan(summary: dict[str, Any]) -> None:
+    Console().print(plan_summary_table(summary))
 
 
 def plan_summary_table(summary: dict[str, Any]) -> Table:
@@ -261,4 +396,20 @@ def _caption(summary: dict[str, Any]) -> str:
         "{converted_elsewhere:,} converted texts are of other sources"
     )
     lines = [excluded.format(**source) for source in summary["sources"] if source["converted_documents"]]
+    if trained := summary.get("trained_steps"):
+        parts = [("all", summary), *((source["name"], source) for source in summary["sources"])]
+        done = "{name}: {trained_tokens:,} tokens in {trained:,} steps, {left:,} to come"
+        for name, one in parts:
+            left = one["tokens"] - one["trained_tokens"]
+            lines.append(done.format(name=name, trained_tokens=one["trained_tokens"], trained=trained, left=left))
     return "\n".join([f"{steps}, {cut}", *lines])
+
+
+def repeats(summary: dict[str, Any]) -> list[str]:
+    """A warning for each source that repeats more often than MANY_EPOCHS where the recipe states no epochs."""
+    return [
+        f"warning: source {source['name']!r} is repeated for {source['epochs']:,.4g} epochs of its "
+        f"{source['available_tokens']:,} tokens; set its max_epochs if this is intended"
+        for source in summary["sources"]
+        if source["epochs"] > MANY_EPOCHS and not source["max_epochs"] and not source["asked"].startswith("epochs")
+    ]

@@ -77,10 +77,11 @@ class StreamSlice(NamedTuple):
 
 
 class Stream:
-    """The documents of one source in training order, epoch by epoch, cut after exactly `amount` tokens."""
+    """The documents of one source in training order, epoch by epoch: tokens [first, amount) of an endless sequence that
+    depends on neither. Documents are cut at both ends."""
 
-    def __init__(self, documents: SourceDocuments, amount: int, seed: int, name: str):
-        self.amount, self.source = amount, documents
+    def __init__(self, documents: SourceDocuments, amount: int, seed: int, name: str, first: int = 0):
+        self.first, self.amount, self.source = first, amount, documents
         blocks = len(documents.table.tokens)
         self.windows = windows_of(documents.tokens, documents.documents, blocks)
         self.window_blocks = -(-blocks // self.windows)  # at most, per window
@@ -90,7 +91,7 @@ class Stream:
 
     def before(self, part: int, parts: int) -> int:
         """Tokens of the documents whose middle is before the fraction part / parts of the stream."""
-        token = self.amount * part // parts
+        token = self.first + (self.amount - self.first) * part // parts
         if token >= self.amount:
             return self.amount
         window = self._windows(self._place(token))
@@ -99,7 +100,8 @@ class Stream:
 
     def middles(self, stream_slice: StreamSlice) -> np.ndarray:
         """The fraction of the stream at the middle of each document."""
-        return (2 * stream_slice.begins + stream_slice.documents["length"]) / (2 * self.amount)
+        begins = stream_slice.begins - self.first
+        return (2 * begins + stream_slice.documents["length"]) / (2 * (self.amount - self.first))
 
     def between(self, first: int, stop: int) -> StreamSlice:
         """The documents that begin at tokens [first, stop) of the stream."""
@@ -113,13 +115,13 @@ class Stream:
         return StreamSlice(documents, np.concatenate([one.begins for one in slices] or [np.zeros(0, np.int64)]))
 
     def count(self) -> tuple[int, int]:
-        """Documents of the stream, and the tokens that its end cuts off the last one."""
+        """Documents among tokens [0, amount), and the tokens that its end cuts off the last one."""
         place = epoch, window = self._place(self.amount - 1)
         before = int(self._epochs(epoch).documents[window - 1]) if window else 0
-        taken = len(self._windows(place).documents)
-        last = self._shuffled(place)[taken - 1]
-        cut = int(last["length"]) - int(self._windows(place).documents["length"][-1])
-        return epoch * self.source.documents + before + taken, cut
+        lengths = self._shuffled(place)["length"].astype(np.int64)
+        ends = self._begin(place) + np.cumsum(lengths)
+        last = int(np.searchsorted(ends, self.amount, side="left"))
+        return epoch * self.source.documents + before + last + 1, int(ends[last]) - self.amount
 
     def _place(self, token: int) -> tuple[int, int]:
         """Epoch and window that hold a token of the stream."""
@@ -134,15 +136,23 @@ class Stream:
         return Epoch(blocks, stops, ends, documents, key)
 
     def _window(self, place: tuple[int, int]) -> StreamSlice:
-        number, window = place
         documents = self._shuffled(place)
-        first = number * self.source.tokens + (int(self._epochs(number).ends[window - 1]) if window else 0)
         lengths = documents["length"].astype(np.int64)
-        begins = first + np.cumsum(lengths) - lengths
-        taken = int(np.searchsorted(begins, self.amount, side="left"))
-        documents, begins = documents[:taken], begins[:taken]
-        documents["length"] = np.minimum(lengths[:taken], self.amount - begins)
-        return StreamSlice(documents, begins)
+        ends = self._begin(place) + np.cumsum(lengths)
+        begins = ends - lengths
+        taken = slice(
+            np.searchsorted(ends, self.first, side="right"), np.searchsorted(begins, self.amount, side="left")
+        )
+        documents, begins, ends = documents[taken], begins[taken], ends[taken]
+        before = np.maximum(self.first - begins, 0)  # tokens of the first document that are before the stream
+        documents["start"] += before.astype(np.uint32)
+        documents["length"] = np.minimum(ends, self.amount) - begins - before
+        return StreamSlice(documents, begins + before)
+
+    def _begin(self, place: tuple[int, int]) -> int:
+        """The token at which a window begins."""
+        number, window = place
+        return number * self.source.tokens + (int(self._epochs(number).ends[window - 1]) if window else 0)
 
     def _shuffled(self, place: tuple[int, int]) -> np.ndarray:
         """The documents of a window, none cut by the amount."""
@@ -169,16 +179,16 @@ class MergedOrder:
 
     def __init__(self, streams: Sequence[Stream], chunk_tokens: int):
         self.streams = streams
-        self.tokens = sum(stream.amount for stream in streams)
+        self.tokens = sum(stream.amount - stream.first for stream in streams)
         self.chunks = max(self.tokens // chunk_tokens, 1)
-        self._bounds = SharedCache(self._bound, 64)
+        self.bounds = SharedCache(self._bound, 64)  # the token of each stream at which a chunk begins
 
     def start(self, chunk: int) -> int:
         """The token of the merged order at which a chunk begins."""
-        return sum(self._bounds(chunk))
+        return sum(self.bounds(chunk)) - sum(stream.first for stream in self.streams)
 
     def chunk(self, chunk: int) -> Chunk:
-        bounds = zip(self.streams, self._bounds(chunk), self._bounds(chunk + 1), strict=True)
+        bounds = zip(self.streams, self.bounds(chunk), self.bounds(chunk + 1), strict=True)
         slices = [stream.between(first, stop) for stream, first, stop in bounds]
         middles = [stream.middles(one) for stream, one in zip(self.streams, slices, strict=True)]
         merged = np.argsort(np.concatenate(middles), kind="stable")

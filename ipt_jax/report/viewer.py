@@ -82,7 +82,7 @@ class ShownRow:
 
 def read_rows(plan: Plan, tokenizer: Tokenizer, *, step: int, rows: int) -> list[ShownRow]:
     """The first `rows` rows of the plan from `step` on. Raises UserError for a step beyond its end."""
-    first = step * plan.rows_per_step
+    first = plan.first_row(step)
     if first >= plan.rows:
         raise UserError(f"--step {step}: the plan has {plan.steps:,} steps, 0 to {plan.steps - 1:,}; give one of them")
     numbers = range(first, min(first + rows, plan.rows))
@@ -90,7 +90,7 @@ def read_rows(plan: Plan, tokenizer: Tokenizer, *, step: int, rows: int) -> list
     return [
         ShownRow(
             number,
-            *divmod(number, plan.rows_per_step),
+            *plan.place(number),
             plan.settings.seq_len,
             _passages({name: array[place] for name, array in batch.items()}, tokenizer),
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from ipt_jax.config import Recipe
 from ipt_jax.core.files import write_whole
-from ipt_jax.data.plan import Plan
+from ipt_jax.data.plan import Plan, repeats
 from ipt_jax.train.step import Program
 
 PACKAGES = ("instruction-pretraining", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -84,6 +84,8 @@ def report_start(described: dict[str, Any], run_dir: Path, start_step: int, step
     report(f"batch: {rows} rows of {plan['seq_len']}, {accumulation} accumulation steps")
     report(f"loss: logits of {described['loss_chunk']} tokens a device at a time ({described['loss_chunk_reason']})")
     report(f"state: {described['state_bytes_per_device'] / 2**20:,.1f} MiB a device")
+    for line in repeats(plan):
+        report(line)
     for note in described["fallbacks"]:
         report(f"fallback: {note}")
 

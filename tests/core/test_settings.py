@@ -52,8 +52,9 @@ def test_overrides_reach_blocks_and_lists(tmp_path: Path) -> None:
     ("text", "overrides", "said"),
     [
         ("tokns: 1", [], "unknown key 'tokns'; did you mean 'tokens'?"),
-        ("inner: {name: a, wieght: 1}", [], "unknown key 'inner.wieght'; did you mean 'weight'?"),
-        ("items: [{name: a}, {name: b, nam: 2}]", [], "unknown key 'items.1.nam'; did you mean 'name'?"),
+        ("inner: {name: a, wieght: 1}", [], "unknown key 'inner.wieght'; did you mean 'inner.weight'?"),
+        ("items: [{name: a}, {name: b, nam: 2}]", [], "unknown key 'items.1.nam'; did you mean 'items.1.name'?"),
+        ("weight: 2", [], "unknown key 'weight'; did you mean 'inner.weight' or 'items.N.weight'?"),
         ("tokens: many", [], "tokens: input should be a valid integer"),
         ("inner: {weight: 1}", [], "inner.name is missing; add it"),
         ("items: [{weight: 1}, {}]", [], "items.0.name, items.1.name are missing; add them"),

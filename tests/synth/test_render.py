@@ -303,7 +303,7 @@ def test_mistakes(tmp_path: Path) -> None:
         run_render(recipe(**fields, keep="grounded > 0.5"))
     with pytest.raises(UserError, match="holds no groups"):
         run_render(recipe(groups=str(write_groups(tmp_path / "none", [[]])), output=str(tmp_path / "out")))
-    with pytest.raises(UserError, match="did you mean 'dialogue'"):
+    with pytest.raises(UserError, match="did you mean 'layouts.dialogue'"):
         recipe(layouts={"dialog": 1})
     with pytest.raises(UserError, match="every share is 0"):
         recipe(layouts={"dialogue": 0})

@@ -275,7 +275,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"synthesizer__model": "/nowhere"}, "no such directory"),
     ({"synthesizer__engine": "vllm"}, r"config\.json"),
     ({"synthesizer__engine": "vllm", "synthesizer__faults": {}}, "faults are for engine: scripted"),
-    ({"synthesizer__max_new_token": 3}, "did you mean 'max_new_tokens'"),
+    ({"synthesizer__max_new_token": 3}, "did you mean 'synthesizer.max_new_tokens'"),
     ({"corpus__path": "/nowhere.jsonl"}, "no such file"),
     ({"corpus__fraction": 1e-9}, "no text to convert"),
     ({"seed_examples": {"path": "/nowhere.jsonl"}}, "seed_examples /nowhere.jsonl: no such file"),
