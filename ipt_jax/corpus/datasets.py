@@ -46,7 +46,10 @@ def parquet_parts(path: Path) -> list[RowRange]:
     return parts
 
 
-def read_parquet(path: Path, group: int, needed: list[str], optional: list[str]) -> Iterator[dict[str, Any]]:
+Columns = list[str] | None  # None: all
+
+
+def read_parquet(path: Path, group: int, needed: Columns, optional: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of one row group: the columns `needed`, and those of `optional` that the file has."""
     file = _open_parquet(path)
     columns = _columns(path, file.schema_arrow.names, needed, optional)
@@ -70,7 +73,7 @@ def arrow_parts(path: Path, part_bytes: int) -> list[RowRange]:
     return parts
 
 
-def read_arrow(path: Path, start: int, stop: int, needed: list[str], optional: list[str]) -> Iterator[dict[str, Any]]:
+def read_arrow(path: Path, start: int, stop: int, needed: Columns, optional: list[str]) -> Iterator[dict[str, Any]]:
     """As `read_parquet`, the rows of record batches [start, stop)."""
     with _damaged(path, f"record batches {start} to {stop}"):
         for index, batch in enumerate(_arrow_batches(path)):
@@ -82,7 +85,9 @@ def read_arrow(path: Path, start: int, stop: int, needed: list[str], optional: l
                     yield from _rows(selected.slice(row, READ_ROWS), path)
 
 
-def _columns(path: Path, found: list[str], needed: list[str], optional: list[str]) -> list[str]:
+def _columns(path: Path, found: list[str], needed: Columns, optional: list[str]) -> list[str]:
+    if needed is None:
+        return found
     for name in needed:
         if name not in found:
             raise UserError(f"input {path}: no column {name!r}, found {', '.join(found)}; name another column")

@@ -27,9 +27,11 @@ from ipt_jax.corpus.shards import Shards, read_manifest
 
 UNIT_BYTES = 64 << 20
 READ_BYTES = 4 << 20
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson")
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".ndjson")
+WRAPPERS = ("data", "rows", "examples")  # fields that hold the rows of a JSON file
 EXPECTED = f"{', '.join(JSONL)}, .parquet or .arrow"
 DIGEST_THREADS = 8
+OPEN: dict[str, Any] = {".gz": gzip.open, ".zst": zstd.open}
 Form = Literal["jsonl", "packed", "parquet", "arrow", "shards", "tfds"]
 
 
@@ -290,10 +292,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"input {path}: no such file; set a JSON Lines file")
     if path.stat().st_size == 0:
         raise UserError(f"input {path}: the file is empty; set a file with one record per line")
-    open_file: Any = {".gz": gzip.open, ".zst": zstd.open}.get(path.suffix, open)
     number = 0
     try:
-        with open_file(path, "rb") as file:
+        with OPEN.get(path.suffix, open)(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _parse_row(line, path, number)
@@ -302,6 +303,49 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             f"input {path}: cut short or not compressed as its name says, after line {number} ({error}); "
             "restore the file or download it again"
         ) from error
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, row) of a JSON Lines, JSON, Parquet or Arrow file, with all columns.
+
+    A JSON file may also hold one array of rows, or one object with such an array in one of `WRAPPERS`.
+    """
+    form = _form(path)
+    with _reading(path):
+        if form == "parquet":
+            groups = (datasets.read_parquet(path, part.start, None, []) for part in datasets.parquet_parts(path))
+            yield from enumerate((row for rows in groups for row in rows), start=1)
+        elif form == "arrow":
+            yield from enumerate(datasets.read_arrow(path, 0, sys.maxsize, None, []), start=1)
+        elif form is None:
+            raise UserError(f"input {path}: unknown kind of file; expected {EXPECTED}")
+        elif ".json" in path.suffixes[-2:] and (document := _json_document(path)) is not None:
+            for number, row in enumerate(document, start=1):
+                if not isinstance(row, dict):
+                    raise UserError(
+                        f"input {path}: item {number} is a {type(row).__name__}, expected an object with fields"
+                    )
+                yield number, row
+        else:
+            yield from read_jsonl(path)
+
+
+def _json_document(path: Path) -> list[Any] | None:
+    """The rows of a file that is one JSON value. None for JSON Lines and for what is not JSON."""
+    try:
+        with OPEN.get(path.suffix, open)(path, "rb") as file:
+            lines = (line for line in file if line.strip())
+            first, second = next(lines, b""), next(lines, None)
+            if second is not None and first.lstrip()[:1] == b"{" and first.rstrip()[-1:] == b"}":
+                return None
+            file.seek(0)
+            value = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError, EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile):
+        return None  # reading by lines names the place
+    if isinstance(value, dict):
+        rows = next((value[name] for name in WRAPPERS if isinstance(value.get(name), list)), None)
+        return [value] if rows is None else rows
+    return value if isinstance(value, list) else None
 
 
 def _read_range(path: Path, start: int, stop: int, number: int) -> Iterator[tuple[int, dict[str, Any]]]:

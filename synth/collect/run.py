@@ -2,42 +2,43 @@
 
 One shard holds one data set. At most `max_contexts` contexts are used, those with the most pairs, in an order drawn
 from (seed, id). A document is a few-shot sequence of one-shot examples of one data set, as many as fit
-`few_shot.max_tokens`. Pairs and the EOS after them are targets. The parser of `synth run` reads every pair back: a pair
-that it would reject is never a target. Dropped contexts are counted by reason. Reasons of single pairs begin with
-`pair_`, and unknown fields of a pair count as `ignored_field_NAME`. All rows are checked before the first write.
+`few_shot.max_tokens`. Pairs and the EOS after them are targets. A context that is too long is cut into passages where
+answers are quotes of it. Dropped contexts and pairs are counted by reason. All rows are read before the first write.
 """
 
 import heapq
+import sys
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
 from pydantic import Field
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import file_digest
+from ipt_jax.core.progress import Progress
 from ipt_jax.core.seeding import uniform
 from ipt_jax.core.settings import Settings
 from ipt_jax.core.stage import NewShard, Output, format_counts, make_shards
-from ipt_jax.corpus.records import Document, Pair, Segment, encode
-from ipt_jax.corpus.sources import JSONL, find_files, read_jsonl
+from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from synth.format.parser import parse_completion, question_key, rejected
-from synth.format.wire import context_block, example_segments, pair_text, pairs_text, shown, wire_pair
+from synth.collect.data_sets import (
+    EVALUATED,
+    CollectInput,
+    DataSet,
+    Example,
+    RowTally,
+    bare_name,
+    find_data_sets,
+    merge_examples,
+    read_examples,
+)
+from synth.format.truncate import split_text
+from synth.format.wire import context_block, example_segments, final_answer, pairs_text
 
 BATCH = 1000  # examples tokenized at once by the tokenizer's threads
-
-
-class CollectInput(Settings):
-    path: str
-    """File, directory or glob. Each file is a data set."""
-    adapter: Literal["generic"] = "generic"
-    """Format of the rows."""
-    name: str | None = None
-    """Joins the files into one data set of this name."""
 
 
 class FewShotSettings(Settings):
@@ -53,11 +54,11 @@ class CollectSettings(Settings):
     """The recipe of `synth collect`."""
 
     inputs: list[CollectInput] = Field(min_length=1)
-    """Question-answering data sets in JSON Lines (docs/reference/recipes.md)."""
+    """Question-answering data sets (docs/reference/collect.md)."""
     max_contexts: int = Field(10_000, ge=1)
     """Maximum contexts per data set. Contexts with the most pairs are kept."""
     exclude: list[str] = []
-    """Names of data sets to skip."""
+    """Names of data sets that are held out: none of their rows is used."""
     few_shot: FewShotSettings | None = None
     """Join examples of one data set into few-shot documents. null: one example per document."""
     seed: int = 0
@@ -66,21 +67,10 @@ class CollectSettings(Settings):
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
 
-class DataSet(NamedTuple):
-    name: str
-    adapter: str
-    paths: list[Path]
-
-
-class Example(NamedTuple):
-    id: str
-    context: str
-    pairs: list[Pair]
-
-
 def run_collect(settings: CollectSettings) -> dict[str, Any]:
     """Writes one shard per data set and returns what `--json` prints."""
-    data_sets = find_data_sets(settings)
+    data_sets = find_data_sets(settings.inputs, settings.exclude)
+    warn_of_overlap(data_sets)
     few_shot = settings.few_shot
     tokenizer = load_tokenizer(few_shot.tokenizer) if few_shot else None
     identity = {
@@ -89,7 +79,8 @@ def run_collect(settings: CollectSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "few_shot": few_shot and tokenizer and {"tokenizer": tokenizer.digest, "max_tokens": few_shot.max_tokens},
     }
-    chosen = [choose(one, settings) for one in data_sets]
+    with Progress(None, "rows", "synth collect: read") as progress:
+        chosen = [choose(one, settings, progress) for one in data_sets]
     with Output(settings.output, stage="collect", identity=identity, shard_name="documents", remake=True) as output:
         make_shards(
             partial(document_records, settings, tokenizer),
@@ -109,169 +100,153 @@ def run_collect(settings: CollectSettings) -> dict[str, Any]:
     }
 
 
-def find_data_sets(settings: CollectSettings) -> list[DataSet]:
-    """The data sets of `inputs` without those in `exclude`. Raises UserError for missing and duplicate ones."""
-    found: list[DataSet] = []
-    for source in settings.inputs:
-        paths = find_files(source.path)
-        for path in paths:
-            if path.is_dir() or not path.name.removesuffix(".gz").removesuffix(".zst").endswith(JSONL):
-                raise UserError(f"input {path}: not JSON Lines; write rows {{id, context, qa}} to a .jsonl file")
-        groups = [(source.name, paths)] if source.name else [(path.name.split(".")[0], [path]) for path in paths]
-        found += [DataSet(name, source.adapter, files) for name, files in groups]
-    names = Counter(one.name for one in found)
-    if doubled := [name for name, count in names.items() if count > 1]:
-        raise UserError(f"inputs: duplicate data set {doubled[0]!r}; set a different `name` for one of them")
-    if unknown := [name for name in settings.exclude if name not in names]:
-        raise UserError(f"exclude: no data set {unknown[0]!r} among the inputs; they are {', '.join(sorted(names))}")
-    kept = [one for one in found if one.name not in settings.exclude]
-    if not kept:
-        raise UserError("exclude: no data set is left; remove one from the list")
-    return kept
+def warn_of_overlap(data_sets: list[DataSet]) -> None:
+    """Prints the data sets that are also evaluation tasks of the paper."""
+    names = [one.name for one in data_sets if any(task in bare_name(one.name + one.adapter) for task in EVALUATED)]
+    if names:
+        print(
+            f"overlap with evaluation tasks: {', '.join(names)}; a synthesizer tuned on them has seen the task formats "
+            "of these benchmarks; add them to `exclude` to hold them out",
+            file=sys.stderr,
+        )
 
 
 class ChosenContexts(NamedTuple):
-    """Positions of the rows of a data set that are used, and why others are not."""
+    """Ids of the contexts of a data set that are used, and why others are not."""
 
     data_set: DataSet
-    positions: set[int]
+    ids: set[str]
     dropped: Counter[str]
 
 
-def choose(data_set: DataSet, settings: CollectSettings) -> ChosenContexts:
-    """The `max_contexts` usable rows with the most pairs, ties by draw. Reads all rows and stores their positions."""
-    dropped: Counter[str] = Counter()
-    usable = 0
-
-    def ranks() -> Iterator[tuple[int, float, int]]:
-        nonlocal usable
-        for position, example in read_examples(data_set, dropped):
-            usable += 1
-            yield -len(example.pairs), uniform(settings.seed, "tie", data_set.name, example.id), position
-
-    best = heapq.nsmallest(settings.max_contexts, ranks())
+def choose(data_set: DataSet, settings: CollectSettings, progress: Progress) -> ChosenContexts:
+    """The `max_contexts` usable contexts with the most pairs, ties by draw. Reads all rows and stores their ids."""
+    tally, sizes, shown = RowTally(), Counter[str](), 0
+    for example in read_examples(data_set, tally):
+        sizes[example.id] += len(example.pairs)
+        if tally.rows - shown >= BATCH:
+            progress.advance(tally.rows - shown)
+            shown = tally.rows
+    progress.advance(tally.rows - shown)
+    best = most_pairs(sizes, data_set.name, settings)
+    misfit = f"; {tally.misfit}" if tally.misfit else ""
     if not best:
-        reasons = format_counts(dropped)
-        raise UserError(f"data set {data_set.name!r}: no context has pairs (dropped: {reasons}); fix or exclude it")
-    if usable > len(best):
-        dropped["beyond_max_contexts"] = usable - len(best)
-    return ChosenContexts(data_set, {position for _, _, position in best}, dropped)
+        raise UserError(
+            f"data set {data_set.name!r}: no context has pairs (dropped: {format_counts(tally.dropped)}){misfit}; "
+            "set the adapter of its schema, fix or exclude it"
+        )
+    if tally.misfit:
+        print(f"data set {data_set.name!r}: dropped: {format_counts(tally.dropped)}{misfit}", file=sys.stderr)
+    if len(sizes) > len(best):
+        tally.dropped["beyond_max_contexts"] = len(sizes) - len(best)
+    return ChosenContexts(data_set, set(best), tally.dropped)
 
 
-def read_examples(data_set: DataSet, dropped: Counter[str]) -> Iterator[tuple[int, Example]]:
-    """(position, example) of every usable row. Other rows are counted in `dropped`."""
-    position, ids = -1, set()
-    for path in data_set.paths:
-        for line, row in read_jsonl(path):
-            position += 1
-            example = _example(row, f"input {path}: line {line}", f"{path.name}:{line}", dropped)
-            if isinstance(example, str):
-                dropped[example] += 1
-            elif example.id in ids:
-                dropped["duplicate_id"] += 1
-            else:
-                ids.add(example.id)
-                yield position, example
-
-
-class QuestionAnswer(msgspec.Struct):
-    """A pair of the generic adapter. Unknown fields are counted."""
-
-    question: str
-    answer: str
-    options: list[str] | None = None
-    rationale: str | None = None
-
-
-class QaRow(msgspec.Struct):
-    """A row of the generic adapter."""
-
-    context: str
-    qa: list[QuestionAnswer]
-    id: Any = None
-
-
-def _example(values: dict[str, Any], where: str, default_id: str, dropped: Counter[str]) -> Example | str:
-    """The row as an example, or the reason to drop it."""
-    try:
-        row = msgspec.convert(values, QaRow)
-    except msgspec.ValidationError as error:
-        fields = "{id, context, qa: [{question, answer, options, rationale}]}"
-        raise UserError(f"{where}: {error}; write rows {fields}") from error
-    if not row.context.strip():
-        return "empty_context"
-    pairs: dict[tuple[str, ...], Pair] = {}
-    for given, entry in zip(row.qa, values["qa"], strict=True):
-        dropped.update(f"ignored_field_{name}" for name in entry.keys() - set(QuestionAnswer.__struct_fields__))
-        options, rationale = [option.strip() for option in given.options or []], given.rationale
-        pair = wire_pair(given.question.strip(), given.answer.strip(), options, rationale and rationale.strip())
-        pair = read_back(pair)
-        if not pair.accepted:
-            dropped[f"pair_{pair.reason}"] += 1
-        elif pairs.setdefault(question_key(pair), pair) is not pair:
-            dropped["pair_duplicate_question"] += 1
-    if not pairs:
-        return "no_pairs"
-    if any("\ud800" <= letter <= "\udfff" for letter in row.context + pairs_text(list(pairs.values()))):
-        return "lone_surrogate"  # JSON may hold one, UTF-8 cannot
-    return Example(str(default_id if row.id is None else row.id), row.context.strip(), list(pairs.values()))
-
-
-def read_back(pair: Pair) -> Pair:
-    """The pair as parsed from a synthesizer's output, rejected if parsing changes it.
-
-    Text that a tokenizer may convert to a tag is rejected too: as a target it would teach to end a pair early.
-    """
-    parsed = parse_completion(pair_text(pair), finished=True)
-    plain = shown(pair.question) == pair.question and shown(pair.answer) == pair.answer
-    if len(parsed) == 1 and (not parsed[0].accepted or (parsed[0] == pair and plain)):
-        return parsed[0]
-    return rejected("nested_tag", pair.question, pair.answer)
+def most_pairs(sizes: dict[str, int], name: str, settings: CollectSettings) -> list[str]:
+    """The `max_contexts` ids with the most pairs, ties by a draw from (seed, id)."""
+    ranks = ((-pairs, uniform(settings.seed, "tie", name, one), one) for one, pairs in sizes.items())
+    return [one for *_, one in heapq.nsmallest(settings.max_contexts, ranks)]
 
 
 def document_records(
     settings: CollectSettings, tokenizer: Tokenizer | None, choice: ChosenContexts, shard: NewShard
 ) -> Iterator[bytes]:
-    name = choice.data_set.name
-    examples = [one for position, one in read_examples(choice.data_set, Counter()) if position in choice.positions]
-    examples.sort(key=lambda one: (uniform(settings.seed, "order", name, one.id), one.id))
+    name, few_shot = choice.data_set.name, settings.few_shot
+    examples = merge_examples(one for one in read_examples(choice.data_set, RowTally()) if one.id in choice.ids)
     shard.dropped.update(choice.dropped)
-    sequences = [[one] for one in examples]
-    if tokenizer and settings.few_shot:
-        sequences = _pack(examples, settings.few_shot.max_tokens, tokenizer, shard)
-        if not sequences:
-            limit = settings.few_shot.max_tokens
+    sizes = [0] * len(examples)
+    if tokenizer and few_shot:
+        examples, sizes = fit_examples(examples, few_shot.max_tokens, tokenizer, shard)
+        if not examples:
+            limit = few_shot.max_tokens
             raise UserError(f"data set {name!r}: no example fits few_shot.max_tokens = {limit}; increase it")
-    for sequence in sequences:
+        if len(examples) > settings.max_contexts:  # passages of long contexts
+            best = set(most_pairs({one.id: len(one.pairs) for one in examples}, name, settings))
+            shard.dropped["beyond_max_contexts"] += len(examples) - len(best)
+            sizes = [size for one, size in zip(examples, sizes, strict=True) if one.id in best]
+            examples = [one for one in examples if one.id in best]
+        shard.tokens = sum(sizes)
+    order = sorted(zip(examples, sizes, strict=True), key=lambda one: draw_order(settings.seed, name, one[0].id))
+    for sequence in fill_sequences(order, few_shot.max_tokens if few_shot else 0):
         shard.counts["contexts"] += len(sequence)
         shard.counts["pairs"] += sum(len(one.pairs) for one in sequence)
         yield encode(make_document(name, sequence))
 
 
-def _pack(examples: list[Example], max_tokens: int, tokenizer: Tokenizer, shard: NewShard) -> list[list[Example]]:
-    """Joins examples in order, as many per sequence as fit. An example that is too long is dropped."""
-    sequences: list[list[Example]] = []
+def draw_order(seed: int, name: str, identifier: str) -> tuple[float, str]:
+    return uniform(seed, "order", name, identifier), identifier
+
+
+# ---- few-shot sequences
+
+
+def fill_sequences(examples: Iterable[tuple[Example, int]], max_tokens: int) -> Iterator[list[Example]]:
+    """Joins examples in order, as many per sequence as fit in `max_tokens`. 0: one example per sequence."""
+    sequence: list[Example] = []
     room = 0
-    for example, size in zip(examples, _sizes(examples, tokenizer), strict=True):
-        if size > max_tokens:
+    for example, size in examples:
+        if sequence and (size > room or not max_tokens):
+            yield sequence
+            sequence = []
+        room = (room if sequence else max_tokens) - size
+        sequence.append(example)
+    if sequence:
+        yield sequence
+
+
+def fit_examples(
+    examples: list[Example], max_tokens: int, tokenizer: Tokenizer, shard: NewShard
+) -> tuple[list[Example], list[int]]:
+    """Examples of at most `max_tokens`, and their sizes. Long contexts with quoted answers are cut, others dropped."""
+    fitting: list[Example] = []
+    sizes: list[int] = []
+    long: list[Example] = []
+    for example, size in zip(examples, token_sizes(examples, tokenizer), strict=True):
+        if size <= max_tokens:
+            fitting.append(example)
+            sizes.append(size)
+        elif example.starts is not None:
+            long += cut_passages(example, max_tokens // 2, tokenizer, shard.dropped)
+        else:
             shard.dropped["too_long"] += 1
-            continue
-        if size > room or not sequences:
-            sequences.append([])
-            room = max_tokens
-        sequences[-1].append(example)
-        room -= size
-        shard.tokens += size
-    return sequences
+    for example, size in zip(long, token_sizes(long, tokenizer), strict=True):
+        if size <= max_tokens:
+            fitting.append(example)
+            sizes.append(size)
+        else:
+            shard.dropped["too_long"] += 1
+    return fitting, sizes
 
 
-def _sizes(examples: list[Example], tokenizer: Tokenizer) -> Iterator[int]:
+def cut_passages(example: Example, max_tokens: int, tokenizer: Tokenizer, dropped: Counter[str]) -> list[Example]:
+    """Passages of a long context, each with the pairs whose answers it quotes. Other pairs are counted."""
+    context = example.context
+    spans = split_text(context, tokenizer, max_tokens)
+    passages = [Example(f"{example.id}#{place}", context[slice(*span)].strip(), []) for place, span in enumerate(spans)]
+    for pair, start in zip(example.pairs, example.starts or [], strict=True):
+        answer = final_answer(pair)
+        if start is None or not context.startswith(answer, start):
+            found = context.find(answer)
+            start = found if found >= 0 else start
+        place = -1 if start is None else bisect_right(spans, start, key=lambda span: span[0]) - 1
+        if start is not None and start + len(answer) <= spans[place][1]:
+            passages[place].pairs.append(pair)
+        else:
+            dropped["pair_answer_outside_passages"] += 1
+    found_pairs = [one for one in passages if one.pairs]
+    if not found_pairs:
+        dropped["too_long"] += 1
+    return found_pairs
+
+
+def token_sizes(examples: list[Example], tokenizer: Tokenizer) -> Iterator[int]:
     """Tokens of each example with BOS and EOS, counted per segment as in `ipt tokenize`."""
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
-        contexts = tokenizer.encode_batch([context_block(one.context) for one in batch])
-        answers = tokenizer.encode_batch([pairs_text(one.pairs) for one in batch], continuing=True)
-        yield from (len(context) + len(answer) + 2 for context, answer in zip(contexts, answers, strict=True))
+        texts = [(context_block(one.context) if one.context else "", pairs_text(one.pairs)) for one in batch]
+        first = tokenizer.encode_batch([context or pairs for context, pairs in texts])
+        later = tokenizer.encode_batch([pairs if context else "" for context, pairs in texts], continuing=True)
+        yield from (len(begin) + len(rest) + 2 for begin, rest in zip(first, later, strict=True))
 
 
 def make_document(name: str, sequence: list[Example]) -> Document:

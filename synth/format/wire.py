@@ -109,8 +109,11 @@ def final_answer(pair: Pair) -> str:
 
 
 def example_segments(text: str, pairs: Sequence[Pair]) -> list[Segment]:
-    """One example of a tuning document: BOS, the context (no loss), the pairs (loss), EOS (loss)."""
-    segments = [Segment(loss=False, control="bos"), Segment(text=context_block(text), loss=False)]
+    """One example of a tuning document: BOS, the context (no loss), the pairs (loss), EOS (loss). An empty text has no
+    block, as in the official prompts."""
+    segments = [Segment(loss=False, control="bos")]
+    if text.strip():
+        segments.append(Segment(text=context_block(text), loss=False))
     if pairs:
         segments.append(Segment(text=pairs_text(pairs), loss=True))
     return [*segments, Segment(loss=True, control="eos")]

@@ -18,7 +18,7 @@ from ipt_jax.core.seeding import uniform
 from ipt_jax.core.stage import format_counts
 from ipt_jax.corpus.records import Document, GroupText, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
-from synth.collect.run import DataSet, read_examples
+from synth.collect.data_sets import DataSet, RowTally, merge_examples, read_examples
 from synth.config import RunSettings, SynthesizerSettings
 from synth.engine.base import Completion, Engine, GenerationRequest, RequestFailed, with_retries
 from synth.format.parser import parse_completion
@@ -185,7 +185,7 @@ def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer) -> list[list
         return []
     path, count = settings.seed_examples.path, settings.seed_examples.count
     share = settings.synthesizer.max_prompt_tokens // (count + 1)
-    rows = [example for _, example in read_examples(DataSet("seeds", "generic", [Path(path)]), Counter())]
+    rows = merge_examples(read_examples(DataSet("seeds", "generic", [Path(path)]), RowTally()))
     rows.sort(key=lambda one: (-min(len(one.pairs), ENOUGH_PAIRS), uniform(settings.seed, "seed_examples", one.id)))
     examples = (Prompt(tokenizer).example(row.context, row.pairs) for row in rows)
     fitting = list(islice((example for example in examples if len(example) <= share), count))

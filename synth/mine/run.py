@@ -24,7 +24,7 @@ from ipt_jax.core.stage import NewShard, Output, make_shards
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup, encode
 from ipt_jax.corpus.row_reader import Dropped
 from ipt_jax.corpus.sources import Unit, plan_units, read_unit, source_identity
-from synth.collect.run import read_back
+from synth.collect.data_sets import read_back
 from synth.config import CorpusSettings
 from synth.format.parser import question_key, reject
 from synth.groups import ID_LETTERS, count_verdicts, counts_under, group_key, neighbours, rejection_counts

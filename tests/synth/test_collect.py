@@ -158,40 +158,63 @@ def test_excluded_data_sets_stay_out_and_names_are_checked(tmp_path: Path) -> No
     assert collect(tmp_path / "y", **joined)[0]["datasets"] == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
+def test_a_broken_line_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    good, path = write(tmp_path / "a.jsonl", [row("a")]), tmp_path / "b.jsonl"
+    for line, message in [
         ('{"context": "x", "qa": [}', "line 2 is not valid JSON"),
-        ('{"context": "x"}', "line 2: Object missing required field `qa`"),
-        ('{"text": "x", "qa": []}', "line 2: Object missing required field `context`"),
-        ('{"context": "x", "qa": [{"question": "x"}]}', "line 2: Object missing required field `answer`"),
+        ('["context", "x"]', "line 2 is a list, expected an object"),
+    ]:
+        path.write_text(json.dumps(row("a")) + "\n" + line + "\n")
+        with pytest.raises(UserError, match=re.escape(message)):
+            collect(tmp_path, good, path)
+        assert not (tmp_path / "tuning").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "expected"),
+    [
+        ('{"context": "x"}', "missing_question", "qa, qas, qa_pairs, pairs (a list of pairs), or question, query"),
+        ('{"tex": "x", "qa": []}', "missing_context", "context, passage, article, story, document, paragraph, text"),
+        ('{"context": "x", "qa": [{"question": "x"}]}', "pair_missing_answer", "answer, answers, label, answerKey"),
+        ('{"context": "x", "question": "x"}', "pair_missing_answer", "answer, answers, label, answerKey, answer_key"),
+        ('{"context": "x", "qa": ["x"]}', "pair_unreadable_pair", "a pair is an object {question, answer}"),
+        ('{"context": "x", "qa": "x"}', "unreadable_pairs", "a list of pairs"),
+        ('{"context": {"x": 1}, "qa": []}', "unreadable_context", "context, passage"),
         (
             '{"context": "x", "qa": [{"question": "x", "answer": "y", "options": "y"}]}',
-            "got `str` - at `$.qa[0].options`",
+            "pair_unreadable_options",
+            "options",
         ),
         (
-            '{"context": "x", "qa": [{"question": "x", "answer": "y", "rationale": 1}]}',
-            "got `int` - at `$.qa[0].rationale`",
+            '{"context": "x", "qa": [{"question": "x", "answer": "y", "rationale": {}}]}',
+            "pair_unreadable_rationale",
+            "rationale",
         ),
     ],
 )
-def test_a_broken_line_is_named_before_anything_is_written(tmp_path: Path, line: str, message: str) -> None:
-    good = write(tmp_path / "a.jsonl", [row("a")])
+def test_a_row_that_does_not_fit_is_counted_and_the_accepted_fields_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, reason: str, expected: str
+) -> None:
     path = tmp_path / "b.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match="no context has pairs") as caught:
+        collect(tmp_path, path)
+    assert reason in str(caught.value) and "b.jsonl: line 1: " in str(caught.value) and expected in str(caught.value)
     path.write_text(json.dumps(row("a")) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=re.escape(message)):
-        collect(tmp_path, good, path)
-    assert not (tmp_path / "tuning").exists()
+    assert collect(tmp_path, path)[0]["dropped"][reason] == 1
+    assert "b.jsonl: line 2: " in (said := capsys.readouterr().err) and expected in said
 
 
 def test_absent_empty_and_foreign_inputs(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "rows.parquet").write_text("x")
+    (tmp_path / "rows.csv").write_text("x")
     write(tmp_path / "bare.jsonl", [row("a", pairs=0)])
     for name, message in [
         ("absent.jsonl", "no such file"),
         ("empty.jsonl", "the file is empty"),
-        ("rows.parquet", "not JSON Lines"),
+        ("rows.parquet", "cannot be read"),
+        ("rows.csv", "unknown kind of file; expected .jsonl"),
         ("bare.jsonl", r"'bare': no context has pairs \(dropped: no_pairs 1\)"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -20,7 +20,7 @@ from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.shards import read_documents
 from synth import read_groups
-from synth.collect.run import read_back
+from synth.collect.data_sets import read_back
 from synth.format.parser import parse_completion
 from synth.format.wire import pairs_text
 from synth.mine.patterns import FINDERS, RELATIONS, Find, Pattern, ask, load_templates, read

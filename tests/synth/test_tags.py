@@ -19,7 +19,8 @@ from tokenizers import Tokenizer as JsonTokenizer
 from ipt_jax.corpus.records import Document, Segment
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import tokenize_documents
-from synth.collect.run import Example, make_document, read_back
+from synth.collect.data_sets import Example, read_back
+from synth.collect.run import make_document
 from synth.config import SynthesizerSettings
 from synth.engine.base import Completion, GenerationRequest
 from synth.engine.scripted import ScriptedEngine

@@ -1,0 +1,297 @@
+"""Finds the data sets of a recipe and reads their contexts with pairs through the adapters.
+
+Guarantees: the parser of `synth run` reads every pair back: a pair that it would reject is not used. A row, context or
+pair that is not used is counted by reason: reasons of single pairs begin with `pair_`, and unknown fields of a pair
+count as `ignored_field_NAME`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import field_validator
+
+from ipt_jax.core.errors import UserError
+from ipt_jax.core.hashing import digest
+from ipt_jax.core.settings import Settings
+from ipt_jax.corpus import datasets
+from ipt_jax.corpus.records import Pair
+from ipt_jax.corpus.sources import find_files, read_rows
+from synth.collect.conversation import CONVERSATION
+from synth.collect.extractive import EXTRACTIVE
+from synth.collect.fields import Adapter, ContextPairs, Misfit, QuestionAnswer
+from synth.collect.generic import COLLECTION, read_generic
+from synth.collect.multiple_choice import MULTIPLE_CHOICE
+from synth.format.parser import parse_completion, question_key, rejected
+from synth.format.wire import pair_text, pairs_text, shown, wire_pair
+
+GENERIC, RELEASED = "generic", "ft_collection"
+ADAPTERS: dict[str, Adapter] = {**EXTRACTIVE, **MULTIPLE_CHOICE, **CONVERSATION, RELEASED: COLLECTION}
+WITHOUT_CONTEXT = {"aqua_rat", "ecqa", RELEASED}
+EVALUATED = ("pubmedqa", "convfinqa")  # data sets of the paper's collection that are also its benchmarks
+INFO_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+SPLIT = re.compile(r"(?:.*[._-])?(train|validation|valid|val|dev|test)(?:[._-].*)?", re.IGNORECASE)
+
+
+def bare_name(name: str) -> str:
+    """'COVID-QA' -> 'covidqa'"""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+class CollectInput(Settings):
+    path: str
+    """File, directory, glob or `hf:NAME` of the hub: JSON Lines, JSON, Parquet, Arrow or a saved data set."""
+    adapter: str = GENERIC
+    """Schema of the rows: generic, ft_collection, or the name of a data set (docs/reference/collect.md)."""
+    name: str | None = None
+    """Name of the data set, which joins all files. null: the adapter's, for generic one data set per file."""
+    split: str | None = None
+    """Split of a data set, such as train. It also selects files by name."""
+    subset: str | None = None
+    """Subset (configuration) of a data set of the hub."""
+
+    @field_validator("adapter")
+    @classmethod
+    def _known(cls, adapter: str) -> str:
+        names = {bare_name(name): name for name in (GENERIC, *ADAPTERS)}
+        if (found := names.get(bare_name(adapter))) is None:
+            near = get_close_matches(bare_name(adapter), names, n=1)
+            hint = f"did you mean {names[near[0]]!r}? " if near else ""
+            raise ValueError(f"unknown adapter {adapter!r}; {hint}they are {', '.join(sorted(names.values()))}")
+        return found
+
+
+class DataSet(NamedTuple):
+    """`member`: the only `rc_name` to read from files of the released collection."""
+
+    name: str
+    adapter: str
+    paths: list[Path]
+    member: str | None = None
+
+
+class Example(NamedTuple):
+    """A context with its pairs. `starts`: characters where quoted answers begin; None if answers are not quotes."""
+
+    id: str
+    context: str
+    pairs: list[Pair]
+    starts: list[int | None] | None = None
+
+
+@dataclass
+class RowTally:
+    """What became of the rows of a data set."""
+
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    misfit: str = ""  # the first row or pair without an expected field, with its place
+
+
+# ---- finding
+
+
+def find_data_sets(inputs: list[CollectInput], exclude: list[str]) -> list[DataSet]:
+    """The data sets of `inputs` without those in `exclude`. Raises UserError for missing and duplicate ones."""
+    held_out = {name.casefold() for name in exclude}
+    found: list[DataSet] = []
+    unused = set(held_out)
+    for source in inputs:
+        paths = input_files(source)
+        if source.adapter == RELEASED and source.name is None:
+            folders = {path: collection_folder(path) for path in paths}
+            unused -= {folder.casefold() for folder in folders.values()}
+            found += released_sets([path for path in paths if folders[path].casefold() not in held_out])
+        elif source.adapter == GENERIC and source.name is None:
+            found += [DataSet(name, GENERIC, files) for name, files in generic_sets(source, paths)]
+        else:
+            found.append(DataSet(source.name or source.adapter, source.adapter, paths))
+    names = Counter(one.name for one in found)
+    if duplicated := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"inputs: duplicate data set {duplicated[0]!r}; set a different `name` for one of them")
+    unused -= {name.casefold() for name in names}
+    if unknown := [name for name in exclude if name.casefold() in unused]:
+        raise UserError(f"exclude: no data set {unknown[0]!r} among the inputs; they are {', '.join(sorted(names))}")
+    kept = [one for one in found if one.name.casefold() not in held_out]
+    if not kept:
+        raise UserError("exclude: no data set is left; remove one from the list")
+    return kept
+
+
+def input_files(source: CollectInput) -> list[Path]:
+    """The files of an input, of its split if one is set. Raises UserError for what has no rows of questions."""
+    if source.path.startswith(datasets.HUB):
+        return datasets.hub_files(source.path.removeprefix(datasets.HUB), source.subset, source.split)
+    if source.subset is not None:
+        raise UserError(f"input {source.path}: subset {source.subset} is only for {datasets.HUB}NAME; remove it")
+    files: list[Path] = []
+    for path in find_files(source.path):
+        if path.is_dir() and not datasets.is_hf(path):
+            raise UserError(f"input {path}: not a data set with questions; set files of rows or a saved data set")
+        files += datasets.hf_files(path, source.split) if path.is_dir() else [path]
+    if source.adapter == RELEASED and any(path.parent.name == "shard" for path in files):
+        files = [path for path in files if path.parent.name == "shard"]
+    plain = [path for path in files if path.name not in INFO_FILES] or files
+    saved = Path(source.path).is_dir() and datasets.is_hf(Path(source.path))
+    return plain if saved or source.adapter == RELEASED else files_of_split(source, plain)
+
+
+def files_of_split(source: CollectInput, files: list[Path]) -> list[Path]:
+    """The files whose name has the split. Raises UserError if a data set would join several splits."""
+    splits = {path: match[1].lower() for path in files if (match := SPLIT.fullmatch(path.name))}
+    found = sorted(set(splits.values()))
+    if source.split is not None:
+        if chosen := [path for path in files if splits.get(path) == source.split.lower()]:
+            return chosen
+        named = f"they name {', '.join(found)}" if found else "they name none"
+        raise UserError(f"input {source.path}: no file of split {source.split!r} ({named}); set another split")
+    if len(found) > 1 and (source.adapter != GENERIC or source.name):
+        raise UserError(f"input {source.path}: has files of several splits; set split to one of {', '.join(found)}")
+    return files
+
+
+def generic_sets(source: CollectInput, paths: list[Path]) -> list[tuple[str, list[Path]]]:
+    """A data set per file; the files of a hub or saved data set are one."""
+    path = Path(source.path)
+    if source.path.startswith(datasets.HUB) or (path.is_dir() and datasets.is_hf(path)):
+        return [(source.path.rstrip("/").rpartition("/")[2], paths)]
+    return [(path.name.split(".")[0], [path]) for path in paths]
+
+
+def released_sets(paths: list[Path]) -> list[DataSet]:
+    """The data sets of files of the released collection, by the `rc_name` of their rows. Reads all rows."""
+    files: dict[str, dict[Path, None]] = {}
+    for path in paths:
+        for _, row in read_rows(path):
+            files.setdefault(member_name(row, path), {})[path] = None
+    return [DataSet(name, RELEASED, list(members), name) for name, members in files.items()]
+
+
+def member_name(row: dict[str, Any], path: Path) -> str:
+    name = row.get("rc_name")
+    return name.strip() if isinstance(name, str) and name.strip() else collection_folder(path)
+
+
+def collection_folder(path: Path) -> str:
+    """The folder of a data set: `race` of race/shard/0.jsonl; the file's name if it is in no `shard`."""
+    return path.parent.parent.name if path.parent.name == "shard" else path.name.split(".")[0]
+
+
+# ---- reading
+
+
+def read_examples(data_set: DataSet, tally: RowTally) -> Iterator[Example]:
+    """Usable contexts with pairs, in the order of the rows. Contexts that several rows share come once per row, with
+    the same id and other pairs. What is not used is counted in `tally`."""
+    ids: set[str] = set()
+    asked: dict[str, set[int]] = {}  # per merged context, hashes of its questions
+    for where, default_id, item in read_items(data_set, tally):
+        context = item.context.strip()
+        if not context and data_set.adapter not in WITHOUT_CONTEXT:
+            tally.dropped["empty_context"] += 1
+            continue
+        identifier = context_id(item) if item.id is None else item.id or default_id
+        if item.id is not None and identifier in ids:
+            tally.dropped["duplicate_id"] += 1
+            continue
+        questions = asked.setdefault(identifier, set()) if item.id is None else set()
+        pairs, starts = usable_pairs(item, questions, where, tally)
+        if any("\ud800" <= letter <= "\udfff" for letter in context + identifier + pairs_text(pairs)):
+            tally.dropped["lone_surrogate"] += 1  # JSON may hold one, UTF-8 cannot
+        elif pairs:
+            ids.update([identifier] if item.id is not None else [])
+            yield Example(identifier, context, pairs, starts if item.quoted else None)
+        elif item.id is not None or len(item.pairs) != 1:
+            tally.dropped["no_pairs"] += 1
+
+
+def merge_examples(examples: Iterable[Example]) -> list[Example]:
+    """One example per id, with all its pairs."""
+    found: dict[str, Example] = {}
+    for one in examples:
+        if found.setdefault(one.id, one) is not one:
+            found[one.id].pairs.extend(one.pairs)
+            (found[one.id].starts or []).extend(one.starts or [])
+    return list(found.values())
+
+
+def context_id(item: ContextPairs) -> str:
+    """Of the contents, so that it does not change when a file is moved or split."""
+    pairs = [] if item.context.strip() else [one[:3] for one in item.pairs if isinstance(one, QuestionAnswer)]
+    return digest([item.context.strip(), pairs])[:16]
+
+
+def read_items(data_set: DataSet, tally: RowTally) -> Iterator[tuple[str, str, ContextPairs]]:
+    """(place, default id, what the adapter reads) of every row that fits the adapter."""
+    reader = ADAPTERS.get(data_set.adapter) or Adapter(partial(read_generic, ignored=tally.dropped))
+    groups: dict[Any, list[tuple[str, str, dict[str, Any]]]] = {}
+    for path in data_set.paths:
+        for number, row in read_rows(path):
+            if data_set.member is not None and member_name(row, path) != data_set.member:
+                continue
+            tally.rows += 1
+            where, default_id = f"input {path}: line {number}", f"{path.name}:{number}"
+            try:
+                if reader.group is None:
+                    yield from ((where, default_id, item) for item in reader.read(row))
+                else:
+                    groups.setdefault(reader.group(row), []).append((where, default_id, row))
+            except Misfit as misfit:
+                count_misfit(misfit, misfit.reason, where, row, tally)
+    for rows in groups.values():
+        where, default_id, first = rows[0]
+        try:
+            yield from ((where, default_id, item) for item in reader.read([row for *_, row in rows]))
+        except Misfit as misfit:
+            count_misfit(misfit, misfit.reason, where, first, tally, len(rows))
+
+
+def count_misfit(
+    misfit: Misfit, reason: str, where: str, row: dict[str, Any] | None, tally: RowTally, count: int = 1
+) -> None:
+    tally.dropped[reason] += count
+    if misfit.expected and not tally.misfit:
+        found = "" if row is None else f", found {', '.join(sorted(map(str, row))) or 'none'}"
+        tally.misfit = f"{where}: {misfit.reason.replace('_', ' ')}; expected {misfit.expected}{found}"
+
+
+def usable_pairs(
+    item: ContextPairs, questions: set[int], where: str, tally: RowTally
+) -> tuple[list[Pair], list[int | None]]:
+    """The pairs that the parser reads back, each question once, and where their answers begin."""
+    pairs: list[Pair] = []
+    starts: list[int | None] = []
+    for given in item.pairs:
+        if isinstance(given, Misfit):
+            count_misfit(given, f"pair_{given.reason}", where, None, tally)
+            continue
+        pair = read_back(wire_pair(given.question, given.answer, given.options, given.rationale))
+        key = hash(question_key(pair))
+        if not pair.accepted:
+            tally.dropped[f"pair_{pair.reason}"] += 1
+        elif key in questions:
+            tally.dropped["pair_duplicate_question"] += 1
+        else:
+            questions.add(key)
+            pairs.append(pair)
+            starts.append(given.start)
+    return pairs, starts
+
+
+def read_back(pair: Pair) -> Pair:
+    """The pair as parsed from a synthesizer's output, rejected if parsing changes its text.
+
+    Options and a chain of thought that are written in question and answer are read as such. Text that a tokenizer may
+    convert to a tag is rejected too: as a target it would teach to end a pair early.
+    """
+    parsed = parse_completion(pair_text(pair), finished=True)
+    plain = shown(pair.question) == pair.question and shown(pair.answer) == pair.answer
+    same = [(one.question, one.answer) for one in parsed] == [(pair.question, pair.answer)]
+    if len(parsed) == 1 and (not parsed[0].accepted or (same and plain)):
+        return parsed[0]
+    return rejected("nested_tag", pair.question, pair.answer)
