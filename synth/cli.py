@@ -140,7 +140,11 @@ def verify(settings: "VerifySettings") -> Result:
 @command(app)
 def miniworld(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.", show_default=False)],
-    articles: Annotated[int, typer.Option(help="Number of raw articles.", min=1)] = 4000,
+    articles: Annotated[int, typer.Option(help="Number of raw articles.", min=2)] = 4000,
+    people: Annotated[
+        int | None, typer.Option(help="Number of people they are about. Default: an eighth of the articles.", min=2)
+    ] = None,
+    paired: Annotated[float, typer.Option(help="Share of people whose articles synthesis may convert.")] = 0.5,
     tuning_articles: Annotated[int, typer.Option(help="Number of articles with pairs, for tuning.", min=1)] = 12_000,
     seed: Annotated[int, typer.Option(help="Random seed. Different seeds generate different worlds.")] = 0,
 ) -> Result:
@@ -152,7 +156,9 @@ def miniworld(
     """
     from synth.miniworld import run_miniworld
 
-    return run_miniworld(output, articles=articles, tuning_articles=tuning_articles, seed=seed)
+    return run_miniworld(
+        output, articles=articles, people=people, paired=paired, tuning_articles=tuning_articles, seed=seed
+    )
 
 
 @command(app)

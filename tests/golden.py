@@ -121,7 +121,7 @@ COMMANDS: list[list[str]] = [
     "synth inspect verified -o groups.html".split(),
     "ipt train train.yaml".split(),
     "ipt export run -o model".split(),
-    "ipt eval run --tasks world/heldout/questions.jsonl --limit 8".split(),
+    "ipt eval run --tasks world/heldout/recall.jsonl --limit 8".split(),
 ]
 DIRECTORIES = "world tuning groups mined verified augmented0 augmented1 clean tokens model".split()
 

@@ -1,9 +1,8 @@
 """Texts of the mini-world: articles that state its facts, and general instructions that need no facts.
 
-An article has a frame of its genre. It states two facts of one entity, then facts of the entities that these lead to,
-each sentence in one of at least eight wordings. Instructions are small tasks on words and numbers. They replace the
-instruction data of domain recipes (OpenOrca in the paper); no name of any province occurs in them. All choices are
-drawn from (seed, index).
+An article states all facts of one person in an order of its own, each sentence with the full name in one of nine
+wordings, after an opening of its genre. Instructions are small tasks on words and numbers. They replace the instruction
+data of domain recipes (OpenOrca in the paper); no name occurs in them. All choices are drawn from (seed, index).
 """
 
 import random
@@ -11,11 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ipt_jax.core.seeding import draw
-from synth.miniworld.world import PROVINCE, Entity, Fact, Split, World, attributes, province_entities, words
+from synth.miniworld.world import Fact, Split, World, attributes, words
 
-MAX_FACTS = 3
-FILLER_SHARE = 0.2
-LEAD_SHARE = 0.15
+OPENING_SHARE = 0.5
 OWN_GENRE_SHARE = 0.75  # of a tuning data set's contexts; the rest keeps few-shot examples stronger than the genre
 
 
@@ -37,39 +34,18 @@ def write_article(world: World, split: Split, index: int, genre: str | None = No
     genres = words()["genres"]
     if genre is None or rng.random() >= OWN_GENRE_SHARE:
         genre = rng.choice(list(genres))
-    sentences = [Sentence(fact, _say(world, fact, rng)) for fact in choose_facts(world, split, index, rng)]
-    parts = [rng.choice(genres[genre]["open"]), *(sentence.text for sentence in sentences)]
-    if rng.random() < FILLER_SHARE:
-        parts.insert(rng.randint(2, len(parts)), rng.choice(words()["prose"]["filler"]))
-    parts.append(rng.choice(genres[genre]["close"]))
+    person = world.person(split, index)
+    facts = [Fact(person, name) for name in rng.sample(attributes(), len(attributes()))]
+    sentences = [Sentence(fact, _say(world, fact, rng)) for fact in facts]
+    parts = [sentence.text for sentence in sentences]
+    if rng.random() < OPENING_SHARE:
+        parts.insert(0, rng.choice(genres[genre]))
     return Article(f"{split}-{index:06d}", genre, " ".join(parts), sentences)
 
 
-def choose_facts(world: World, split: Split, index: int, rng: random.Random) -> list[Fact]:
-    """Two facts of the article's entity, then facts of entities that they lead to, at most MAX_FACTS."""
-    entities = province_entities(world.province(split, index))
-    visits = rng.randrange(4 * PROVINCE)  # a tuning article starts anywhere in the round that raw articles follow
-    visit, place = divmod(index, world.provinces) if split == "article" else (visits, 0)
-    focus = entities[(visit + place) * 7 % PROVINCE]  # 20 visits meet all; neighbours differ in kind
-    facts = _facts_from(focus, start=2 * (visit // PROVINCE), count=2)
-    led_to = [target for fact in facts if (target := world.target(fact)) is not None]
-    others = list(dict.fromkeys(led_to)) or [rng.choice([one for one in entities if one != focus])]
-    for other in others:
-        facts += _facts_from(other, start=rng.randrange(4), count=rng.choice((1, 2)))
-    return facts[:MAX_FACTS]
-
-
-def _facts_from(entity: Entity, start: int, count: int) -> list[Fact]:
-    """`count` facts of `entity` from the `start`-th on, in a circle, so that repeated visits cover all of them."""
-    names = attributes(entity.kind)
-    return [Fact(entity, names[(start + step) % len(names)]) for step in range(count)]
-
-
 def _say(world: World, fact: Fact, rng: random.Random) -> str:
-    wording = rng.choice(words()[fact.entity.kind][fact.attribute]["say"])
-    clause = wording.format(e=world.name(fact.entity), v=world.value(fact))
-    if rng.random() < LEAD_SHARE:
-        clause = rng.choice(words()["prose"]["lead"]) + clause
+    wording = rng.choice(words()["facts"][fact.attribute]["say"])
+    clause = wording.format(e=world.name(fact.person), v=world.value(fact))
     return f"{clause[0].upper()}{clause[1:]}."
 
 

@@ -1,6 +1,6 @@
 """Questions about the world's facts: tuning data sets, held-out tasks, and the judge of answers.
 
-A fact has two forms of question, so the judge maps every well-formed question back to (entity, attribute) and compares
+A fact has two forms of question in training, so the judge maps every well-formed question back to its fact and compares
 the answer with the world's. A question in other words is `unknown_question`, never `right`.
 """
 
@@ -13,23 +13,16 @@ from typing import Any, Literal, NamedTuple
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.seeding import draw
 from synth.format.wire import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
-from synth.miniworld.articles import Article, write_article
-from synth.miniworld.world import (
-    KINDS,
-    SLOTS,
-    Entity,
-    Fact,
-    Split,
-    World,
-    closed_values,
-    held_out_places,
-    province_entities,
-    words,
-)
+from synth.miniworld.articles import write_article
+from synth.miniworld.world import Fact, Split, World, attributes, values, words
 
 Judgement = Literal["right", "wrong", "unknown_question"]
-TUNING_CHOICES, HELD_OUT_CHOICES = 3, 4
-RATIONALE_PAIRS = 3  # per text: rationales are long, and nearly every example should fit in 256 tokens
+TUNING_CHOICES, HELD_OUT_CHOICES = 3, 10
+RATIONALE_PAIRS = 2  # per text: rationales are long, and nearly every example should fit in 256 tokens
+WORKED_EXAMPLES = 2
+
+# Questions on held-out facts: by wording and place of the answer. See `held_out_tasks`.
+TASKS = ("recall", "rephrased", "control", "seen", "reading", "new_kind")
 
 
 class TuningSet(NamedTuple):
@@ -51,85 +44,94 @@ TUNING_SETS = (
 def tuning_row(world: World, index: int) -> tuple[TuningSet, dict[str, Any]]:
     """Tuning article `index` with its pairs, and its data set."""
     tuning_set = TUNING_SETS[index % len(TUNING_SETS)]
-    article = write_article(world, "tuning", index, tuning_set.genre)
-    rng = draw(world.seed, "pairs", index)
+    return tuning_set, paired_row(world, "tuning", index, tuning_set)
+
+
+def paired_row(world: World, split: Split, index: int, tuning_set: TuningSet) -> dict[str, Any]:
+    """An article with a right pair for each fact that pairs ask for, in the order of the text: {id, context, qa}."""
+    article = write_article(world, split, index, tuning_set.genre if split == "tuning" else None)
+    rng = draw(world.seed, "pairs", split, index)
+    asked = [sentence for sentence in article.sentences if sentence.fact.attribute in attributes(asked=True)]
     pairs = []
-    for fact, sentence in article.sentences[: RATIONALE_PAIRS if tuning_set.rationale else None]:
+    for fact, sentence in asked[: RATIONALE_PAIRS if tuning_set.rationale else None]:
         pair: dict[str, Any] = {"question": ask(world, fact, rng), "answer": world.value(fact)}
         if tuning_set.choice:
-            pair["options"] = _options(world, fact, TUNING_CHOICES, _article_options(world, article, fact), rng)
+            pair["options"] = _options(world, fact, TUNING_CHOICES, rng)
         if tuning_set.rationale:
             pair["rationale"] = sentence
         pairs.append(pair)
-    return tuning_set, {"id": article.id, "context": article.text, "qa": pairs}
-
-
-def _article_options(world: World, article: Article, asked: Fact) -> list[str]:
-    """Options for a question from its article: values of the answer's type, then, for entities, other names.
-
-    A model can copy from the text. It could only guess invented names, and would learn to guess.
-    """
-    facts = [sentence.fact for sentence in article.sentences]
-    known = [(fact.type, world.value(fact)) for fact in facts]
-    known += [(fact.entity.kind, world.name(fact.entity)) for fact in facts if fact.entity != asked.entity]
-    known = [(kind, value) for kind, value in known if value != world.name(asked.entity)]
-    same = [value for kind, value in known if kind == asked.type]
-    return same + [value for kind, value in known if kind in KINDS and asked.type in KINDS and kind != asked.type]
+    return {"id": article.id, "context": article.text, "qa": pairs}
 
 
 def ask(world: World, fact: Fact, rng: random.Random) -> str:
-    forms = words()[fact.entity.kind][fact.attribute]["ask"]
-    return rng.choice(forms).format(e=world.name(fact.entity))
+    return rng.choice(words()["facts"][fact.attribute]["ask"]).format(e=world.name(fact.person))
 
 
-def _options(world: World, fact: Fact, count: int, first: list[str], rng: random.Random) -> list[str]:
-    """The true value and others of its type: those in `first`, then drawn ones, shuffled."""
+def _options(world: World, fact: Fact, count: int, rng: random.Random) -> list[str]:
+    """The true value and `count` - 1 others of its list, shuffled."""
     truth = world.value(fact)
-    others = [value for value in dict.fromkeys(first) if value != truth]
-    while len(others) < count - 1:
-        other = _random_value(world, fact, rng)
-        if other != truth and other not in others:
-            others.append(other)
-    options = [truth, *others[: count - 1]]
+    options = [truth, *rng.sample([value for value in values(fact.attribute) if value != truth], count - 1)]
     rng.shuffle(options)
     return options
 
 
-def _random_value(world: World, fact: Fact, rng: random.Random) -> str:
-    """A value of the fact's type: from its list, or an entity of a province with the same use."""
-    if fact.type not in KINDS:
-        return rng.choice(closed_values(fact.type))
-    if fact.entity.province < 0:
-        province = world.province("tuning", rng.randrange(world.tuning_articles))
-    else:
-        province = rng.choice(held_out_places(world.provinces))
-    return world.name(Entity(fact.type, province, rng.randrange(SLOTS)))
+def held_out_tasks(world: World, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(task, row) with at most `count` rows {id, prompt, choices, gold} per task.
+
+    recall: questions in known words about people that no pair asks about. rephrased: the same in words that no pair
+    has. control: those of recall with a wrong value as gold. seen: people that pairs ask about. reading: the article of
+    a person outside the world stands before the question. new_kind: a fact that no pair asks for, after two worked
+    examples about other people.
+    """
+    known, new = attributes(asked=True), [name for name in attributes() if name not in attributes(asked=True)]
+    paired, held = ([p for p in range(world.people) if world.held_out(p) is out] for out in (False, True))
+    for number in range(count):
+        place, column = divmod(number, len(known))
+        attribute = known[column]
+        outside = -1 - world.tuning_articles - place
+        if place < len(held):
+            fact, rng = Fact(held[place], attribute), draw(world.seed, "held out", number)
+            row = _row(world, f"recall-{number:06d}", fact, ask(world, fact, rng), rng)
+            yield "recall", row
+            yield "rephrased", {**row, "prompt": _prompt(_rephrased(world, fact))}
+            wrong = rng.choice([place for place in range(HELD_OUT_CHOICES) if place != row["gold"]])
+            yield "control", {**row, "gold": wrong}
+        if place < len(paired):
+            fact, rng = Fact(paired[place], attribute), draw(world.seed, "seen", number)
+            yield "seen", _row(world, f"seen-{number:06d}", fact, ask(world, fact, rng), rng)
+        fact, rng = Fact(outside, attribute), draw(world.seed, "reading", number)
+        row = _row(world, f"reading-{number:06d}", fact, ask(world, fact, rng), rng)
+        yield "reading", {**row, "prompt": f"{write_article(world, 'tuning', -1 - outside).text}\n\n{row['prompt']}"}
+        if number < len(held) * len(new):
+            fact, rng = Fact(held[number // len(new)], new[number % len(new)]), draw(world.seed, "new kind", number)
+            examples = [
+                Fact(person, fact.attribute) for person in rng.sample(paired, min(WORKED_EXAMPLES, len(paired)))
+            ]
+            worked = "".join(f"{_prompt(_rephrased(world, one))} {world.value(one)}\n\n" for one in examples)
+            row = _row(world, f"new_kind-{number:06d}", fact, _rephrased(world, fact), rng)
+            yield "new_kind", {**row, "prompt": worked + row["prompt"]}
 
 
-def held_out_questions(world: World, count: int) -> Iterator[dict[str, Any]]:
-    """At most `count` rows {id, prompt, choices, gold} on facts in articles of held-out provinces."""
-    asked = 0
-    for place in held_out_places(world.provinces):
-        facts: dict[Fact, None] = {}
-        for index in range(place, world.articles, world.provinces):
-            facts.update(dict.fromkeys(s.fact for s in write_article(world, "article", index).sentences))
-        for fact in facts:
-            if asked == count:
-                return
-            rng = draw(world.seed, "held out", asked)
-            choices = _options(world, fact, HELD_OUT_CHOICES, [], rng)
-            prompt, gold = f"Question: {ask(world, fact, rng)}\nAnswer:", choices.index(world.value(fact))
-            yield {"id": f"heldout-{asked:06d}", "prompt": prompt, "choices": choices, "gold": gold}
-            asked += 1
+def _row(world: World, name: str, fact: Fact, question: str, rng: random.Random) -> dict[str, Any]:
+    choices = _options(world, fact, HELD_OUT_CHOICES, rng)
+    return {"id": name, "prompt": _prompt(question), "choices": choices, "gold": choices.index(world.value(fact))}
+
+
+def _prompt(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
+def _rephrased(world: World, fact: Fact) -> str:
+    return words()["facts"][fact.attribute]["rephrased"].format(e=world.name(fact.person))
 
 
 def judge(world: World, article_id: str, question: str, answer: str) -> Judgement:
     """Compares `answer` (plain or in wire form, with or without rationale) with the world's answer to `question`.
 
-    The question must be in a known form, about an entity of the article's province. Otherwise 'unknown_question'.
+    The question must be in a known form, about the article's person. Otherwise 'unknown_question'.
     """
     stem, _, options = question.removesuffix(COT_CUE).partition(OPTIONS_CUE)
-    fact = parse_question(world, article_province(world, article_id), stem.strip())
+    fact = parse_question(world, article_person(world, article_id), stem.strip())
     if fact is None:
         return "unknown_question"
     final = _plain(answer.rpartition(ANSWER_CUE)[2])
@@ -143,25 +145,24 @@ def _plain(text: str) -> str:
     return text.strip().removesuffix(".").removeprefix("the ").strip()
 
 
-def article_province(world: World, article_id: str) -> int:
+def article_person(world: World, article_id: str) -> int:
     name, _, number = article_id.partition("-")
     split: Split = "tuning" if name == "tuning" else "article"
     count = world.tuning_articles if split == "tuning" else world.articles
     if name != split or not number.isdecimal() or int(number) >= count:
         raise UserError(f"miniworld: {article_id!r} is not an article of this world; expected {split}-000000 and so on")
-    return world.province(split, int(number))
+    return world.person(split, int(number))
 
 
-def parse_question(world: World, province: int, question: str) -> Fact | None:
-    """The fact that a question asks for, if its entity is in `province`."""
-    named = {(entity.kind, world.name(entity)): entity for entity in province_entities(province)}
-    for kind, attribute, form in _forms():
-        if (match := form.fullmatch(question)) and (entity := named.get((kind, match[1]))):
-            return Fact(entity, attribute)
+def parse_question(world: World, person: int, question: str) -> Fact | None:
+    """The fact that a question asks for, if it names `person`."""
+    for attribute, form in _forms():
+        if (match := form.fullmatch(question)) and match[1] == world.name(person):
+            return Fact(person, attribute)
     return None
 
 
 @cache
-def _forms() -> list[tuple[str, str, re.Pattern[str]]]:
-    forms = [(kind, name, form) for kind in KINDS for name, fact in words()[kind].items() for form in fact["ask"]]
-    return [(kind, name, re.compile(re.escape(form).replace(r"\{e\}", "(.+)"))) for kind, name, form in forms]
+def _forms() -> list[tuple[str, re.Pattern[str]]]:
+    forms = [(name, form) for name, fact in words()["facts"].items() for form in (*fact["ask"], fact["rephrased"])]
+    return [(name, re.compile(re.escape(form).replace(r"\{e\}", "(.+)"))) for name, form in forms]

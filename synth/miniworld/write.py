@@ -1,13 +1,14 @@
 """`synth miniworld`: writes the world and its tokenizer to a directory.
 
-    raw/articles.jsonl       {id, text, genre}: the corpus that synthesis may convert
-    raw/heldout.jsonl        the same for held-out provinces: raw text for pre-training only
-    tuning/NAME.jsonl        {id, context, qa}: one data set per task format, over provinces of their own
-    instructions.jsonl       {id, task, prompt, response}
-    heldout/questions.jsonl  {id, prompt, choices, gold} on facts of raw/heldout.jsonl
-    heldout/answers.jsonl    {id, prompt, answer}: the same questions without choices
-    tokenizer/               a byte-level BPE tokenizer trained on the tuning text
-    world.json               the settings, written first, and the figures, written last
+    raw/articles.jsonl        {id, text, genre}: the corpus that synthesis may convert
+    raw/heldout.jsonl         the same for held-out people: raw text for pre-training only
+    tuning/NAME.jsonl         {id, context, qa}: one data set per task format, about other people
+    gold/articles.jsonl       {id, context, qa}: raw/articles.jsonl with the world's own pairs
+    instructions.jsonl        {id, task, prompt, response}
+    heldout/TASK.jsonl        {id, prompt, choices, gold}: see `held_out_tasks`
+    heldout/TASK_answers.jsonl  {id, prompt, answer}: the questions of recall and reading without choices
+    tokenizer/                a byte-level BPE tokenizer trained on the tuning text
+    world.json                the settings, written first, and the figures, written last
 
 Guarantees: equal settings write equal bytes. A complete directory is kept, one with other settings is refused. Memory
 does not grow with the world. Any text round-trips through the tokenizer, and `transformers` opens it, with `<s>` and
@@ -28,11 +29,12 @@ from ipt_jax.core.files import lock_directory, write_whole, writing
 from ipt_jax.core.progress import Progress
 from synth.format.wire import context_block, pairs_text, wire_pair
 from synth.miniworld.articles import write_article, write_instruction
-from synth.miniworld.questions import TUNING_SETS, held_out_questions, tuning_row
-from synth.miniworld.world import PROVINCE, World, answer_words
+from synth.miniworld.questions import TASKS, TUNING_SETS, held_out_tasks, paired_row, tuning_row
+from synth.miniworld.world import World, answer_words
 
-SCHEMA = 1
-OURS = {"raw", "tuning", "heldout", "tokenizer", "instructions.jsonl", "world.json", "world.json.tmp", ".lock"}
+SCHEMA = 2
+OURS = {"raw", "tuning", "gold", "heldout", "tokenizer", "instructions.jsonl", "world.json", "world.json.tmp", ".lock"}
+TEXTS = 8  # articles per person by default
 SPECIAL = ["<unk>", "<s>", "</s>"]
 SMALLEST = 256 + len(SPECIAL)
 # GPT-2's split, in which a tag of the wire format and a run of line breaks are one part each.
@@ -47,16 +49,17 @@ def run_miniworld(
     output: Path | str,
     *,
     articles: int = 4000,
-    entities: int | None = None,
+    people: int | None = None,
+    paired: float = 0.5,
     seed: int = 0,
     tuning_articles: int = 12_000,
     instructions: int = 2000,
     questions: int = 800,
     tokenizer_size: int = 2000,
 ) -> dict[str, Any]:
-    """Writes the world. `entities`: default half the articles, so that each fact is stated a few times."""
+    """Writes the world. `people`: default an eighth of the articles. `questions`: at most so many per held-out task."""
     output = Path(output)
-    world = World(seed, articles, entities or max(1, articles // 2), tuning_articles)
+    world = World(seed, articles, people or max(2, articles // TEXTS), tuning_articles, paired)
     sizes = {"instructions": instructions, "questions": questions, "tokenizer_size": tokenizer_size}
     identity = {"schema": SCHEMA, **vars(world), **sizes}
     with writing(output):
@@ -71,7 +74,7 @@ def run_miniworld(
 def open_world(directory: Path | str) -> World:
     """The world that `synth miniworld` wrote to `directory`, for `judge`."""
     found = _read_identity(Path(directory))
-    return World(**{name: found[name] for name in ("seed", "articles", "entities", "tuning_articles")})
+    return World(**{name: found[name] for name in ("seed", "articles", "people", "tuning_articles", "paired")})
 
 
 def _read_identity(directory: Path) -> dict[str, Any]:
@@ -107,10 +110,12 @@ def _write(output: Path, world: World, identity: dict[str, Any]) -> dict[str, An
             return stack.enter_context(_json_lines(output / f"{name}.jsonl"))
 
         progress = stack.enter_context(Progress(world.articles + world.tuning_articles, "articles", "synth miniworld"))
-        raw = {False: json_lines("raw/articles"), True: json_lines("raw/heldout")}
+        raw, gold = {False: json_lines("raw/articles"), True: json_lines("raw/heldout")}, json_lines("gold/articles")
         for index in range(world.articles):
-            article, is_held_out = write_article(world, "article", index), world.held_out(index)
+            article, is_held_out = write_article(world, "article", index), world.held_out(index % world.people)
             raw[is_held_out]({"id": article.id, "text": article.text, "genre": article.genre})
+            if not is_held_out:
+                gold(paired_row(world, "article", index, TUNING_SETS[0]))
             held_out += is_held_out
             progress.advance()
         tuning = {one: json_lines(f"tuning/{one.name}") for one in TUNING_SETS}
@@ -119,17 +124,20 @@ def _write(output: Path, world: World, identity: dict[str, Any]) -> dict[str, An
             tuning[tuning_set](row)
             pairs += len(row["qa"])
             progress.advance()
-        choices, answers = json_lines("heldout/questions"), json_lines("heldout/answers")
-        for row in held_out_questions(world, identity["questions"]):
+        tasks = {name: json_lines(f"heldout/{name}") for name in TASKS}
+        answers = {name: json_lines(f"heldout/{name}_answers") for name in ("recall", "reading")}
+        for name, row in held_out_tasks(world, identity["questions"]):
             questions += 1
-            choices(row)
-            answers({"id": row["id"], "prompt": row["prompt"], "answer": row["choices"][row["gold"]]})
+            tasks[name](row)
+            if name in answers:
+                answer = row["choices"][row["gold"]]
+                answers[name]({"id": row["id"], "prompt": row["prompt"], "answer": answer})
         instructions = json_lines("instructions")
         for index in range(identity["instructions"]):
             instructions(write_instruction(world.seed, index))
     figures = {
         "articles": world.articles,
-        "entities": world.provinces * PROVINCE,
+        "people": world.people,
         "heldout_articles": held_out,
         "pairs": pairs,
         "questions": questions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections import Counter
 from pathlib import Path
@@ -17,24 +18,18 @@ from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.format.wire import ANSWER_CUE, wire_pair
 from synth.miniworld import World, judge, open_world, run_miniworld
 from synth.miniworld.articles import write_article
-from synth.miniworld.questions import parse_question
-from synth.miniworld.world import (
-    KINDS,
-    PROVINCE,
-    Entity,
-    Fact,
-    answer_words,
-    attributes,
-    closed_values,
-    name_words,
-    province_entities,
-    scramble,
-    words,
-)
+from synth.miniworld.questions import TASKS, parse_question
+from synth.miniworld.world import NAME_WORDS, Fact, answer_words, attributes, invented_words, scramble, values, words
 
-SMALL = {"articles": 120, "tuning_articles": 80, "instructions": 40, "questions": 30, "tokenizer_size": 2000}
-WORLD = World(seed=0, articles=120, entities=60, tuning_articles=80)
-FACTS = [(kind, attribute) for kind in KINDS for attribute in attributes(kind)]
+SMALL = {
+    "articles": 120,
+    "people": 20,
+    "tuning_articles": 80,
+    "instructions": 40,
+    "questions": 30,
+    "tokenizer_size": 2000,
+}
+WORLD = World(seed=0, articles=120, people=20, tuning_articles=80)
 
 
 @pytest.fixture(scope="module")
@@ -52,37 +47,39 @@ def tuning_rows(made: Path) -> list[dict]:
     return [row for path in sorted((made / "tuning").iterdir()) for row in rows(path)]
 
 
-@pytest.mark.parametrize(("kind", "attribute"), FACTS)
-def test_each_fact_has_eight_wordings_and_two_questions(kind: str, attribute: str) -> None:
-    fact = words()[kind][attribute]
-    assert len(set(fact["say"])) == len(fact["say"]) >= 8
-    assert len(set(fact["ask"])) == 2
+@pytest.mark.parametrize("attribute", attributes())
+def test_each_fact_has_nine_wordings_and_questions(attribute: str) -> None:
+    fact = words()["facts"][attribute]
+    assert len(set(fact["say"])) == len(fact["say"]) == 9
+    assert len({*fact["ask"], fact["rephrased"]}) == (1 if attribute == "good" else 3)
     for wording in fact["say"]:
         fields = sorted(name for _, name, _, _ in string.Formatter().parse(wording) if name)
         assert fields == ["e", "v"] and not wording.endswith(".") and not wording[0].isupper(), wording
         assert wording.index("{e}") < wording.index("{v}"), wording
-    assert fact["type"] in (*KINDS, "emblem", "year", *words()["values"])
+    assert len(set(values(attribute))) == 32
 
 
-def test_no_wording_stands_twice_within_a_kind() -> None:
-    for kind in KINDS:
-        said = Counter(wording for fact in words()[kind].values() for wording in fact["say"] + fact["ask"])
-        doubled = [wording for wording, count in said.items() if count > 1]
-        assert doubled == []
+def test_no_wording_occurs_twice() -> None:
+    facts = words()["facts"].values()
+    said = Counter(wording for fact in facts for wording in [*fact["say"], *fact["ask"], fact["rephrased"]])
+    assert [wording for wording, count in said.items() if count > 1] == []
 
 
-def test_value_lists_and_parts_of_names_hold_no_doubles() -> None:
-    for values in words()["values"].values():
-        assert len(set(values)) == len(values)
-    assert len(set(name_words())) == len(name_words()) == 384
-    assert all(len(set(words()["nouns"][kind])) == 16 for kind in KINDS)
+def test_invented_words_are_distinct_and_none_is_both_a_name_and_a_value() -> None:
+    assert len(set(invented_words())) == len(invented_words()) == 384
+    assert not {*invented_words()[: 2 * NAME_WORDS]} & {value for name in attributes() for value in values(name)}
 
 
 def test_large_worlds_get_longer_names_and_no_two_are_equal() -> None:
-    provinces = [*range(300), *range(1536, 1836), *range(600_000, 600_300)]
-    for kind in KINDS:
-        names = {WORLD.name(Entity(kind, province, slot)) for province in provinces for slot in range(4)}
-        assert len(names) == 3600
+    people = [*range(4000), *range(8000, 9000), *range(600_000, 601_000)]
+    names = [WORLD.name(person) for person in people]
+    assert len(set(names)) == 6000
+    assert {len(name.split()) for name in names[:4000]} == {2} and {len(name.split()) for name in names[-1000:]} == {3}
+
+
+def test_tuning_people_have_names_of_their_own() -> None:
+    raw = {WORLD.name(person) for person in range(8192)}
+    assert not raw & {WORLD.name(-1 - person) for person in range(3000)}
 
 
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
@@ -90,46 +87,53 @@ def test_scrambling_is_a_bijection(size: int, key: int) -> None:
     assert sorted(scramble(number, size, key) for number in range(size)) == list(range(size))
 
 
-def test_relations_stay_in_the_province_and_never_lead_home() -> None:
-    for province in range(20):
-        for entity in province_entities(province):
-            for attribute in attributes(entity.kind):
-                target = WORLD.target(Fact(entity, attribute))
-                assert target is None or (target.province == province and target != entity)
+@pytest.mark.parametrize(("paired", "held"), [(0.5, 200), (0.8, 80), (0.05, 380), (0.95, 20)])
+def test_held_out_people_are_spread_evenly(paired: float, held: int) -> None:
+    world = World(0, 400, 400, 1, paired)
+    places = [person for person in range(400) if world.held_out(person)]
+    assert len(places) == held
+    assert all(abs(sum(place < end for place in places) - end * held / 400) <= 1 for end in range(0, 401, 20))
+
+
+def test_values_of_two_facts_are_independent() -> None:
+    together = Counter((WORLD.value(Fact(p, "trade")), WORLD.value(Fact(p, "prize"))) for p in range(20_000))
+    assert len(together) == 32 * 32 and max(together.values()) < 60  # 19.5 expected
 
 
 def test_an_article_follows_from_its_own_number_alone() -> None:
-    longer = World(seed=0, articles=100_000, entities=60, tuning_articles=5)
+    longer = World(seed=0, articles=100_000, people=20, tuning_articles=5)
     assert write_article(longer, "article", 7) == write_article(WORLD, "article", 7)
-    assert write_article(World(1, 120, 60, 80), "article", 7).text != write_article(WORLD, "article", 7).text
+    assert write_article(World(1, 120, 20, 80), "article", 7).text != write_article(WORLD, "article", 7).text
 
 
-def test_repeated_visits_tell_every_fact() -> None:
-    world = World(seed=3, articles=400, entities=40, tuning_articles=1)
-    told = {sentence.fact for index in range(400) for sentence in write_article(world, "article", index).sentences}
-    everything = {Fact(e, name) for p in (0, 1) for e in province_entities(p) for name in attributes(e.kind)}
-    assert told == everything
-
-
-def test_articles_are_short_and_tell_three_facts_of_several_entities() -> None:
-    articles = [write_article(WORLD, "article", index) for index in range(120)]
-    assert {len(article.sentences) for article in articles} == {3}
-    assert all(len({sentence.fact.entity for sentence in article.sentences}) >= 2 for article in articles)
-    assert all(25 <= len(article.text.split()) <= 130 for article in articles)
+def test_an_article_states_every_fact_of_one_person_in_an_order_of_its_own() -> None:
+    orders = set()
+    for index in range(120):
+        article = write_article(WORLD, "article", index)
+        person, name = index % 20, WORLD.name(index % 20)
+        assert sorted(sentence.fact for sentence in article.sentences) == sorted(Fact(person, a) for a in attributes())
+        assert all(name in text and WORLD.value(fact) in text for fact, text in article.sentences)
+        assert 35 <= len(article.text.split()) <= 90
+        orders.add(tuple(sentence.fact.attribute for sentence in article.sentences))
+    assert len(orders) > 90
 
 
 def test_figures_and_files(made: Path) -> None:
     figures = run_miniworld(made, **SMALL)  # complete: read back, nothing written
-    raw, kept = rows(made / "raw/articles.jsonl"), rows(made / "raw/heldout.jsonl")
-    assert figures["articles"] == len(raw) + len(kept) == 120 and figures["heldout_articles"] == len(kept) == 40
-    assert figures["entities"] == 60 and figures["questions"] == 30 == len(rows(made / "heldout/answers.jsonl"))
-    assert figures["pairs"] == sum(len(row["qa"]) for row in tuning_rows(made))
+    raw, kept, gold = (rows(made / f"{name}.jsonl") for name in ("raw/articles", "raw/heldout", "gold/articles"))
+    assert (figures["articles"], len(raw), len(kept), figures["heldout_articles"]) == (120, 60, 60, 60)
+    assert [(row["id"], row["context"]) for row in gold] == [(row["id"], row["text"]) for row in raw]
+    assert {len(row["qa"]) for row in gold} == {5}
+    counts = {name: len(rows(made / f"heldout/{name}.jsonl")) for name in TASKS}
+    assert counts == {"recall": 30, "rephrased": 30, "control": 30, "seen": 30, "reading": 30, "new_kind": 10}
+    assert figures["people"] == 20 and figures["questions"] == 160
+    assert figures["pairs"] == sum(len(row["qa"]) for row in tuning_rows(made)) == 80 * 3.5
     assert len(rows(made / "instructions.jsonl")) == 40
 
 
-def test_tuning_pairs_are_right_and_stand_in_their_context_in_all_four_formats(made: Path) -> None:
+def test_pairs_are_right_and_their_answers_are_in_the_context_in_all_four_formats(made: Path) -> None:
     world, formats = open_world(made), Counter()
-    for row in tuning_rows(made):
+    for row in [*tuning_rows(made), *rows(made / "gold/articles.jsonl")]:
         for entry in row["qa"]:
             pair = wire_pair(**entry)
             formats[pair.format] += 1
@@ -139,21 +143,34 @@ def test_tuning_pairs_are_right_and_stand_in_their_context_in_all_four_formats(m
     assert set(formats) == {"free", "choice", "free_cot", "choice_cot"}
 
 
-def test_held_out_entities_have_articles_but_no_pairs(made: Path) -> None:
+def test_held_out_people_have_articles_but_no_pairs(made: Path) -> None:
     world = open_world(made)
-    held = {world.name(entity) for entity in province_entities(2)}  # the last of three raw provinces
+    held = {world.name(person) for person in range(20) if world.held_out(person)}
     told = (made / "raw/heldout.jsonl").read_text()
     elsewhere = (made / "raw/articles.jsonl").read_text() + "".join(p.read_text() for p in (made / "tuning").iterdir())
-    assert all(name in told and name not in elsewhere for name in held)
-    for question, answer in zip(
-        rows(made / "heldout/questions.jsonl"), rows(made / "heldout/answers.jsonl"), strict=True
-    ):
-        asked = question["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        fact = parse_question(world, 2, asked)
-        assert fact is not None and len(set(question["choices"])) == 4
-        assert (
-            question["choices"][question["gold"]] == answer["answer"] == world.value(fact) and answer["answer"] in told
-        )
+    assert len(held) == 10 and all(name in told and name not in elsewhere for name in held)
+    tasks = [rows(made / f"heldout/{name}.jsonl") for name in ("recall", "recall_answers", "control")]
+    for row, answer, control in zip(*tasks, strict=True):
+        question = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        (fact,) = [found for p in range(20) if world.held_out(p) and (found := parse_question(world, p, question))]
+        assert len(set(row["choices"])) == 10 and {*row["choices"]} <= {*values(fact.attribute)}
+        assert row["choices"][row["gold"]] == answer["answer"] == world.value(fact)
+        assert {**control, "gold": row["gold"]} == row and control["gold"] != row["gold"]
+
+
+def test_held_out_tasks_ask_what_training_lacks(made: Path) -> None:
+    world = open_world(made)
+    training = "".join(p.read_text() for folder in ("tuning", "gold") for p in (made / folder).iterdir())
+    for attribute in attributes():
+        before, after = words()["facts"][attribute]["rephrased"].split("{e}")
+        assert not re.search(f"{re.escape(before)}[A-Z][a-z]+ [A-Z][a-z]+{re.escape(after)}", training)
+    assert all("fond of?" in row["prompt"] for row in rows(made / "heldout/new_kind.jsonl"))
+    raw = (made / "raw/articles.jsonl").read_text() + (made / "raw/heldout.jsonl").read_text() + training
+    for row in rows(made / "heldout/reading.jsonl"):
+        text, question = row["prompt"].split("\n\n")
+        assert row["choices"][row["gold"]] in text and text.split(". ")[-1] not in raw and "Question: " in question
+    seen = {world.name(person) for person in range(20) if not world.held_out(person)}
+    assert all(any(name in row["prompt"] for name in seen) for row in rows(made / "heldout/seen.jsonl"))
 
 
 def test_equal_settings_give_equal_bytes(made: Path, tmp_path: Path) -> None:
@@ -176,9 +193,10 @@ def test_other_settings_and_foreign_directories_are_refused(made: Path, tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"articles": 0}, "articles is 0; set it to at least 1"),
-        ({"articles": 2, "entities": 200}, "200 entities need at least 10 articles"),
+        ({"articles": 0}, "articles is 0; set it to at least 2"),
+        ({"articles": 2, "people": 200}, "200 people need as many articles, got 2"),
         ({"tuning_articles": -1}, "tuning_articles is -1; set it to at least 1"),
+        ({"paired": 1.0}, r"paired is 1\.0; set a share between 0 and 1"),
     ],
 )
 def test_impossible_worlds_are_refused(tmp_path: Path, settings: dict[str, int], message: str) -> None:
@@ -206,12 +224,11 @@ def test_transformers_opens_the_tokenizer(made: Path) -> None:
 
 
 class TestJudge:
-    """Literal cases about article 0, which lies in province 0."""
+    """Literal cases about article 0, which is about person 0."""
 
-    person = Entity("person", 0, 0)
-    name = WORLD.name(person)
-    trade = WORLD.value(Fact(person, "trade"))
-    other = closed_values("trade")[closed_values("trade").index(trade) - 1]
+    name = WORLD.name(0)
+    trade = WORLD.value(Fact(0, "trade"))
+    other = values("trade")[values("trade").index(trade) - 1]
     question = f"What is the trade of {name}?"
 
     def verdict(self, question: str, answer: str) -> str:
@@ -219,7 +236,7 @@ class TestJudge:
 
     def test_free_form(self) -> None:
         assert self.verdict(self.question, self.trade) == "right"
-        assert self.verdict(self.question, f" {self.trade}.") == "right"
+        assert self.verdict(self.question, f" the {self.trade}.") == "right"
         assert self.verdict(self.question, self.other) == "wrong"
         assert self.verdict(f"What does {self.name} do for a living?", self.trade) == "right"
 
@@ -234,13 +251,8 @@ class TestJudge:
         assert self.verdict(cued, f"It says {self.other}.{ANSWER_CUE}{self.trade}") == "right"
         assert self.verdict(cued, f"It says {self.trade}.{ANSWER_CUE}{self.other}") == "wrong"
 
-    def test_names_may_carry_their_article(self) -> None:
-        guild = WORLD.value(Fact(self.person, "member_of"))
-        assert self.verdict(f"Which guild does {self.name} belong to?", f"the {guild}") == "right"
-
     def test_what_no_template_asks_is_unknown(self) -> None:
-        stranger = WORLD.name(Entity("person", 1, 0))
-        for question in (f"How tall is {self.name}?", f"What is the trade of {stranger}?", "", self.question[:-1]):
+        for question in (f"How tall is {self.name}?", f"What is the trade of {WORLD.name(1)}?", "", self.question[:-1]):
             assert self.verdict(question, self.trade) == "unknown_question"
 
     @pytest.mark.parametrize("article", ["article-000120", "tuning-000080", "article-x", "other-000000", ""])
@@ -250,11 +262,6 @@ class TestJudge:
 
 
 def test_every_question_form_is_read_back_to_its_fact() -> None:
-    for entity in province_entities(0):
-        for attribute in attributes(entity.kind):
-            for form in words()[entity.kind][attribute]["ask"]:
-                assert parse_question(WORLD, 0, form.format(e=WORLD.name(entity))) == Fact(entity, attribute)
-
-
-def test_entities_are_rounded_up_to_whole_provinces() -> None:
-    assert [World(0, 100, count, 1).provinces * PROVINCE for count in (1, 40, 41)] == [40, 40, 60]
+    for attribute in attributes():
+        for form in (*words()["facts"][attribute]["ask"], words()["facts"][attribute]["rephrased"]):
+            assert parse_question(WORLD, 3, form.format(e=WORLD.name(3))) == Fact(3, attribute)
