@@ -79,8 +79,8 @@ def held_out_tasks(world: World, count: int) -> Iterator[tuple[str, dict[str, An
     """(task, row) with at most `count` rows {id, prompt, choices, gold} per task.
 
     recall: questions in known words about people that no pair asks about. rephrased: the same in words that no pair
-    has. control: those of recall with a wrong value as gold. seen: people that pairs ask about. reading: the article of
-    a person outside the world stands before the question. new_kind: a fact that no pair asks for, after two worked
+    has. control: those of recall with a wrong value as gold. seen: people that pairs ask about. reading: an article
+    about a person outside the world precedes the question. new_kind: a fact that no pair asks for, after two worked
     examples about other people.
     """
     known, new = attributes(asked=True), [name for name in attributes() if name not in attributes(asked=True)]

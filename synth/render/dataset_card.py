@@ -78,6 +78,7 @@ def dataset_card(
         ["seed", str(settings.seed)],
         ["epoch of templates", str(settings.epoch)],
         ["share of groups with a document for each text", f"{settings.one_shot:.1%}"],
+        ["share of pairs in documents of their own", f"{settings.detached:.1%}"],
         ["fingerprint of the documents", fingerprint],
     ]
     license_name = f"{hub.license_name} ({hub.license_link})" if hub.license == "other" else hub.license

@@ -22,7 +22,7 @@ from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.format.parser import read_format, reject
 from synth.format.truncate import split_text
 from synth.groups import contaminated_places, decode_group
-from synth.render.layout import Shot, lay_out
+from synth.render.layout import Shot, Spans, lay_out, lay_out_detached
 from synth.render.pair_filter import keeps, read_keep
 from synth.render.templates import DocumentStyle, Draws, Layout
 
@@ -89,6 +89,8 @@ class RenderSettings(Settings):
     """Relative frequency of each layout (docs/reference/render.md). The values need not sum to one."""
     one_shot: float = Field(0.0, ge=0, le=1)
     """Fraction of groups rendered as one document per text instead of one few-shot document."""
+    detached: float = Field(0.0, ge=0, le=1)
+    """Fraction of pairs rendered as a document of their own, apart from their text."""
     keep: str | None = None
     """Filter over scores, such as `"grounded >= 0.3"`. null: keep every pair that the parser accepted."""
     epoch: int = Field(0, ge=0)
@@ -162,10 +164,12 @@ class Renderer:
             return self._raw(group, shots)
         self.counts["with_pairs"] += 1
         draws = Draws(self.settings.seed, group.id, self.settings.epoch)
+        shots, documents = self._detached(group, shots, draws)
+        if not count_pairs(shots):
+            return documents + self._raw(group, shots)
         if not draws.chance("one shot", self.settings.one_shot):
-            return self._augmented(group, group.id, shots)
+            return documents + self._augmented(group, group.id, shots)
         self.counts["one_shot"] += 1
-        documents = []
         for shot in (shot for shot in shots if shot.pairs):
             documents += self._augmented(group, f"{group.id}.shot{shot.place}", [shot])
         return documents + self._raw(group, [shot for shot in shots if not shot.pairs])
@@ -192,6 +196,26 @@ class Renderer:
             else:
                 kept.append((index, pair))
         return kept
+
+    def _detached(self, group: SynthGroup, shots: list[Shot], draws: Draws) -> tuple[list[Shot], list[Document]]:
+        """`shots` without the pairs that get a document of their own, and these documents."""
+        rest, documents = [], []
+        for shot in shots:
+            attached = []
+            for index, pair in shot.pairs:
+                if not draws.chance(f"detached {shot.place} {index}", self.settings.detached):
+                    attached.append((index, pair))
+                    continue
+                name = f"{group.id}.pair{shot.place}.{index}"
+                document = pair_document(group, name, replace(shot, pairs=[(index, pair)]), self.settings)
+                if self._fits(document.text):
+                    self.counts["detached"] += 1
+                    documents.append(document)
+                else:
+                    self.counts["pairs"] -= 1
+                    self.dropped["row_full"] += 1
+            rest.append(replace(shot, pairs=attached))
+        return rest, documents
 
     def _augmented(self, group: SynthGroup, name: str, shots: Sequence[Shot]) -> list[Document]:
         """`shots` as one augmented document, or as several if one would be too long."""
@@ -249,16 +273,28 @@ def augmented_document(group: SynthGroup, name: str, shots: Sequence[Shot], sett
     """`shots` as one document, in a style drawn for `name`."""
     draws = Draws(settings.seed, name, settings.epoch)
     style = DocumentStyle(draws, settings.layouts.weights, has_example=count_pairs(shots) > 1)
-    words, spans = lay_out(shots, style, draws)
+    return laid_out(group, name, shots, style.layout, lay_out(shots, style, draws), settings)
+
+
+def pair_document(group: SynthGroup, name: str, shot: Shot, settings: RenderSettings) -> Document:
+    """The only pair of `shot` without its text, which stays the parent."""
+    draws = Draws(settings.seed, name, settings.epoch)
+    return laid_out(group, name, [shot], "detached", lay_out_detached(shot, draws), settings)
+
+
+def laid_out(
+    group: SynthGroup, name: str, shots: Sequence[Shot], layout: str, laid: tuple[str, Spans], settings: RenderSettings
+) -> Document:
     texts = [shot.text for shot in shots]
     places = [shot.place for shot in shots]
+    words, spans = laid
     return Document(
         id=name if settings.epoch == 0 else f"{name}.{settings.epoch}",
         source="+".join(dict.fromkeys(text.source for text in texts)),
         kind="augmented",
         segments=[Segment(text=words)],
         parents=[Parent(text.raw_id, text.start, text.end) for text in texts],
-        meta={"layout": style.layout, "spans": spans, "places": places, **provenance(group)},
+        meta={"layout": layout, "spans": spans, "places": places, **provenance(group)},
     )
 
 

@@ -33,7 +33,7 @@ def run_render(settings: RenderSettings) -> dict[str, Any]:
         "templates": load_templates().digest,
         "layouts": settings.layouts.weights,
         "tokenizer": load_tokenizer(settings.tokenizer).digest if settings.tokenizer else None,
-        **settings.model_dump(include={"one_shot", "keep", "epoch", "seed", "max_document_tokens"}),
+        **settings.model_dump(include={"one_shot", "detached", "keep", "epoch", "seed", "max_document_tokens"}),
     }
     with Output(settings.output, stage="render", identity=identity, shard_name="documents", remake=True) as output:
         export = open_export(settings.hub, output.manifest.fingerprint) if settings.hub else None
@@ -72,7 +72,7 @@ def summary(manifest: Manifest, settings: RenderSettings) -> dict[str, Any]:
             "asked": settings.one_shot,
             "got": share(manifest.count("one_shot"), manifest.count("with_pairs")),
         },
-        **{name: manifest.count(name) for name in ("pairs", "no_pair_left", "split_for_row")},
+        **{name: manifest.count(name) for name in ("pairs", "detached", "no_pair_left", "split_for_row")},
         "dropped": manifest.dropped,
         "hub": settings.hub.output if settings.hub else None,
     }

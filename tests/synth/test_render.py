@@ -18,6 +18,7 @@ from ipt_jax.corpus.shards import read_documents, read_manifest
 from synth.format.parser import reject
 from synth.format.wire import wire_pair
 from synth.render.documents import Renderer
+from synth.render.layout import closed_book_patterns
 from synth.render.run import run_render
 from synth.render.templates import load_templates
 
@@ -163,6 +164,43 @@ def test_one_shot_is_drawn_apart_from_the_layout() -> None:
         seen.update((len(documents), document.meta["layout"]) for document in documents)
     assert 0.22 < counts["one_shot"] / counts["with_pairs"] < 0.28
     assert set(seen) == {(n, layout) for n in (1, 2) for layout in EVEN}
+
+
+def test_detached_pairs_are_documents_without_their_text() -> None:
+    counts: Counter[str] = Counter()
+    one = group("g", [PAIRS[:2], [wire_pair("Why?", "Rain")]])
+    documents = Renderer(recipe(detached=1), counts, Counter()).documents(one)
+    assert [(doc.id, doc.kind, doc.meta["layout"]) for doc in documents[:3]] == [
+        ("g.pair0.0", "augmented", "detached"),
+        ("g.pair0.1", "augmented", "detached"),
+        ("g.pair1.0", "augmented", "detached"),
+    ]
+    assert [(doc.id, doc.kind, doc.text) for doc in documents[3:]] == [
+        ("g.raw0", "raw", "Text 0 of g."),
+        ("g.raw1", "raw", "Text 1 of g."),
+    ]
+    assert [doc.parents for doc in documents[:3]] == [[Parent(f"g-{place}", 3, 15)] for place in (0, 0, 1)]
+    assert (counts["pairs"], counts["detached"], counts["with_pairs"], counts["no_pair_left"]) == (3, 3, 1, 0)
+    last = documents[2]
+    assert "Text 1" not in last.text and set(last.meta["spans"]) == {"question", "answer"}
+    [[_, pair, start, end]] = last.meta["spans"]["answer"]
+    assert (pair, last.text[start:end]) == (0, "Rain")
+
+
+def test_detached_is_a_share_of_pairs_and_keeps_each_pair_once() -> None:
+    counts: Counter[str] = Counter()
+    for number in range(500):
+        one = group(f"g{number}", [[wire_pair(f"Asks {n}?", f"Says {n}") for n in range(4)]])
+        documents = Renderer(recipe(layouts=EVEN, detached=0.3), counts, Counter()).documents(one)
+        joined = "\n".join(document.text for document in documents)
+        assert all(joined.count(f"Says {n}") == 1 for n in range(4)) and joined.count("Text 0") == 1
+    assert counts["pairs"] == 2000 and 540 < counts["detached"] < 660
+
+
+def test_detached_patterns_do_not_refer_to_a_text() -> None:
+    for name in ("free", "free_cot", "choice", "choice_cot"):
+        patterns = closed_book_patterns(name)
+        assert len(patterns) >= 20 and not [one for one in patterns if "text" in one.lower()]
 
 
 # ---- the released code's defects, as far as they could be ours; draws and options stand in test_templates.py

@@ -16,6 +16,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.records import Document, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import tokenize_documents
+from synth.format.wire import wire_pair
 from synth.render.documents import Renderer
 
 
@@ -101,3 +102,11 @@ def blank(one: SynthGroup) -> set[str]:
 def test_a_limit_needs_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="max_document_tokens: requires a tokenizer"):
         recipe(max_document_tokens=2048)
+
+
+def test_a_detached_pair_that_exceeds_the_row_is_counted(tokenizer: Tokenizer) -> None:
+    counts, dropped = Counter(), Counter()
+    long = wire_pair("Why?", "rain " * 200)
+    fields = recipe(detached=1, tokenizer="unused", max_document_tokens=32)
+    documents = Renderer(fields, counts, dropped, tokenizer).documents(group("g", [[long]]))
+    assert [doc.kind for doc in documents] == ["raw"] and (counts["pairs"], dropped["row_full"]) == (0, 1)
