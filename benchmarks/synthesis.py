@@ -2,6 +2,7 @@
 
     python benchmarks/synthesis.py --model walking --rounds 1 2 3
     python benchmarks/synthesis.py --model smollm2 --rounds 2 --groups 160 --against ceiling
+    python benchmarks/synthesis.py --weights out/tuned --rounds 2 --groups 40 --speculation 4 --repeats 3
 
 All contestants run in turn in one engine process that is started once. Its prefix cache is emptied before each.
 
@@ -14,9 +15,13 @@ official  the procedure of the paper's released script, reimplemented from its d
           words times 1.5 exceed the window. Improved for it: tokenizing and detokenizing in one batched call each (the
           engine's own would be one by one), no double BOS, no file written.
 
+drafts    with `--speculation N`, in place of the others: the chains on a second engine that drafts up to N tokens by
+          n-gram look-up. Prints accepted tokens per draft, and how many answers equal those without drafts.
+
 The texts are FairytaleQA (../shared next to the checkout, or random words if absent) cut to lengths drawn from
 `--tokens`. `walking` is a random model that writes in the format (see walking_model.py) and samples at temperature 1.
-`smollm2` is SmolLM2-135M-Instruct as in `configs/real`, untuned, greedy, with seed examples. Hits of the prefix cache
+`smollm2` is SmolLM2-135M-Instruct as in `configs/real`, untuned, greedy, with seed examples. `--weights DIR` is
+a tuned synthesizer, greedy. Hits of the prefix cache
 are the engine's own count. Possible hits are, per request, the complete blocks that the group's former request computed
 and this one repeats.
 """
@@ -48,9 +53,9 @@ from ipt_jax.corpus.records import Pair
 from synth.config import RunSettings
 from synth.engine import open_engine, synthesizer_tokenizer
 from synth.engine.base import Completion, GenerationRequest
-from synth.engine.scripted import common_prefix
+from synth.format.prompt import common_prefix
 from synth.format.wire import context_block, pairs_text
-from synth.generate.few_shot import Chain, load_seed_examples, make_chain
+from synth.generate.few_shot import Chain, make_chain
 from synth.generate.group_store import GroupStore
 from synth.generate.run import fill_here, open_output, run_identity
 from synth.generate.scheduler import in_flight
@@ -60,8 +65,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS: dict[str, dict[str, Any]] = {
     "walking": {"max_model_len": 4096, "max_new_tokens": 160, "temperature": 1.0, "max_num_seqs": 16},
     "smollm2": {"max_model_len": 2048, "max_new_tokens": 40, "dtype": "bfloat16", "max_num_seqs": 6},
+    "weights": {"max_model_len": 2048, "max_new_tokens": 200, "max_num_seqs": 8},
 }
-TEXT_TOKENS = {"walking": "64-1000", "smollm2": "24-96"}  # the paper's are of some 500 tokens
+TEXT_TOKENS = {"walking": "64-1000", "smollm2": "24-96", "weights": "100-400"}  # the paper's are of some 500 tokens
 GROUPS_PER_FLIGHT = 20  # so that the tail of a run does not count
 
 
@@ -74,6 +80,8 @@ class Request:
     group: str
     round: int
     seed: int = 0
+    drafts: int = 0
+    accepted: int = 0
 
     @property
     def new_tokens(self) -> int:
@@ -116,7 +124,8 @@ class Recorder:
         group, number, _ = request.id.split("/")
         ended = found.finish_reason == "stop"
         answered = (request.prompt_ids, found.ids, ended, found.cached_prompt_tokens)
-        self.requests.append(Request(*answered, group, int(number), request.seed))
+        drafted = found.drafts, found.accepted_draft_tokens
+        self.requests.append(Request(*answered, group, int(number), request.seed, *drafted))
         return found
 
     async def close(self) -> None: ...
@@ -146,9 +155,9 @@ async def ceiling(engine: Any, settings: RunSettings, known: Run) -> Run:
     return await timed(all_at_once, engine)
 
 
-async def official(engine: Any, settings: RunSettings, texts: list[str]) -> Run:
+async def official(engine: Any, settings: RunSettings, texts: list[str], examples: list[list[int]]) -> Run:
     tokenizer = engine.tokenizer
-    seeds = "".join(spelled_seed(tokenizer, example) for example in load_seed_examples(settings, tokenizer))
+    seeds = "".join(spelled_seed(tokenizer, example) for example in examples)
     bos, eos = (tokenizer.control_name(one) for one in (tokenizer.bos_id, tokenizer.eos_id))
     size = -(-len(texts) // settings.rounds)
     limit = settings.synthesizer.max_prompt_tokens
@@ -283,8 +292,10 @@ def write_corpus(path: Path, count: int, least: int, most: int, tokenizer: Any) 
     return texts
 
 
-def recipe(model: Path, folder: Path, rounds: int, arguments: argparse.Namespace) -> RunSettings:
+def recipe(model: Path, folder: Path, rounds: int, arguments: argparse.Namespace, drafts: int = 0) -> RunSettings:
     synthesizer = {"model": str(model), "engine": "vllm", "dtype": "float32", **MODELS[arguments.model]}
+    if drafts:
+        synthesizer["speculation"] = {"tokens": drafts}
     if arguments.places:
         synthesizer["max_num_seqs"] = arguments.places
     seeds = {"path": str(ROOT / "configs" / "real" / "seed_examples.jsonl"), "count": 2}
@@ -305,16 +316,20 @@ def make_model(name: str, folder: Path) -> Path:
     if name == "walking" and not (model / "config.json").exists():
         write_walking_model(model)
     if name == "smollm2":
-        subprocess.run([sys.executable, str(ROOT / "launch" / "smollm2.py"), "-o", str(model)], check=True)
+        subprocess.run([sys.executable, str(ROOT / "examples" / "smollm2.py"), "-o", str(model)], check=True)
     return model
 
 
 async def compare(arguments: argparse.Namespace, folder: Path) -> None:
-    model = make_model(arguments.model, folder)
+    model = arguments.weights or make_model(arguments.model, folder)
     settings = {rounds: recipe(model, folder, rounds, arguments) for rounds in arguments.rounds}
     first = settings[arguments.rounds[0]]
     tokenizer = synthesizer_tokenizer(first.synthesizer)
     engine: Any = open_engine(first.synthesizer, tokenizer)
+    drafting = None
+    if arguments.speculation:
+        one = recipe(model, folder, arguments.rounds[0], arguments, arguments.speculation)
+        drafting = open_engine(one.synthesizer, tokenizer)
     groups = arguments.groups or GROUPS_PER_FLIGHT * in_flight(engine.places)
     block = engine.engine.vllm_config.cache_config.block_size
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {arguments.model}: ", end="")
@@ -332,13 +347,36 @@ async def compare(arguments: argparse.Namespace, folder: Path) -> None:
             held.setdefault("chains", []).append(ours)
             tell("chains", rounds, ours, block)
             for rival in arguments.against:
-                run = await (ceiling(engine, one, ours) if rival == "ceiling" else official(engine, one, texts))
+                if rival == "drafts":
+                    run = await chains(drafting, one, chain)
+                elif rival == "ceiling":
+                    run = await ceiling(engine, one, ours)
+                else:
+                    run = await official(engine, one, texts, chain.examples)
                 held.setdefault(rival, []).append(run)
                 tell(rival, rounds, run, block)
+                if rival == "drafts":
+                    compare_answers(ours, run)
         for rival in arguments.against:
             pairs = zip(held["chains"], held[rival], strict=True)
-            print(f"M={rounds} chains/{rival}: {spread([a.speed / b.speed for a, b in pairs])}", flush=True)
+            print(f"M={rounds} chains/{rival} in tokens/s: {spread([a.speed / b.speed for a, b in pairs])}", flush=True)
     await engine.close()
+    if drafting:
+        await drafting.close()
+
+
+def compare_answers(plain: Run, drafted: Run) -> None:
+    """Prints how many answers to equal prompts are equal, and how often drafts were right."""
+    answers = {(one.group, one.round): one for one in plain.requests}
+    both = [(one, answers[one.group, one.round]) for one in drafted.requests]
+    asked = [(one.ids, other.ids) for one, other in both if one.prompt == other.prompt]
+    equal = sum(one == other for one, other in asked)
+    drafts, accepted = (sum(getattr(one, name) for one in drafted.requests) for name in ("drafts", "accepted"))
+    print(
+        f"    {accepted / max(1, drafts):.2f} tokens accepted per draft, {drafts:,} drafts, {accepted:,} of "
+        f"{drafted.new_tokens:,} tokens; {equal} of {len(asked)} answers to equal prompts are equal",
+        flush=True,
+    )
 
 
 def spread(values: list[float]) -> str:
@@ -363,6 +401,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="walking")
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 3], help="texts a group (default 1 2 3)")
+    parser.add_argument("--weights", type=Path, help="directory of a tuned synthesizer, in place of --model")
+    parser.add_argument("--speculation", type=int, help="tokens of a draft; compare with and without")
     parser.add_argument("--against", nargs="+", choices=["ceiling", "official"], default=["ceiling", "official"])
     parser.add_argument("--repeats", type=int, default=1, help="times that each contestant runs, in turn (default 1)")
     parser.add_argument("--groups", type=int, help=f"default {GROUPS_PER_FLIGHT} for each one in flight")
@@ -370,6 +410,10 @@ def main() -> None:
     parser.add_argument("--tokens", help=f"shortest and longest text, by model (default {TEXT_TOKENS})")
     parser.add_argument("--directory", type=Path, help="where models are made, and kept; default a temporary one")
     arguments = parser.parse_args()
+    if arguments.weights:
+        arguments.model = "weights"
+    if arguments.speculation:
+        arguments.against = ["drafts"]
     arguments.tokens = arguments.tokens or TEXT_TOKENS[arguments.model]
     with tempfile.TemporaryDirectory(prefix="ipt-synthesis-") as temporary:
         folder = arguments.directory or Path(temporary)

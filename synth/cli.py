@@ -66,7 +66,7 @@ def run(
     """Generate question-answer pairs for raw text.
 
     A synthesizer model writes the pairs. Writes shards of groups (texts with their pairs) to `output`. Rerun the same
-    command to resume; finished groups are kept.
+    command to resume; finished groups are kept. Exits with code 1 if no pair was accepted; the output is kept.
     """
     if retry_failed and estimate is not None:
         raise UserError("--retry-failed: cannot be combined with --estimate, which writes no output; remove one")
@@ -75,7 +75,8 @@ def run(
     if estimate is None:
         from synth.generate.run import run_synth
 
-        return run_synth(settings, retry_failed=retry_failed)
+        result = run_synth(settings, retry_failed=retry_failed)
+        return Shown(result, exit_code=0 if result["pairs"] else 1)
     from synth.generate.estimate import run_estimate, show_estimate
 
     result = run_estimate(settings, estimate, price_per_hour)

@@ -1,7 +1,7 @@
 """Settings of `synth run`, the `synthesizer` block that `synth verify` shares with it, and the names of the scores."""
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -25,6 +25,8 @@ EngineScore = Literal["open_closed", "agreement"]
 ScoreName = Literal[TextScore, EngineScore]
 
 ENGINE_SCORES: frozenset[str] = frozenset(get_args(EngineScore))
+# Fields that decide completions, in an output's identity only where they differ from their defaults.
+OPTIONAL_MEANING = {"top_p", "top_k", "min_p", "repetition_penalty", "stop", "prompt", "quantization"}
 BETTER_WITH_ENGINE = ENGINE_SCORES | {"options"}  # without one, only the form of the options is scored
 
 
@@ -43,6 +45,26 @@ class FaultSettings(Settings):
     """Number of the request, counted from 1, at which the engine exits. null: never."""
     latency_seconds: float = Field(default=0.0, ge=0)
     """Mean seconds per request; each takes between half and one and a half times as long."""
+
+
+class SpeculationSettings(Settings):
+    """Drafts that the model checks several tokens at a time. Outputs keep their distribution; greedy ones are equal."""
+
+    method: Literal["ngram"] = "ngram"
+    """ngram: drafts continue the last tokens as an earlier place of prompt or answer does. Answers often quote."""
+    tokens: int = Field(default=4, ge=1, le=64)
+    """Maximum tokens of a draft."""
+    min_match: int = Field(default=2, ge=1)
+    """Least number of last tokens that must occur earlier."""
+    max_match: int = Field(default=5, ge=1, validate_default=True)
+    """Greatest number of last tokens to compare; the longest match is used."""
+
+    @field_validator("max_match")
+    @classmethod
+    def _not_below_min(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("min_match", 1):
+            raise ValueError(f"expected min_match ({info.data['min_match']}) or more; raise it")
+        return value
 
 
 class SynthesizerSettings(Settings):
@@ -70,6 +92,26 @@ class SynthesizerSettings(Settings):
     """Maximum tokens of an answer."""
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature. 0: greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most probable tokens with this total probability. 1: from all."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from this number of most probable tokens. 0: from all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample from tokens with at least this fraction of the highest probability. 0: from all."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens that occurred before. 1: off."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end an answer. They are not part of it."""
+    prompt: Literal["completion", "chat"] = "completion"
+    """completion: the wire format, for tuned synthesizers. chat: a chat model is instructed by `prompt_file`."""
+    prompt_file: str | None = Field(default=None, validate_default=True)
+    """YAML file with the instruction of a chat model. null: the one of the package (docs/reference/synthesis.md)."""
+    lora: str | None = None
+    """Directory of a LoRA adapter for vllm. null: none."""
+    quantization: str | None = None
+    """Quantization method of vllm, such as `fp8`. null: as the model's config says."""
+    speculation: SpeculationSettings | None = None
+    """Speculative decoding on vllm. null: off."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations. auto: chosen by the engine."""
     max_num_seqs: int = Field(default=64, ge=1)
@@ -87,6 +129,30 @@ class SynthesizerSettings(Settings):
         longest = info.data.get("max_model_len")
         if longest is not None and value >= longest:
             raise ValueError(f"expected fewer than max_model_len ({longest}) so that a prompt has room; lower it")
+        return value
+
+    @field_validator("prompt_file")
+    @classmethod
+    def _only_chat(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("prompt") != "chat":
+            raise ValueError("it is read with prompt: chat; set that, or remove it")
+        return value
+
+    @field_validator("lora", "quantization", "speculation")
+    @classmethod
+    def _only_vllm(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("engine") != "vllm":
+            raise ValueError("it is for engine: vllm; remove it, or configure the server with it")
+        if info.field_name == "speculation" and value is not None and info.data.get("min_p"):
+            raise ValueError("vllm cannot combine it with min_p; remove one")
+        return value
+
+    @field_validator("top_p", "top_k", "min_p", "repetition_penalty")
+    @classmethod
+    def _not_jax(cls, value: float, info: ValidationInfo) -> float:
+        assert info.field_name is not None
+        if info.data.get("engine") == "jax" and value != cls.model_fields[info.field_name].default:
+            raise ValueError("engine: jax samples by temperature only; remove it, or use vllm")
         return value
 
     @field_validator("faults")
@@ -118,7 +184,12 @@ class SynthesizerSettings(Settings):
         """The fields that decide the completions. Failures and delays do not: --retry-failed repairs them."""
         faults = self.faults.model_dump(include={"malformed", "truncated"}) if self.faults else {}
         fields = {"engine", "max_model_len", "max_new_tokens", "temperature", "dtype"}
-        return {**self.model_dump(include=fields), "faults": {name: share for name, share in faults.items() if share}}
+        shares = {name: share for name, share in faults.items() if share}
+        return {**self.model_dump(include=fields), **self.stated(OPTIONAL_MEANING), "faults": shares}
+
+    def stated(self, names: set[str]) -> dict[str, Any]:
+        """Those of the fields that differ from their defaults."""
+        return self.model_dump(include=names, exclude_defaults=True)
 
 
 class CorpusSettings(SourceSettings):

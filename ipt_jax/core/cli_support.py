@@ -129,6 +129,8 @@ def _exit_code(app: typer.Typer) -> int:
     try:
         result = app(standalone_mode=False)
         sys.stdout.flush()
+        if result == 130:  # Typer returns it for Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _mistake(str(error))

@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 import msgspec
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from ipt_jax.core.errors import UserError
+from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.executor import ExecutorName, run_units
 from ipt_jax.core.files import TEMPORARY, lock_directory, refuse_foreign, sync_directory, write_whole, writing
 from ipt_jax.core.hashing import digest, file_digest
@@ -119,12 +119,12 @@ class Output:
         return self
 
     def __exit__(self, kind: Raised, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, UserError) and not self.entries:
+        if isinstance(error, UserError | Fault) and not self.entries:
             self._withdraw()
         os.close(self._lock)
 
     def _withdraw(self) -> None:
-        """Removes the directory if a user error ended the run before its first shard, unless it holds other files."""
+        """Removes the directory if an error ended the run before its first shard, unless it holds other files."""
         files = list(self.path.iterdir())
         if all(file.name in (".lock", "manifest.json") or file.name.endswith(TEMPORARY) for file in files):
             for file in files:

@@ -94,19 +94,26 @@ class Tokenizer:
             self._sentencepiece = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {self.path}: not a SentencePiece model ({error})") from error
-        bos, eos = self._sentencepiece.bos_id(), self._sentencepiece.eos_id()
-        self.bos_id, self.eos_id = (bos if bos >= 0 else None), (eos if eos >= 0 else None)
+        found = {"bos": self._sentencepiece.bos_id(), "eos": self._sentencepiece.eos_id()}
+        self.bos_id, self.eos_id = (
+            None if found[which] < 0 or self._named(which) is None else found[which] for which in ("bos", "eos")
+        )
         self.vocab_size = self._sentencepiece.vocab_size()
 
     def _control(self, which: str, usual: tuple[str, ...], special: dict[str, int]) -> int | None:
-        """The id that tokenizer_config.json names, else that of the first usual spelling."""
-        config = self.directory / "tokenizer_config.json"
-        if config.is_file():
-            named = json.loads(config.read_text(encoding="utf-8")).get(f"{which}_token")
-            content = named.get("content") if isinstance(named, dict) else named
-            if content is not None:
-                return self._json.token_to_id(content)
+        """The id that tokenizer_config.json names, else that of the first usual spelling. None if it says null."""
+        named = self._named(which)
+        if named is None:
+            return None
+        content = named.get("content") if isinstance(named, dict) else named
+        if content:
+            return self._json.token_to_id(content)
         return next((special[name] for name in usual if name in special), None)
+
+    def _named(self, which: str) -> Any:
+        """What tokenizer_config.json says: a spelling, an object with one, None, or '' for nothing."""
+        config = self.directory / "tokenizer_config.json"
+        return json.loads(config.read_text(encoding="utf-8")).get(f"{which}_token", "") if config.is_file() else ""
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
         """Ids of `text`. `continuing`: it continues an earlier segment, so no space is added before its first word."""
@@ -187,6 +194,24 @@ class Tokenizer:
             return np.array([len(text)] + [0] * (count - 1), np.uint32)[:count]
         ends = np.maximum.accumulate(np.array(self.char_ends(text)[1], np.int64))
         return np.diff(ends, prepend=0).astype(np.uint32)
+
+    @cached_property
+    def control_spellings(self) -> list[str]:
+        """The spellings of all control tokens, which a chat template's text turns into these tokens."""
+        if self._json is not None:
+            return [token.content for token in self._json.get_added_tokens_decoder().values() if token.special]
+        model = self._sentencepiece
+        return [model.id_to_piece(index) for index in range(model.vocab_size()) if model.is_control(index)]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a rendered chat template, in which the spelling of a control token is that token."""
+        if self._json is None:
+            raise UserError(f"tokenizer {self.path}: chat templates need a tokenizer.json; convert the tokenizer to it")
+        return self._for_templates.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _for_templates(self) -> Any:
+        return JsonTokenizer.from_str(self._json.to_str())
 
     def char_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of `text`, and the character of `text` where each ends."""

@@ -9,6 +9,7 @@ from ipt_jax.core.hashing import DigestOf, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
 from synth.engine.base import Engine
+from synth.format.chat import chat_format
 
 
 def synthesizer_tokenizer(settings: SynthesizerSettings) -> Tokenizer:
@@ -46,6 +47,16 @@ def weights_digest(model: str, digest_of: DigestOf = file_digest) -> str:
     return digest([digest_of(checkpoint / "model.json"), *zip(names, map(digest_of, files), strict=True)])
 
 
+def adapter_digest(path: str, digest_of: DigestOf = file_digest) -> str:
+    """SHA-256 over config and weights of a LoRA adapter."""
+    files = [Path(path) / "adapter_config.json", *sorted(Path(path).glob("adapter_model*"))]
+    if len(files) < 2 or not files[0].is_file():
+        raise UserError(
+            f"synthesizer.lora {path}: no adapter_config.json and adapter_model.safetensors; set its directory"
+        )
+    return directory_digest(files, digest_of)
+
+
 def latest_checkpoint(directory: Path) -> Path:
     """The newest step of a run directory, one step's directory, or the output of `ipt import`."""
     steps = [path for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
@@ -59,8 +70,12 @@ def synthesizer_identity(
     settings: SynthesizerSettings, tokenizer: Tokenizer, digest_of: DigestOf = file_digest
 ) -> dict[str, Any]:
     """What the completions depend on, by contents: neither paths nor settings that change only the speed."""
+    extras = {"lora": adapter_digest(settings.lora, digest_of)} if settings.lora else {}
+    if chat := chat_format(settings, tokenizer):
+        extras["chat"] = chat.digest
     return {
         **settings.meaning,
+        **extras,
         "weights": model_digest(settings, tokenizer, digest_of),
         "tokenizer": {"digest": tokenizer.digest, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
     }

@@ -6,7 +6,8 @@ one request. `EngineDied`, or any other exception from `generate`, means that th
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator, Awaitable, Callable
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -24,7 +25,8 @@ class GenerationRequest:
     """A prompt and how to continue it. Requests with equal fields ask for the same completion.
 
     `id` is '<group id>/<round>/<attempt>' or the like. Of the waiting requests, an engine serves those of the lowest
-    `priority` first, and among them the earliest.
+    `priority` first, and among them the earliest. `messages`: the conversation of a chat model, for a server that
+    applies its own chat template; `prompt_ids` are the same conversation.
     """
 
     id: str
@@ -33,13 +35,17 @@ class GenerationRequest:
     temperature: float = 0.0
     seed: int = 0
     priority: int = 0
+    messages: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
 class Completion:
-    """`ids` exclude the closing EOS; `finish_reason` is `stop` (EOS) or `length`.
+    """`ids` exclude the closing EOS and stop strings.
 
+    `finish_reason` is `stop` (the model ended it), `length` (the token limit), or the engine's word for another end.
     `recoded`: the server returned only text. The ids are then from this tokenizer and may differ from the sampled ones.
+    `text`: the answer of a chat completion, where it is more exact than the ids. `text_prompt`: the server took the
+    prompt as text. `drafts` and `accepted_draft_tokens`: of speculative decoding.
     """
 
     ids: list[int]
@@ -47,6 +53,10 @@ class Completion:
     prompt_tokens: int
     cached_prompt_tokens: int
     recoded: bool = False
+    text: str | None = None
+    text_prompt: bool = False
+    drafts: int = 0
+    accepted_draft_tokens: int = 0
 
 
 Failure = Literal["error", "timeout", "refused"]
@@ -63,6 +73,10 @@ class RequestFailed(RuntimeError):
 
 class EngineDied(Fault):
     """The engine answers no more requests. Stored groups are safe, and another engine can resume the run."""
+
+
+class EngineNotStarted(EngineDied):
+    """The engine ended during its start, before any request."""
 
 
 async def with_retries(ask: Callable[[int], Awaitable[Answer]]) -> Answer:
@@ -140,6 +154,18 @@ class Places:
 
 def without_eos(ids: list[int], eos_id: int | None) -> list[int]:
     return ids[: ids.index(eos_id)] if eos_id in ids else ids
+
+
+def cut_at_stop(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> list[int]:
+    """The ids up to the first stop string. What a token holds before it is encoded again."""
+    text = tokenizer.decode(ids)
+    found = [place for place in map(text.find, stop) if place >= 0]
+    if not found:
+        return ids
+    at = min(found)
+    size = bisect_right(range(len(ids)), at, key=lambda size: len(tokenizer.decode(ids[:size]))) - 1
+    rest = text[len(tokenizer.decode(ids[:size])) : at]
+    return ids[:size] + (tokenizer.encode(rest, continuing=True) if rest else [])
 
 
 def refuse_vocabulary(model: str, tokenizer: Tokenizer, known: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, GenerationRequest, refuse_vocabulary, time_limit, without_eos
+from synth.engine.base import Completion, GenerationRequest, cut_at_stop, refuse_vocabulary, time_limit, without_eos
 
 if TYPE_CHECKING:
     from ipt_jax.inference.language_model import LanguageModel
@@ -50,6 +50,7 @@ class JaxEngine:
             )
         self.tokenizer = tokenizer
         self.places = settings.max_num_seqs
+        self._stop = settings.stop
         self._timeout = settings.request_timeout_seconds
         self._model = model
         self._generator = BatchGenerator(model, settings.max_num_seqs, settings.max_model_len, settings.max_new_tokens)
@@ -125,9 +126,10 @@ class JaxEngine:
 
     def _settle(self, pending: PendingRequest, ids: list[int], finish_reason: str) -> None:
         kept = without_eos(ids, self.tokenizer.eos_id)
-        reason = "stop" if len(kept) < len(ids) else finish_reason
+        cut = cut_at_stop(self.tokenizer, kept, self._stop)
+        reason = "stop" if len(kept) < len(ids) or cut is not kept else finish_reason
         if not pending.answer.done():  # else cancelled
-            pending.answer.set_result(Completion(kept, reason, len(pending.request.prompt_ids), 0))
+            pending.answer.set_result(Completion(cut, reason, len(pending.request.prompt_ids), 0))
 
     async def close(self) -> None:
         if self._stepper is not None:

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible completions server: token prompts out over HTTP, token ids back if the server returns them.
+"""Any OpenAI-compatible server: token prompts or conversations out over HTTP, token ids back if it returns them.
 
 Guaranteed: a server that is down, overloaded or restarting is retried with growing, scattered pauses, longer if it
 sends `Retry-After`, and requests in flight are sent again. A server that cannot be reached at startup is a UserError.
@@ -6,8 +6,8 @@ One that answers no request for `server_patience_seconds` is an EngineDied. A re
 alone. The key is read from the environment variable IPT_API_KEY and written nowhere.
 
 vLLM servers return token ids. Others return text, which is encoded here: `Completion.recoded`. The ids may then differ
-from the sampled ones, which only costs prefix-cache hits. vLLM counts cached tokens with
-`--enable-prompt-tokens-details`.
+from the sampled ones, which only costs prefix-cache hits. A server that refuses a prompt of token ids gets text from
+then on: `Completion.text_prompt`. vLLM counts cached tokens with `--enable-prompt-tokens-details`.
 """
 
 import asyncio
@@ -23,7 +23,18 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.seeding import uniform
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, EngineDied, GenerationRequest, Places, RequestFailed, time_limit, without_eos
+from synth.engine.base import (
+    FAILURES,
+    Completion,
+    EngineDied,
+    GenerationRequest,
+    Places,
+    RequestFailed,
+    cut_at_stop,
+    time_limit,
+    without_eos,
+)
+from synth.format.chat import chat_format
 
 KEY = "IPT_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
@@ -32,6 +43,11 @@ CONNECT_SECONDS = 10.0
 STARTUP_TRIES = 4  # to reach the server; about three seconds with the pauses between
 TRIES = 5  # of a request at which the server fails or closes the connection
 OVERLOADED = (429, 502, 503, 504)  # the server itself, or a gateway in front of it
+FINISHED = {  # servers' words for the two usual ends
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_length", "model_length"), "length"),
+}
+FAILED = {*FAILURES, "abort", "aborted", "cancelled"}  # finish reasons without an answer
 log = logging.getLogger(__name__)
 
 
@@ -69,17 +85,74 @@ class OpenAIEngine:
             timeout=openai.Timeout(None, connect=CONNECT_SECONDS),
         )
         self._extras: dict[str, Any] | None = None  # unknown before the first request
-        self._checking = asyncio.Lock()
+        self._takes_text: bool | None = None  # in place of token ids; unknown before the first completion
+        self._checking, self._deciding = asyncio.Lock(), asyncio.Lock()
+        chat = chat_format(settings, tokenizer)
+        self._template_options = chat.settings.template_options if chat else {}
         self._answered = 0.0  # time of the server's last answer
         self._seen = self._away = False
 
     async def generate(self, request: GenerationRequest) -> Completion:
         extras = await self._known_extras()
-        sampling = {"max_tokens": request.max_new_tokens, "temperature": request.temperature}
-        asked = {"prompt": request.prompt_ids, **sampling, "extra_body": extras}
+        asked = {"max_tokens": request.max_new_tokens, **self._sampling(request)}
+        body = {**extras, **self._body}
+        if request.messages is not None:
+            if self._template_options:
+                body["chat_template_kwargs"] = self._template_options
+            body.pop("return_token_ids", None)  # answers are parsed as the text that the server makes of them
+            asked = {"messages": request.messages, **asked, "extra_body": body}
+            return self._reply(await self._complete(asked, request.id, request.priority), request)
+        return await self._from_prompt({**asked, "extra_body": body}, request)
+
+    def _sampling(self, request: GenerationRequest) -> dict[str, Any]:
+        found: dict[str, Any] = {"temperature": request.temperature}
         if request.temperature > 0:
-            asked["seed"] = request.seed
-        return self._completion(await self._complete(asked, request.id, request.priority), request.prompt_ids)
+            found["seed"] = request.seed
+        if self._settings.top_p < 1:
+            found["top_p"] = self._settings.top_p
+        if self._settings.stop:
+            found["stop"] = self._settings.stop
+        return found
+
+    @property
+    def _body(self) -> dict[str, Any]:
+        """Sampling fields that OpenAI's own API lacks, where they are set."""
+        return self._settings.stated({"top_k", "min_p", "repetition_penalty"})
+
+    async def _from_prompt(self, asked: dict[str, Any], request: GenerationRequest) -> Completion:
+        """The completion of a prompt. The first one decides whether the server takes token ids."""
+        if self._takes_text is None:
+            async with self._deciding:
+                if self._takes_text is None:
+                    return await self._decide(asked, request)
+        prompt = self._spelled(request.prompt_ids) if self._takes_text else request.prompt_ids
+        reply = await self._complete({"prompt": prompt, **asked}, request.id, request.priority)
+        return self._reply(reply, request)
+
+    async def _decide(self, asked: dict[str, Any], request: GenerationRequest) -> Completion:
+        try:
+            reply = await self._complete({"prompt": request.prompt_ids, **asked}, request.id, request.priority)
+            self._takes_text = False
+        except RequestFailed as failure:
+            text = {"prompt": self._spelled(request.prompt_ids), **asked}
+            try:
+                reply = await self._complete(text, request.id, request.priority)
+            except RequestFailed:
+                raise failure from None
+            self._takes_text = True
+            log.warning("server %s: refuses token ids (%s); prompts are sent as text", self._settings.server, failure)
+        return self._reply(reply, request)
+
+    def _spelled(self, ids: list[int]) -> str:
+        """The prompt as text with its control tokens spelled; without the first BOS, which servers add."""
+        tokenizer, pieces, start = self.tokenizer, [], 0
+        controls = {tokenizer.bos_id, tokenizer.eos_id}
+        for place, token in enumerate([*ids, None]):
+            if token is None or token in controls:
+                pieces.append(tokenizer.spell(ids[start:place], first=True))
+                pieces.append("" if token is None or not place else tokenizer.control_name(token))
+                start = place + 1
+        return "".join(pieces)
 
     async def score(self, prompt_ids: list[int], answer_ids: list[int], *, request_id: str) -> float:
         """Needs a vLLM server: others return no log-probabilities of a prompt's tokens."""
@@ -95,7 +168,8 @@ class OpenAIEngine:
 
     async def _complete(self, asked: dict[str, Any], request_id: str, priority: int) -> Any:
         """The server's reply, requested when a place is free."""
-        create = self._client.completions.create
+        client = self._client
+        create: Any = client.chat.completions.create if "messages" in asked else client.completions.create
         async with self._places.hold(priority):
             return await self._answer(lambda: create(model=self._settings.served_name, **asked), request_id)
 
@@ -105,6 +179,7 @@ class OpenAIEngine:
             if self._extras is None:
                 is_vllm = (await self._served_model()).owned_by == "vllm"
                 self._extras = {"return_token_ids": True, "stop_token_ids": [self.tokenizer.eos_id]} if is_vllm else {}
+                self._takes_text = False if is_vllm else None
         return self._extras
 
     async def _served_model(self) -> Served:
@@ -182,21 +257,44 @@ class OpenAIEngine:
         self._seen = True
         self._answered = time.monotonic()
 
-    def _completion(self, reply: Any, prompt_ids: list[int]) -> Completion:
+    def _reply(self, reply: Any, request: GenerationRequest) -> Completion:
         choices = getattr(reply, "choices", None)  # a reply that is not JSON is a string
         if not choices:
             raise RequestFailed(f"the server's reply holds no completion: {str(reply)[:100]}")
-        if choices[0].finish_reason not in ("stop", "length"):
-            raise RequestFailed(f"the server finished with {choices[0].finish_reason!r}")
-        sampled = getattr(choices[0], "token_ids", None)
-        ids = self.tokenizer.encode(choices[0].text, continuing=True) if sampled is None else sampled
-        details = getattr(reply.usage, "prompt_tokens_details", None)
+        choice, tokenizer, usage = choices[0], self.tokenizer, reply.usage
+        reason = finish_reason(choice.finish_reason)
+        details = getattr(usage, "prompt_tokens_details", None)
         cached = getattr(details, "cached_tokens", None) or 0
-        kept = without_eos(list(ids), self.tokenizer.eos_id)
-        return Completion(kept, choices[0].finish_reason, len(prompt_ids), cached, recoded=sampled is None)
+        if request.messages is not None:
+            text = answer_text(choice.message)
+            text = min((text.partition(one)[0] for one in self._settings.stop), key=len, default=text)
+            ids, counted = tokenizer.encode(text, continuing=True), getattr(usage, "prompt_tokens", None)
+            return Completion(ids, reason, counted or len(request.prompt_ids), cached, recoded=True, text=text)
+        sampled = getattr(choice, "token_ids", None)
+        ids = tokenizer.encode(choice.text or "", continuing=True) if sampled is None else sampled
+        kept = cut_at_stop(tokenizer, without_eos(list(ids), tokenizer.eos_id), self._settings.stop)
+        return Completion(
+            kept, reason, len(request.prompt_ids), cached, recoded=sampled is None, text_prompt=bool(self._takes_text)
+        )
 
     async def close(self) -> None:
         await self._client.close()
+
+
+def finish_reason(said: Any) -> str:
+    """`stop`, `length`, or the server's word; `null` if it says none. Raises RequestFailed for an aborted request."""
+    if said is None:
+        return "null"
+    word = str(said).lower()
+    if word in FAILED:
+        raise RequestFailed(f"the server finished with {said!r}")
+    return FINISHED.get(word, word if word.replace("_", "").isalpha() and len(word) < 40 else "other")
+
+
+def answer_text(message: Any) -> str:
+    """The content of a chat answer, with the thinking that a server returns apart, so that it is counted."""
+    thinking = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    return (f"<think>{thinking}</think>" if thinking else "") + (message.content or "")
 
 
 def line(error: Any) -> str:

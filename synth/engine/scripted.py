@@ -15,6 +15,7 @@ from ipt_jax.corpus.records import Pair
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import FaultSettings, SynthesizerSettings
 from synth.engine.base import Completion, EngineDied, GenerationRequest, Places, RequestFailed, time_limit
+from synth.format.prompt import common_prefix
 from synth.format.wire import ANSWER_TAG, END_TAG, PAIR_SEPARATOR, QUESTION_TAG, pair_text, wire_pair
 
 REMEMBERED = 8  # groups per place whose last request is remembered: latencies differ by a factor of three at most
@@ -35,7 +36,7 @@ class ScriptedEngine:
         prompt_ids = request.prompt_ids
         rng = draw(request.seed if request.temperature > 0 else 0, digest(prompt_ids))
         await self._take_time(rng, request.priority)
-        context = last_context(self.tokenizer, prompt_ids)
+        context = request.messages[-1]["content"] if request.messages else last_context(self.tokenizer, prompt_ids)
         if context.endswith(ANSWER_TAG):
             return self._answer_question(context, prompt_ids)
         pairs = [pair_text(pair) for pair in quote_pairs(context, rng)]
@@ -93,14 +94,9 @@ class ScriptedEngine:
         self._last.clear()
 
 
-def common_prefix(one: list[int], other: list[int]) -> int:
-    """[1, 2, 3], [1, 2, 4] -> 2"""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def last_context(tokenizer: Tokenizer, prompt_ids: list[int]) -> str:
-    """The text of the open example: after the prompt's last BOS, without the tags."""
-    starts = [place for place, token in enumerate(prompt_ids) if token == tokenizer.bos_id]
+    """The text of the open example: after the prompt's last BOS or EOS, without the tags."""
+    starts = [place for place, token in enumerate(prompt_ids) if token in (tokenizer.bos_id, tokenizer.eos_id)]
     opened = tokenizer.decode(prompt_ids[starts[-1] + 1 if starts else 0 :])
     return opened.strip().removeprefix("<CON>").removesuffix("</CON>").strip()
 

@@ -47,21 +47,24 @@ CONTEXT_TAG = re.compile(r"</?CON>")
 def parse_completion(text: str, finished: bool) -> list[Pair]:
     """The pairs of one completion, accepted and rejected, in order. `finished`: it ended with EOS."""
     *records, tail = text.split(END_TAG)
-    pairs: list[Pair] = []
-    seen: set[tuple[str, ...]] = set()
-    for record in records:
-        pair = read_pair(record)
-        key = question_key(pair)
-        if pair.accepted and key in seen:
-            pair = reject(pair, "duplicate_question")
-        elif pair.accepted:
-            seen.add(key)
-        pairs.append(pair)
+    pairs = without_duplicates([read_pair(record) for record in records])
     if tail.strip():
         has_tag = QUESTION_TAG in tail or ANSWER_TAG in tail
         reason: Reason = "truncated" if not finished else "unclosed" if has_tag else "leftover_text"
         pairs.append(rejected(reason, tail.strip()))
     return pairs
+
+
+def without_duplicates(pairs: list[Pair]) -> list[Pair]:
+    """The pairs, with later accepted ones of the same question rejected."""
+    seen: set[tuple[str, ...]] = set()
+    found = []
+    for pair in pairs:
+        key = question_key(pair)
+        found.append(reject(pair, "duplicate_question") if pair.accepted and key in seen else pair)
+        if pair.accepted:
+            seen.add(key)
+    return found
 
 
 def read_pair(record: str) -> Pair:

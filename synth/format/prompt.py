@@ -25,23 +25,28 @@ class Prompt:
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Sequence[list[int]] = ()) -> None:
-        if tokenizer.bos_id is None or tokenizer.eos_id is None:
+        if tokenizer.eos_id is None:
             raise UserError(
-                f"tokenizer {tokenizer.path}: no BOS or no EOS token; the synthesizer's format needs both, "
-                "name them in tokenizer_config.json"
+                f"tokenizer {tokenizer.path}: no EOS token; the synthesizer's format needs one, name it in "
+                "tokenizer_config.json"
             )
         self.tokenizer = tokenizer
-        self.bos_id: int = tokenizer.bos_id
+        self.start = start_ids(tokenizer)
         self.eos_id: int = tokenizer.eos_id
         self.examples = list(examples)
         self.current: list[int] = []
 
     def start_example(self, text: str) -> list[int]:
-        return [self.bos_id, *self.tokenizer.encode(context_block(text))]
+        return [*self.start, *self.tokenizer.encode(context_block(text))]
 
     def example(self, text: str, pairs: Sequence[Pair]) -> list[int]:
-        """A complete example, BOS to EOS."""
+        """A complete example, BOS to EOS. A tokenizer without BOS begins it with the context."""
         return [*self.start_example(text), *self.tokenizer.encode(pairs_text(pairs), continuing=True), self.eos_id]
+
+    def sized_example(self, text: str, pairs: Sequence[Pair]) -> tuple[list[int], int]:
+        """An example and its tokens."""
+        example = self.example(text, pairs)
+        return example, len(example)
 
     def open(self, text: str, max_tokens: int | None = None) -> list[int]:
         """The prompt for this text's pairs. Drops the oldest examples if it would exceed max_tokens."""
@@ -59,8 +64,7 @@ class Prompt:
         if kept:
             self.examples.append([*self.current, *kept, self.eos_id])
         self.current = []
-        both = zip(kept, completion_ids, strict=False)
-        return len(kept) - next((place for place, (a, b) in enumerate(both) if a != b), len(kept))
+        return len(kept) - common_prefix(kept, completion_ids)
 
     @property
     def token_count(self) -> int:
@@ -110,4 +114,15 @@ def tokens_to_end(tokenizer: Tokenizer, ids: Sequence[int], ends: int) -> tuple[
 
 def context_tokens(text: str, tokenizer: Tokenizer) -> int:
     """Tokens of an example's start: BOS and the context block."""
-    return 1 + len(tokenizer.encode(context_block(text)))
+    return len(start_ids(tokenizer)) + len(tokenizer.encode(context_block(text)))
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """[1, 2, 3], [1, 2, 4] -> 2"""
+    both = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in both if a != b), min(len(one), len(other)))
+
+
+def start_ids(tokenizer: Tokenizer) -> list[int]:
+    """What opens an example: BOS, or nothing for a tokenizer without one."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]

@@ -7,6 +7,7 @@ failure of the model is recorded. Groups are independent of each other: no reque
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,10 +20,12 @@ from ipt_jax.core.stage import format_counts
 from ipt_jax.corpus.records import Document, GroupText, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.collect.data_sets import DataSet, RowTally, merge_examples, read_examples
-from synth.config import RunSettings, SynthesizerSettings
-from synth.engine.base import Completion, Engine, GenerationRequest, RequestFailed, with_retries
+from synth.config import OPTIONAL_MEANING, RunSettings, SynthesizerSettings
+from synth.engine.base import FAILURES, Completion, Engine, GenerationRequest, RequestFailed, with_retries
+from synth.format.chat import ChatPrompt, chat_format, text_tokens
 from synth.format.parser import parse_completion
 from synth.format.prompt import Prompt, context_tokens
+from synth.format.reply import read_reply
 from synth.format.truncate import Span, fit_text, surely_fits
 from synth.groups import Group, full_span
 from synth.verify.verifier import Verifier, make_verifier
@@ -61,7 +64,7 @@ class Chain:
     synthesizer: SynthesizerSettings
     tokenizer: Tokenizer
     seed: int
-    examples: list[list[int]]
+    examples: list[Any]
     name: str
     weights: str
     fingerprint: str
@@ -70,7 +73,7 @@ class Chain:
 
     async def run(self, engine: Engine, group: Group) -> SynthGroup:
         """The group's record. A text of which nothing fits the budget is dropped and counted."""
-        prompt = Prompt(self.tokenizer, self.examples)
+        prompt = self.new_prompt(self.examples)
         texts: list[GroupText] = []
         meta = {"number": group.number, "texts_cut": 0, "texts_split": 0, "examples_dropped": 0}
         meta |= {"cache_lost_tokens": 0, "recoded_tokens": 0, "no_room": 0}
@@ -85,21 +88,25 @@ class Chain:
         answer = SynthGroup(group.id, texts, self.name, self.weights, self.sampling, self.fingerprint, meta)
         return await self.verifier.run(engine, answer) if self.verifier else answer
 
+    def new_prompt(self, examples: Sequence[Any] = ()) -> Prompt | ChatPrompt:
+        chat = chat_format(self.synthesizer, self.tokenizer)
+        return ChatPrompt(chat, examples) if chat else Prompt(self.tokenizer, examples)
+
     def fit(self, text: str, part: Span) -> Span | None:
         """The beginning of the part that a prompt of its own can hold. None if not even one character fits."""
         limit = self.synthesizer.max_prompt_tokens
-        asked = text[slice(*part)]
-        if surely_fits(asked, self.tokenizer, limit):  # saves encoding most texts twice
+        asked, count = text[slice(*part)], text_tokens(self.synthesizer, self.tokenizer)
+        if count is context_tokens and surely_fits(asked, self.tokenizer, limit):  # saves encoding most texts twice
             return part
-        size = fit_text(asked, self.tokenizer, limit)[1]
-        if size == 1 and context_tokens(asked[:1], self.tokenizer) > limit:
+        size = fit_text(asked, self.tokenizer, limit, count)[1]
+        if size == 1 and count(asked[:1], self.tokenizer) > limit:
             return None
         return part[0], part[0] + size
 
     async def ask(
         self,
         engine: Engine,
-        prompt: Prompt,
+        prompt: Prompt | ChatPrompt,
         group_id: str,
         text: Document,
         span: Span,
@@ -111,9 +118,22 @@ class Chain:
         shown = len(prompt.examples)
         prompt_ids = prompt.open(context, self.synthesizer.max_prompt_tokens)
         meta["examples_dropped"] += shown - len(prompt.examples)
-        completion = await self.generate(engine, prompt_ids, group_id, number)
+        messages = prompt.messages if isinstance(prompt, ChatPrompt) else None
+        completion = await self.generate(engine, prompt_ids, group_id, number, messages)
         meta["recoded_tokens"] += len(completion.ids) if completion.recoded else 0
-        pairs = parse_completion(self.tokenizer.decode(completion.ids), finished=completion.finish_reason == "stop")
+        add_counts(
+            meta,
+            text_prompts=completion.text_prompt,
+            drafts=completion.drafts,
+            accepted_draft_tokens=completion.accepted_draft_tokens,
+        )
+        answer = self.tokenizer.decode(completion.ids) if completion.text is None else completion.text
+        finished = completion.finish_reason == "stop"
+        if messages is None:
+            pairs = parse_completion(answer, finished)
+        else:
+            pairs, removed = read_reply(answer, finished or completion.finish_reason in FAILURES)
+            add_counts(meta, **{f"chat_{name}": count for name, count in removed.items()})
         meta["cache_lost_tokens"] += prompt.close(completion.ids, pairs)
         return GroupText(
             raw_id=text.id,
@@ -129,7 +149,14 @@ class Chain:
             finish_reason=completion.finish_reason,
         )
 
-    async def generate(self, engine: Engine, prompt_ids: list[int], group_id: str, number: int) -> Completion:
+    async def generate(
+        self,
+        engine: Engine,
+        prompt_ids: list[int],
+        group_id: str,
+        number: int,
+        messages: list[dict[str, str]] | None = None,
+    ) -> Completion:
         """The engine's completion; after failed retries an empty one, with the failure as its finish reason."""
         request = GenerationRequest(
             f"{group_id}/{number}",
@@ -138,6 +165,7 @@ class Chain:
             temperature=self.synthesizer.temperature,
             seed=int(digest([self.seed, "generate", group_id, number])[:8], 16),
             priority=-number,
+            messages=messages,
         )
         try:
             completion = await with_retries(
@@ -152,30 +180,38 @@ class Chain:
     @property
     def sampling(self) -> dict[str, Any]:
         fields = self.synthesizer.model_dump(include={"max_model_len", "max_new_tokens", "temperature"})
-        return {**fields, "seed": self.seed}
+        return {**fields, **self.synthesizer.stated(OPTIONAL_MEANING), "seed": self.seed}
+
+
+def add_counts(meta: dict[str, int], **counts: int) -> None:
+    """Adds the counts that are not 0."""
+    for name, count in counts.items():
+        if count:
+            meta[name] = meta.get(name, 0) + int(count)
 
 
 def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, Any]) -> Chain:
-    room = settings.synthesizer.max_prompt_tokens - context_tokens("", tokenizer)
+    room = settings.synthesizer.max_prompt_tokens - text_tokens(settings.synthesizer, tokenizer)("", tokenizer)
     if room < LEAST_TEXT_TOKENS:
         raise UserError(
             f"synthesizer.max_model_len: {settings.synthesizer.max_model_len} less max_new_tokens leaves a text {room} "
             f"tokens, expected {LEAST_TEXT_TOKENS} or more; raise max_model_len"
         )
-    return Chain(
+    chain = Chain(
         synthesizer=settings.synthesizer,
         tokenizer=tokenizer,
         seed=settings.seed,
-        examples=load_seed_examples(settings, tokenizer),
+        examples=[],
         name=Path(settings.synthesizer.model).resolve().name,
         weights=identity["synthesizer"]["weights"],
         fingerprint=digest(identity),
         verifier=make_verifier(settings.verify, settings.synthesizer, settings.seed) if settings.verify else None,
     )
+    return replace(chain, examples=load_seed_examples(settings, tokenizer, chain.new_prompt()))
 
 
-def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer) -> list[list[int]]:
-    """The token ids of each seed example, BOS to EOS. Raises UserError if too few rows of the file fit.
+def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer, prompt: Prompt | ChatPrompt) -> list[Any]:
+    """The seed examples: token ids, BOS to EOS, or turns of a chat. Raises UserError if too few rows of the file fit.
 
     They open every group of a run, so an untuned model can serve and the prefix cache holds them once. Drawn from
     (seed, id) among the rows short enough to leave a text its share of the prompt, rows with several pairs first
@@ -187,8 +223,8 @@ def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer) -> list[list
     share = settings.synthesizer.max_prompt_tokens // (count + 1)
     rows = merge_examples(read_examples(DataSet("seeds", "generic", [Path(path)]), RowTally()))
     rows.sort(key=lambda one: (-min(len(one.pairs), ENOUGH_PAIRS), uniform(settings.seed, "seed_examples", one.id)))
-    examples = (Prompt(tokenizer).example(row.context, row.pairs) for row in rows)
-    fitting = list(islice((example for example in examples if len(example) <= share), count))
+    examples = (prompt.sized_example(row.context, row.pairs) for row in rows)
+    fitting = list(islice((example for example, size in examples if size <= share), count))
     if len(fitting) < count:
         raise UserError(
             f"seed_examples {path}: count is {count}, but {len(fitting)} of {len(rows)} rows with pairs have at most "

@@ -18,6 +18,8 @@ from ipt_jax.core.stage import Output, damage
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import read_shard
 from synth.engine.base import FAILURES
+from synth.format.reply import REMOVED
+from synth.generate.acceptance import Acceptance
 from synth.generate.journal import Journal
 from synth.generate.work_list import WorkList
 from synth.groups import count_verdicts, counts_under, rejection_counts
@@ -25,6 +27,8 @@ from synth.verify.verifier import tally_scores
 
 DROPPED = "dropped."
 DETAILS = ("texts_cut", "texts_split", "examples_dropped", "cache_lost_tokens", "recoded_tokens")  # of a group's meta
+# In a group's meta only where they are not 0.
+RARE_DETAILS = ("text_prompts", "drafts", "accepted_draft_tokens", *(f"chat_{name}" for name in REMOVED))
 NAMED_REASONS = 3  # of rejection, in the progress line
 REFRESH_SECONDS = 0.5
 
@@ -32,8 +36,11 @@ REFRESH_SECONDS = 0.5
 class GroupStore:
     """The groups of one output; `counts` are the sums over all stored groups, sealed or not."""
 
-    def __init__(self, output: Output, work_list: WorkList, groups_per_shard: int) -> None:
+    def __init__(
+        self, output: Output, work_list: WorkList, groups_per_shard: int, acceptance: Acceptance | None = None
+    ) -> None:
         self.output, self.work_list, self.groups_per_shard = output, work_list, groups_per_shard
+        self.acceptance = acceptance
         self.shards = -(-work_list.groups // groups_per_shard)
         self.counts: Counter[str] = Counter()
         self._open: dict[int, OpenShard] = {}
@@ -47,7 +54,7 @@ class GroupStore:
         if shard in self.output.entries:  # a kill came between sealing and unlinking
             self.journal_path(shard).unlink()
             return
-        self._open[shard] = OpenShard(self.journal_path(shard))
+        self._open[shard] = OpenShard(self.journal_path(shard), self.acceptance)
         self.counts.update(self._open[shard].counts)
         self._seal_if_full(shard)
 
@@ -71,7 +78,7 @@ class GroupStore:
     def put(self, index: int, group: SynthGroup) -> None:
         shard, place = divmod(index, self.groups_per_shard)
         if shard not in self._open:
-            self._open[shard] = OpenShard(self.journal_path(shard))
+            self._open[shard] = OpenShard(self.journal_path(shard), self.acceptance)
         self.counts.update(self._open[shard].put(place, group))
         self._seal_if_full(shard)
 
@@ -111,8 +118,9 @@ def journal_path(output: Output, shard: int) -> Path:
 class OpenShard(Journal):
     """A journal with the sums over its groups. `empty`: places of groups without texts, counted but not stored."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, acceptance: Acceptance | None) -> None:
         super().__init__(path)
+        self.acceptance = acceptance
         self.counts: Counter[str] = Counter()
         self.empty: set[int] = set()
         for place in self:
@@ -126,6 +134,8 @@ class OpenShard(Journal):
     def _count(self, place: int, group: SynthGroup) -> Counter[str]:
         figures = tally(group)
         self.counts.update(figures)
+        if self.acceptance:
+            self.acceptance.see(group)
         if not group.texts:
             self.empty.add(place)
         return figures
@@ -142,6 +152,7 @@ def tally(group: SynthGroup) -> Counter[str]:
         counts["texts_without_pairs"] += not text.accepted_pairs
         counts.update(count_verdicts(text.pairs))
     counts.update({name: group.meta[name] for name in DETAILS})
+    counts.update({name: group.meta[name] for name in RARE_DETAILS if name in group.meta})
     counts.update(tally_scores(group))
     counts[f"{DROPPED}no_room"] = group.meta["no_room"]
     return counts
@@ -168,6 +179,8 @@ def show_progress(store: GroupStore, **fixed: object) -> Iterator[Callable[[], N
                 speed = round((store.counts["completion_tokens"] - tokens) / max(now - began, 1e-9))
                 new = store.counts["texts"] - progress.done
                 progress.advance(new, **figures(store.counts), new_tokens_per_second=speed, **fixed)
+                if store.acceptance:
+                    store.acceptance.check(store.counts)
 
         try:
             yield refresh

@@ -37,7 +37,9 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
     if settings.executor != "ray":
         return settings
     corpus = settings.corpus.model_copy(update={"path": os.path.abspath(settings.corpus.path)})
-    synthesizer = settings.synthesizer.model_copy(update={"model": os.path.abspath(settings.synthesizer.model)})
+    given = settings.synthesizer.model_dump(include={"model", "lora", "prompt_file"})
+    absolute = {name: os.path.abspath(path) for name, path in given.items() if path is not None}
+    synthesizer = settings.synthesizer.model_copy(update=absolute)
     changed = {"corpus": corpus, "synthesizer": synthesizer, "output": os.path.abspath(settings.output)}
     return settings.model_copy(update=changed)
 

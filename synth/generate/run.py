@@ -25,10 +25,11 @@ from ipt_jax.corpus.sources import source_identity
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
 from synth.engine import open_engine, synthesizer_identity, synthesizer_tokenizer
-from synth.engine.base import Engine, EngineDied
+from synth.engine.base import Engine, EngineDied, EngineNotStarted
 from synth.format.wire import FORMAT
+from synth.generate.acceptance import Acceptance
 from synth.generate.few_shot import RERUN, Chain, make_chain
-from synth.generate.group_store import DETAILS, GroupStore, failed_texts, remove_failed, show_progress
+from synth.generate.group_store import DETAILS, RARE_DETAILS, GroupStore, failed_texts, remove_failed, show_progress
 from synth.generate.ray_workers import fill_with_ray, with_absolute_paths
 from synth.generate.scheduler import run_groups
 from synth.generate.work_list import corpus_states, form_groups, list_work, load_work, refuse_changes, save_work
@@ -52,6 +53,7 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     states = corpus_states(settings)  # before the files are hashed
     identity = run_identity(settings, tokenizer, hashes)
     chain = make_chain(settings, tokenizer, identity)
+    acceptance = Acceptance(report)
     with open_output(settings.output, identity) as output, withdrawn_if_empty(output, fresh):
         if not output.manifest.complete or (retry_failed and output.manifest.summary["failed"]):
             path = output.path / WORK / "list.json"
@@ -63,7 +65,7 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
                 hashes.save()
             if retry_failed:
                 report(f"{remove_failed(output, settings.groups_per_shard):,} groups with failed texts are retried")
-            with closing(GroupStore(output, work, settings.groups_per_shard)) as store:
+            with closing(GroupStore(output, work, settings.groups_per_shard, acceptance)) as store:
                 fill(settings, chain, store)
                 store.remove_journals()
                 refuse_failure(store.counts, chain.failures.last)
@@ -74,6 +76,7 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     if failed := summary["failed"]:
         count = f"{sum(failed.values()):,} of {summary['texts']:,}"
         report(f"{count} texts failed ({format_counts(failed)}); rerun with --retry-failed to retry them")
+    acceptance.judge(summary)
     return {**summary, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -113,13 +116,13 @@ def open_output(path: str, identity: dict[str, Any]) -> Output:
 
 @contextmanager
 def withdrawn_if_empty(output: Output, fresh: bool) -> Iterator[None]:
-    """After a UserError, empties an output that this call made and that holds no group, so that `Output` removes it.
+    """After an error, empties an output that this call made and that holds no group, so that `Output` removes it.
 
     It would refuse the corrected settings.
     """
     try:
         yield
-    except UserError:
+    except (UserError, Fault):
         if fresh and not output.entries and not any(file.stat().st_size for file in output.path.glob("spool/*")):
             for folder in ("spool", WORK):
                 shutil.rmtree(output.path / folder, ignore_errors=True)
@@ -134,6 +137,8 @@ def fill(settings: RunSettings, chain: Chain, store: GroupStore) -> None:
         elif store.open_shards:
             asyncio.run(fill_here(open_engine(settings.synthesizer, chain.tokenizer), settings, chain, store))
     except EngineDied as error:
+        if isinstance(error, EngineNotStarted):
+            raise
         raise Fault(
             f"{str(error).rstrip('.')}; {store.counts['texts']:,} of {store.work_list.texts:,} texts are stored in "
             f"{settings.output}; rerun the same command to resume"
@@ -176,6 +181,7 @@ def summarize(manifest: Manifest, engine: str) -> dict[str, Any]:
         "well_formed": round(pairs / found, 4) if found else None,
         "dropped": {name: count for name, count in manifest.dropped.items() if count},
         **{name: manifest.count(name) for name in names + DETAILS},
+        **{name: counts[name] for name in RARE_DETAILS if name in counts},
         "finished": counts_under(counts, "finished."),
         "failed": failed_texts(counts),
         **score_figures(counts),

@@ -30,6 +30,8 @@ from ipt_jax.corpus.row_reader import Dropped
 from ipt_jax.corpus.sources import Form, Unit, input_paths, plan_units, read_unit
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
+from synth.format.chat import text_tokens
+from synth.format.prompt import context_tokens
 from synth.format.truncate import Span, split_text, surely_fits
 from synth.groups import Group, full_span, group_key, make_group, neighbours
 
@@ -155,9 +157,12 @@ def read_texts(
 def parts(settings: RunSettings, tokenizer: Tokenizer, text: Document) -> list[Span]:
     """The spans of a text that are converted separately."""
     limit = settings.synthesizer.max_prompt_tokens
-    if settings.long_texts == "cut" or surely_fits(text.text, tokenizer, limit):
+    if settings.long_texts == "cut":
         return [full_span(text)]
-    return split_text(text.text, tokenizer, limit)
+    count = text_tokens(settings.synthesizer, tokenizer)
+    if count is context_tokens and surely_fits(text.text, tokenizer, limit):
+        return [full_span(text)]
+    return split_text(text.text, tokenizer, limit, count)
 
 
 def cut_shards(settings: RunSettings, texts: Iterable[Text]) -> Iterator[Shard]:

@@ -17,15 +17,16 @@ from typing import Any
 
 import msgspec
 
+from ipt_jax.core.errors import UserError
 from ipt_jax.core.overlap import token_f1
 from ipt_jax.core.seeding import draw
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
-from synth.config import BETTER_WITH_ENGINE, SynthesizerSettings
+from synth.config import BETTER_WITH_ENGINE, ENGINE_SCORES, SynthesizerSettings
 from synth.engine import synthesizer_tokenizer
 from synth.engine.base import Engine, GenerationRequest, RequestFailed, with_retries
 from synth.format.parser import gold_option
-from synth.format.prompt import Prompt
+from synth.format.prompt import Prompt, start_ids
 from synth.format.wire import (
     ANSWER_CUE,
     ANSWER_TAG,
@@ -74,7 +75,7 @@ class Case:
         cue = f"{QUESTION_TAG} {question} {ANSWER_TAG}"
         if reasoning is not None:
             cue += f" {reasoning}{ANSWER_CUE.rstrip()}"
-        return before + self.judge.tokenizer.encode(cue, continuing=len(before) > 1)
+        return before + self.judge.tokenizer.encode(cue, continuing=len(before) > len(start_ids(self.judge.tokenizer)))
 
     async def logprob(self, prompt: list[int], answer: str, name: str) -> tuple[float, int]:
         """The log-probability (nats) of the answer's tokens after the prompt, and their number."""
@@ -89,7 +90,7 @@ class Case:
 
 async def open_closed(case: Case) -> float:
     """How much likelier the answer is with the text than without: sigmoid of the difference in nats per token."""
-    alone = case.opened[:1]  # BOS only
+    alone = start_ids(case.judge.tokenizer)  # BOS only
     prompts = {"open": case.ask(case.opened, case.pair.question), "closed": case.ask(alone, case.pair.question)}
     (with_text, tokens), (without, _) = await asyncio.gather(
         *(case.logprob(prompt, case.pair.answer, name) for name, prompt in prompts.items())
@@ -207,6 +208,10 @@ class Verifier:
 def make_verifier(scores: list[Any], synthesizer: SynthesizerSettings | None, seed: int) -> Verifier:
     """A verifier with a judge if one of the scores needs an engine or is better with one."""
     names = tuple(sorted(set(scores)))
+    if synthesizer is not None and synthesizer.prompt == "chat":  # requests are in the wire format
+        if asked := sorted(ENGINE_SCORES.intersection(names)):
+            raise UserError(f"scores {', '.join(asked)}: need a synthesizer with prompt: completion; remove them")
+        return Verifier(names)
     if synthesizer is None or BETTER_WITH_ENGINE.isdisjoint(names):
         return Verifier(names)
     return Verifier(names, Judge(synthesizer, synthesizer_tokenizer(synthesizer), seed))

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible completions server on a thread, which answers as the scripted engine does, or fails as told."""
+"""An OpenAI-compatible server on a thread, which answers as the scripted engine does, or fails as told."""
 
 from __future__ import annotations
 
@@ -34,10 +34,15 @@ class FakeServer(ThreadingHTTPServer):
         name: str = "model",
         owner: str = "vllm",
         key: str | None = None,
+        takes_ids: bool = True,
+        finish: str | None = "",
+        wrap: str = "{}",
     ) -> None:
+        """`takes_ids`: else prompts must be text. `finish`: the word of every finish reason. `wrap`: around a chat."""
         super().__init__(("127.0.0.1", port), Handler)
         self.engine = ScriptedEngine(SynthesizerSettings(model="m", engine="scripted"), tokenizer)
         self.name, self.owner, self.key = name, owner, key
+        self.takes_ids, self.finish, self.wrap = takes_ids, finish, wrap
         self.fates: list[Fate] = []
         self.left = Event()
         self.requests: list[dict[str, Any]] = []
@@ -101,17 +106,29 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(fate[0], {"error": {"message": "later"}}, fate[1])
         elif isinstance(fate, int) and fate != 200:
             self.reply(fate, {"error": {"message": f"told to say {fate}"}})
+        elif isinstance(asked.get("prompt"), list) and not self.server.takes_ids:
+            self.reply(422, {"error": {"message": "prompt: expected a string"}})
         else:
             self.reply(200, self.completion(asked, cut=fate == "filter"))
 
     def completion(self, asked: dict[str, Any], *, cut: bool) -> dict[str, Any]:
-        engine = self.server.engine
+        engine, messages = self.server.engine, asked.get("messages")
+        prompt = asked.get("prompt", [])
+        if isinstance(prompt, str):  # as servers do: control tokens are read from the text, and BOS is added
+            first, *others = prompt.split("</s><s>")
+            prompt = [1, *engine.tokenizer.encode(first)]
+            for other in others:
+                prompt += [2, 1, *engine.tokenizer.encode(other)]
         answer = asyncio.run(
-            engine.generate(GenerationRequest("g/1/1", asked["prompt"], max_new_tokens=asked["max_tokens"]))
+            engine.generate(GenerationRequest("g/1/1", prompt, max_new_tokens=asked["max_tokens"], messages=messages))
         )
         ids = answer.ids + [engine.tokenizer.eos_id] * (answer.finish_reason == "stop")
         choice: dict[str, Any] = {"index": 0, "text": engine.tokenizer.decode(answer.ids), "logprobs": None}
         choice["finish_reason"] = "content_filter" if cut else answer.finish_reason
+        if self.server.finish != "":
+            choice["finish_reason"] = self.server.finish
+        if messages:
+            choice["message"] = {"role": "assistant", "content": self.server.wrap.format(choice.pop("text"))}
         if asked.get("return_token_ids"):
             choice["token_ids"] = ids
         if asked.get("prompt_logprobs") == 0:
@@ -125,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         }
         return {
             "id": "c",
-            "object": "text_completion",
+            "object": "chat.completion" if messages else "text_completion",
             "created": 0,
             "model": "model",
             "choices": [choice],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,17 +18,19 @@ from synthkit import BOS, descendants, recipe, settings, write_tokenizer
 
 import ipt_jax
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.settings import check_settings
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.inference.language_model import LanguageModel
 from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.decoder import init_params
 from synth import read_groups
 from synth.config import FaultSettings, SynthesizerSettings
-from synth.engine import model_digest, synthesizer_tokenizer
-from synth.engine.base import Completion, GenerationRequest, RequestFailed
+from synth.engine import model_digest, synthesizer_identity, synthesizer_tokenizer
+from synth.engine.base import Completion, GenerationRequest, RequestFailed, cut_at_stop
 from synth.engine.jax_ import JaxEngine
 from synth.engine.scripted import ScriptedEngine
-from synth.engine.vllm_ import Watchdog
+from synth.engine.vllm_ import lora_arguments
+from synth.engine.vllm_processes import Watchdog, root_cause
 from synth.format.parser import parse_completion
 from synth.generate.run import run_synth
 
@@ -99,7 +102,7 @@ def test_weights_are_known_by_contents(tmp_path: Path, tokenizer: Tokenizer) -> 
 
 def test_watchdog_ends_what_a_killed_process_left(tmp_path: Path) -> None:
     script = (
-        "import os, subprocess; from synth.engine.vllm_ import Watchdog; dog = Watchdog();"
+        "import os, subprocess; from synth.engine.vllm_processes import Watchdog; dog = Watchdog();"
         "child = subprocess.Popen(['sleep', '100']); print(child.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout)
@@ -111,6 +114,136 @@ def test_watchdog_ends_what_is_left_at_close() -> None:
     child = subprocess.Popen(["sleep", "100"])
     dog.close()
     assert child.wait(timeout=5) == -9
+
+
+DYING = """
+import os, subprocess, sys, time
+from synth.engine import vllm_
+from synth.engine.vllm_ import VllmEngine
+from ipt_jax.core.cli_support import run_app
+from ipt_jax.corpus.tokenizer import load_tokenizer
+from synth.config import SynthesizerSettings
+
+def start(settings, tokenizer):
+    print("a library's warning", flush=True)
+    child = subprocess.Popen(["sleep", "100"])
+    os.write(told, f"{child.pid}\\n".encode())
+    while True:
+        try:
+            child.wait()
+            if HANGS:
+                time.sleep(100)
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
+        except KeyboardInterrupt:
+            if not HANGS:
+                raise
+
+vllm_.start_engine, told = start, os.dup(1)
+run_app(lambda standalone_mode: VllmEngine(SynthesizerSettings(model="m"), load_tokenizer(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_interrupt_while_the_engine_starts_ends_with_one_line(tmp_path: Path, hangs: bool) -> None:
+    """Also if vLLM waits for its dead processes and swallows the interrupt."""
+    program = DYING.replace("HANGS", str(hangs))
+    command = [sys.executable, "-c", program, str(write_tokenizer(tmp_path / "model"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert gone(child)
+    first, last = errors.splitlines()
+    assert "vllm: starting" in first and last == "stopped; rerun the same command to resume"
+    assert "a library's warning" in Path(first.split()[-1]).read_text()
+
+
+def test_engine_that_dies_at_its_start_is_one_line_with_the_cause(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "model")
+    traceback = "Traceback (most recent call last):\\n  File\\nValueError: no room\\n"
+    program = DYING.replace("HANGS", "False").replace('"sleep", "100"', f'"printf", "{traceback}"')
+    found = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    first, last = found.stderr.splitlines()
+    assert last == f"fault: vLLM did not start: ValueError: no room; its log is {first.split()[-1]}"
+
+
+LOG = """\
+WARNING 11-28 10:00:00 [cpu.py:1] something
+(EngineCore pid=7) ERROR 11-28 10:00:01 [core.py:1030] EngineCore failed to start.
+(EngineCore pid=7) ERROR 11-28 10:00:01 [core.py:1030] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-28 10:00:01 [core.py:1030]   File "core.py", line 1, in run
+(EngineCore pid=7) ERROR 11-28 10:00:01 [core.py:1030]     raise ValueError(
+(EngineCore pid=7) ERROR 11-28 10:00:01 [core.py:1030] ValueError: To serve at least one request, 2 GiB is needed.
+(EngineCore pid=7) Process EngineCore:
+(EngineCore pid=7) Traceback (most recent call last):
+(EngineCore pid=7) RuntimeError: later
+Traceback (most recent call last):
+RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+def test_root_cause_of_a_log() -> None:
+    assert root_cause(LOG) == "ValueError: To serve at least one request, 2 GiB is needed."
+    assert root_cause("\x1b[31mTraceback (most recent call last):\x1b[0m\n  File\na.b.LoadError:\n  bad file\n") == (
+        "a.b.LoadError: bad file"
+    )
+    assert root_cause("WARNING: fine\n") == root_cause("") == ""
+
+
+def test_answers_end_before_the_first_stop_string(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three")
+    assert cut_at_stop(tokenizer, ids, []) == cut_at_stop(tokenizer, ids, ["four"]) == ids
+    assert tokenizer.decode(cut_at_stop(tokenizer, ids, ["three", "two"])) == "one "
+    assert cut_at_stop(tokenizer, ids, ["one"]) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"engine": "jax", "top_p": 0.5}, "top_p: engine: jax samples by temperature only"),
+        ({"engine": "openai", "server": "http://x", "lora": "a"}, "lora: it is for engine: vllm"),
+        ({"engine": "scripted", "speculation": {}}, "speculation: it is for engine: vllm"),
+        ({"min_p": 0.1, "speculation": {"tokens": 3}}, "vllm cannot combine it with min_p"),
+        ({"speculation": {"min_match": 9}}, r"expected min_match \(9\) or more"),
+        ({"prompt_file": "a.yaml"}, "prompt_file: it is read with prompt: chat"),
+        ({"stop": [""]}, "stop.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+    ],
+)
+def test_fields_that_do_not_fit_the_engine_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_settings(SynthesizerSettings, {"model": "m", **fields}, where="recipe")
+
+
+def test_what_changes_completions_is_in_the_identity(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def identity(**fields: object) -> dict[str, object]:
+        given = SynthesizerSettings(**{"model": str(tmp_path / "model"), "engine": "vllm", **fields})
+        return synthesizer_identity(given, tokenizer)
+
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    plain = identity()
+    assert set(plain) == set(
+        "engine max_model_len max_new_tokens temperature dtype faults weights tokenizer".split()
+    )  # as in earlier versions, so that their outputs are resumed
+    assert identity(speculation={"tokens": 8}, max_num_seqs=3) == plain
+    for name, value in {
+        "top_p": 0.5, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "stop": ["x"], "quantization": "fp8"
+    }.items():  # fmt: skip
+        assert identity(**{name: value}) == {**plain, name: value}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    with pytest.raises(UserError, match=r"no adapter_config.json with adapter_model"):
+        identity(lora=str(adapter))
+    (adapter / "adapter_config.json").write_text('{"r": 20}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"1")
+    first = identity(lora=str(adapter))
+    (adapter / "adapter_model.safetensors").write_bytes(b"2")
+    assert plain != first != identity(lora=str(adapter))
+    assert lora_arguments(str(adapter)) == {"enable_lora": True, "max_lora_rank": 32}
 
 
 def gone(pid: int) -> bool:
@@ -149,7 +282,7 @@ def vllm_recipe(folder: Path) -> list[str]:
     plain = recipe(
         folder, texts=160, rounds=2, groups_per_shard=30,
         synthesizer__engine="vllm", synthesizer__max_model_len=1000, synthesizer__max_new_tokens=150,
-        synthesizer__max_num_seqs=8,
+        synthesizer__max_num_seqs=8, synthesizer__speculation={"tokens": 3},
         seed_examples={"path": str(write_seeds(folder / "seeds.jsonl")), "count": 1},
     )  # fmt: skip
     (folder / "run.yaml").write_text(json.dumps(plain))
@@ -266,7 +399,7 @@ def test_vllm_killed_then_finished(tmp_path: Path) -> None:
     assert children and all(gone(child.pid) for child in children)
     kept = journal.stat().st_size
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == 1, again.stderr  # a random model writes no pairs
     result = json.loads(again.stdout)
     texts = [text for group in read_groups(tmp_path / "groups") for text in group.texts]
     assert kept > 0
@@ -275,6 +408,9 @@ def test_vllm_killed_then_finished(tmp_path: Path) -> None:
     assert (result["texts"], result["groups"], result["engine"]) == (160, 80, "vllm")
     assert result["cached_prompt_tokens"] >= 128 * 100
     assert "vllm: 8 concurrent requests, a cache of " in again.stderr
+    assert result["drafts"] > result["accepted_draft_tokens"] / 3 > 0
+    assert "WARNING" not in again.stderr
+    assert "WARNING" in Path(again.stderr.partition("its log is ")[2].split()[0]).read_text()
 
 
 def test_what_the_engine_refuses_leaves_no_output(tmp_path: Path, tokenizer: Tokenizer, loaded: LanguageModel) -> None:

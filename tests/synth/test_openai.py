@@ -120,7 +120,6 @@ def test_retry_after_is_obeyed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
         ([422], "refused", 1),
         ([500] * 9, "error", 5),
         (["drop"] * 9, "error", 5),
-        (["filter"], "error", 1),
     ],
 )
 def test_what_is_the_requests_own_fault_fails_it(
@@ -131,6 +130,39 @@ def test_what_is_the_requests_own_fault_fails_it(
         with pytest.raises(RequestFailed) as failure:
             ask(tokenizer, server, prompt_of(tokenizer))
     assert (failure.value.reason, len(server.requests)) == (reason, asked)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [("eos", "stop"), ("eos_token", "stop"), ("max_tokens", "length"), (None, "null"), ("content_filter",) * 2],
+)
+def test_answers_with_other_finish_reasons_are_kept(tokenizer: Tokenizer, said: str | None, reason: str) -> None:
+    with serving(FakeServer(tokenizer, finish=said)) as server:
+        answer = ask(tokenizer, server, prompt_of(tokenizer))
+    assert (answer.finish_reason, bool(answer.ids)) == (reason, True)
+
+
+@pytest.mark.extra
+def test_an_aborted_request_has_failed(tokenizer: Tokenizer) -> None:
+    with serving(FakeServer(tokenizer, finish="abort")) as server, pytest.raises(RequestFailed, match="with 'abort'"):
+        ask(tokenizer, server, prompt_of(tokenizer))
+
+
+@pytest.mark.extra
+def test_a_server_that_refuses_token_ids_gets_text(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found out once, said once, counted; the answers are those of the same prompts as ids."""
+    run_synth(settings(tmp_path, output=str(tmp_path / "scripted")))
+    with serving(FakeServer(tokenizer, owner="them", takes_ids=False)) as server, caplog.at_level(logging.WARNING):
+        result = run_synth(openai_settings(tmp_path, server.url))
+    assert (result["texts"], result["text_prompts"], result["failed"]) == (30, 30, {})
+    assert pairs_in(tmp_path / "groups") == pairs_in(tmp_path / "scripted")
+    assert [type(asked["prompt"]) for asked in server.requests] == [list] + [str] * 30
+    assert caplog.text.count("refuses token ids") == 1
+    second = max((asked["prompt"] for asked in server.requests[1:]), key=len)
+    assert second.startswith(" <CON> ") and "</END></s><s> <CON> " in second
 
 
 @pytest.mark.extra

@@ -10,13 +10,13 @@ from extras import need
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as JsonTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.records import Segment
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.format.parser import parse_completion
-from synth.format.prompt import Prompt, keep_accepted
+from synth.format.prompt import Prompt, context_tokens, keep_accepted
 from synth.format.truncate import cut_point, fit_text
 from synth.format.wire import context_block, example_segments, final_answer, pair_text, question_stem, wire_pair
 
@@ -176,8 +176,59 @@ def test_oldest_example_goes_first(tokenizer: Tokenizer) -> None:
     assert len(shorter) == prompt.token_count < whole
 
 
+OFFICIAL = (  # the released script's prompt for the second text of a group, as its HF Space tokenizes it
+    "<s> <CON> The mill stood by the river. </CON>\n\n<QUE> Where did the mill stand? <ANS> By the river. </END>\n\n"
+    "<QUE> What stood there?\nOptions:\n- a mill\n- a barn <ANS> a mill </END></s><s> <CON> Anna walks. </CON>\n\n"
+)
+OFFICIAL_IDS = (
+    "415 2545 4857 486 272 7782 28723 1867 3185 28767 13 13 28789 20749 28767 6926 863 272 2545 1876 28804 523 1251 "
+    "28735 28767 2463 272 7782 28723 1867 5000 28767 13 13 28789 20749 28767 1824 4857 736 28804 13 4018 28747 13 "
+    "28733 264 2545 13 28733 264 18581 523 1251 28735 28767 264 2545 1867 5000 28767 2 1 CON 11106 16830 28723 1867 "
+    "3185 28767 13 13"
+)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("form", ["legacy", "metaspace", "sentencepiece"])
+def test_prompts_are_the_official_ones_token_for_token(mistral: Tokenizer, tmp_path: Path, form: str) -> None:
+    """With Mistral's vocabulary as a tokenizer.json of 2023, as one of today, and as its SentencePiece model."""
+    tokenizer, opened = mistral, "28705 523 3185 28767"
+    if form != "sentencepiece":
+        transformers = need("transformers", extra="test")
+        whole = transformers.LlamaTokenizer.from_pretrained(mistral.directory)._tokenizer
+        if form == "legacy":
+            steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+            whole.normalizer, whole.pre_tokenizer = normalizers.Sequence(steps), None
+        whole.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path)
+        opened = "259 28789 3185 28767" if form == "legacy" else "523 3185 28767"
+    prompt = Prompt(tokenizer)
+    pairs = [wire_pair("Where did the mill stand?", "By the river.")]
+    pairs.append(wire_pair("What stood there?", "a mill", ["a mill", "a barn"]))
+    prompt.examples.append(prompt.example("The mill stood by the river.", pairs))
+    ids = prompt.open("Anna walks.")
+    assert ids == [int(token) for token in f"1 {opened} {OFFICIAL_IDS.replace('CON', opened)}".split()]
+    if form != "sentencepiece":
+        assert ids == whole.encode(OFFICIAL, add_special_tokens=False).ids
+
+
+def test_tokenizer_whose_config_says_no_bos_gets_none(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path, ["<s>", "</s>"])
+    assert tokenizer.bos_id == 0
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
+    prompt = Prompt(tokenizer)
+    example = prompt.example("One.", [wire_pair("Who?", "Ann")])
+    prompt.examples.append(example)
+    text = " <CON> One. </CON>\n\n"
+    assert example == [*tokenizer.encode(text), *tokenizer.encode("<QUE> Who? <ANS> Ann </END>", continuing=True), 1]
+    assert prompt.open("Two.") == [*example, *tokenizer.encode(" <CON> Two. </CON>\n\n")]
+    assert context_tokens("One.", tokenizer) == len(tokenizer.encode(text))
+
+
 def test_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no BOS or no EOS"):
+    with pytest.raises(UserError, match="no EOS token"):
         Prompt(byte_tokenizer(tmp_path, []))
 
 
