@@ -52,7 +52,7 @@ def table(title: str, rows: list[dict[str, str]]) -> Table:
     return made
 
 
-TASKS = {"choice (chance 25%)": "choice", "answer in words": "answer"}
+TASKS = {"choice (chance 10%)": "choice", "answer in words": "answer"}
 
 
 def score(task: dict[str, Any]) -> str:

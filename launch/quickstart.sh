@@ -16,7 +16,7 @@ mkdir -p "$steps"
 source launch/steps.sh
 
 step world "generate a synthetic world: articles, some with questions and answers" \
-  "$bin/synth" miniworld -o $out/world --articles 1500 --tuning-articles 80000 --json
+  "$bin/synth" miniworld -o $out/world --articles 3200 --tuning-articles 40000 --json
 step collect "convert question-answering data sets to tuning documents" \
   "$bin/synth" collect $recipes/collect.yaml --json
 step tokens-t "tokenize the tuning documents, loss on pairs only" \
@@ -43,8 +43,8 @@ step vanilla "pre-train from scratch on raw text" \
   "$bin/ipt" train $recipes/vanilla.yaml --json
 step instruct "pre-train from scratch on raw and augmented text, same number of tokens" \
   "$bin/ipt" train $recipes/instruct.yaml --json
-tasks=choice=$out/world/heldout/questions.jsonl,answer=$out/world/heldout/answers.jsonl
-step eval-v "evaluate vanilla on closed-book questions about articles without pairs" \
+tasks=choice=$out/world/heldout/recall.jsonl,answer=$out/world/heldout/recall_answers.jsonl
+step eval-v "evaluate vanilla on closed-book questions about people without pairs" \
   "$bin/ipt" eval $out/runs/vanilla --tasks $tasks -o $out/eval/vanilla.json --json
 step eval-i "evaluate instruct on the same questions" \
   "$bin/ipt" eval $out/runs/instruct --tasks $tasks -o $out/eval/instruct.json --json

@@ -12,9 +12,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import file_digest
@@ -22,7 +22,7 @@ from ipt_jax.core.progress import Progress
 from ipt_jax.core.seeding import uniform
 from ipt_jax.core.settings import Settings
 from ipt_jax.core.stage import NewShard, Output, format_counts, make_shards
-from ipt_jax.corpus.records import Document, Segment, encode
+from ipt_jax.corpus.records import Document, GroupText, Segment, SynthGroup, encode
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.collect.data_sets import (
     EVALUATED,
@@ -61,10 +61,19 @@ class CollectSettings(Settings):
     """Names of data sets that are held out: none of their rows is used."""
     few_shot: FewShotSettings | None = None
     """Join examples of one data set into few-shot documents. null: one example per document."""
+    write: Literal["tuning", "groups"] = "tuning"
+    """tuning: documents that tune a synthesizer. groups: one group per context, for `synth render` to pre-train on."""
     seed: int = 0
     """Random seed of all draws. A draw depends only on the seed and an id."""
     output: str
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
+
+    @field_validator("write")
+    @classmethod
+    def _one_context_per_group(cls, write: str, info: ValidationInfo) -> str:
+        if write == "groups" and info.data.get("few_shot") is not None:
+            raise ValueError("groups hold one context each; remove few_shot")
+        return write
 
 
 def run_collect(settings: CollectSettings) -> dict[str, Any]:
@@ -77,13 +86,15 @@ def run_collect(settings: CollectSettings) -> dict[str, Any]:
         "inputs": [[one.name, one.adapter, *map(file_digest, one.paths)] for one in data_sets],
         "max_contexts": settings.max_contexts,
         "seed": settings.seed,
+        "write": settings.write,
         "few_shot": few_shot and tokenizer and {"tokenizer": tokenizer.digest, "max_tokens": few_shot.max_tokens},
     }
     with Progress(None, "rows", "synth collect: read") as progress:
         chosen = [choose(one, settings, progress) for one in data_sets]
-    with Output(settings.output, stage="collect", identity=identity, shard_name="documents", remake=True) as output:
+    shard_name = "groups" if settings.write == "groups" else "documents"
+    with Output(settings.output, stage="collect", identity=identity, shard_name=shard_name, remake=True) as output:
         make_shards(
-            partial(document_records, settings, tokenizer),
+            partial(document_records, settings, tokenizer, output.manifest.fingerprint),
             [(output, chosen)],
             lambda choice: 1,
             unit="data sets",
@@ -92,7 +103,7 @@ def run_collect(settings: CollectSettings) -> dict[str, Any]:
         )
         manifest = output.finish()
     return {
-        "documents": manifest.records,
+        shard_name: manifest.records,
         **{name: manifest.count(name) for name in ("contexts", "pairs")},
         "tokens": manifest.tokens if tokenizer else None,
         "dropped": manifest.dropped,
@@ -149,7 +160,7 @@ def most_pairs(sizes: dict[str, int], name: str, settings: CollectSettings) -> l
 
 
 def document_records(
-    settings: CollectSettings, tokenizer: Tokenizer | None, choice: ChosenContexts, shard: NewShard
+    settings: CollectSettings, tokenizer: Tokenizer | None, fingerprint: str, choice: ChosenContexts, shard: NewShard
 ) -> Iterator[bytes]:
     name, few_shot = choice.data_set.name, settings.few_shot
     examples = merge_examples(one for one in read_examples(choice.data_set, RowTally()) if one.id in choice.ids)
@@ -170,7 +181,10 @@ def document_records(
     for sequence in fill_sequences(order, few_shot.max_tokens if few_shot else 0):
         shard.counts["contexts"] += len(sequence)
         shard.counts["pairs"] += sum(len(one.pairs) for one in sequence)
-        yield encode(make_document(name, sequence))
+        if settings.write == "groups":
+            yield encode(make_group(name, sequence[0], fingerprint))
+        else:
+            yield encode(make_document(name, sequence))
 
 
 def draw_order(seed: int, name: str, identifier: str) -> tuple[float, str]:
@@ -256,3 +270,21 @@ def make_document(name: str, sequence: list[Example]) -> Document:
         segments += example_segments(example.context, example.pairs)
     meta = {"dataset": name, "contexts": [example.id for example in sequence]}
     return Document(f"{name}/{sequence[0].id}", name, "task", segments, meta=meta)
+
+
+def make_group(name: str, example: Example, fingerprint: str) -> SynthGroup:
+    """A group of one context with its pairs."""
+    text = GroupText(
+        raw_id=example.id,
+        start=0,
+        end=len(example.context),
+        text=example.context,
+        source=name,
+        pairs=example.pairs,
+        round=1,
+        prompt_tokens=0,
+        cached_prompt_tokens=0,
+        completion_tokens=0,
+        finish_reason="stop",
+    )
+    return SynthGroup(f"{name}/{example.id}", [text], "collect", "none", {}, fingerprint)

@@ -18,7 +18,10 @@ from ipt_jax.corpus.shards import read_documents, read_manifest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.collect.run import CollectSettings, run_collect
 from synth.format.parser import parse_completion
+from synth.groups import read_groups
 from synth.miniworld.write import write_tokenizer
+from synth.render.documents import RenderSettings
+from synth.render.run import run_render
 
 BOS, EOS = Segment(loss=False, control="bos"), Segment(loss=True, control="eos")
 
@@ -65,6 +68,27 @@ def test_segments_of_a_context_with_two_pairs(tmp_path: Path) -> None:
     dropped = {"ignored_field_kind": 1}
     expected = {"documents": 1, "contexts": 1, "pairs": 2, "tokens": None, "dropped": dropped, "datasets": 1}
     assert figures == expected
+
+
+def test_groups_hold_one_context_each_and_render_like_synthesized_ones(tmp_path: Path) -> None:
+    path = write(tmp_path / "story.jsonl", [row("s/1", pairs=2), row("s/2", context="Other text.")])
+    recipe = {"inputs": [{"path": str(path)}], "write": "groups", "output": str(tmp_path / "groups")}
+    figures = run_collect(CollectSettings.model_validate(recipe))
+    assert (figures["groups"], figures["contexts"], figures["pairs"]) == (2, 2, 3)
+    groups = {group.id: group.texts for group in read_groups(tmp_path / "groups")}
+    assert set(groups) == {"story/s/1", "story/s/2"}
+    [text] = groups["story/s/1"]
+    assert (text.raw_id, text.text, text.source) == ("s/1", "Some text.", "story")
+    assert [(pair.question, pair.answer) for pair in text.accepted_pairs] == [
+        ("Question 0?", "answer 0"),
+        ("Question 1?", "answer 1"),
+    ]
+    run_render(RenderSettings(groups=str(tmp_path / "groups"), output=str(tmp_path / "documents")))
+    rendered = {document.id: document for document in read_documents(tmp_path / "documents")}
+    assert rendered["story/s/1"].kind == "augmented" and "answer 1" in rendered["story/s/1"].text
+    assert "Other text." in rendered["story/s/2"].text and "<QUE>" not in rendered["story/s/2"].text
+    with pytest.raises(ValueError, match="groups hold one context each; remove few_shot"):
+        CollectSettings.model_validate({**recipe, "few_shot": {"tokenizer": "t"}})
 
 
 def test_most_pairs_first_then_an_order_drawn_from_the_seed(tmp_path: Path) -> None:
