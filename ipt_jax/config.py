@@ -104,6 +104,26 @@ class MeshSettings(Settings):
     """Devices that `ipt train` requires; another number is an error. null: any. Ignored by `ipt compile`."""
 
 
+class ValidationSource(Settings):
+    """Token shards that no run trains on."""
+
+    name: str = Field(min_length=1)
+    """Name of the source in messages."""
+    path: str
+    """Output directory of `ipt tokenize`. It may share no id with the sources of training."""
+
+
+class ValidationSettings(Settings):
+    """The loss on documents that training leaves out: those of `data.held_out_share`, and sources of its own."""
+
+    every_steps: int = Field(default=500, gt=0)
+    """Steps between two validations. The last step is validated too, and with `train.keep_best` each checkpoint."""
+    tokens: int | None = Field(default=1_000_000, gt=0)
+    """Maximum tokens of each source. null: all that it holds."""
+    sources: list[ValidationSource] = []
+    """Token directories for validation alone."""
+
+
 class Recipe(Settings):
     """One training run."""
 
@@ -117,6 +137,8 @@ class Recipe(Settings):
     """Optimizer and learning rate."""
     mesh: MeshSettings = MeshSettings()
     """Devices along each mesh axis."""
+    validation: ValidationSettings | None = None
+    """When and on what to measure the held-out loss. It does not influence training. null: never."""
     run_dir: str
     """Directory of checkpoints, metrics and `run.json`. A rerun resumes from it."""
 

@@ -20,7 +20,8 @@ import numpy as np
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
 from ipt_jax.core.stage import Manifest
-from ipt_jax.data.exclude_converted import Exclusion, Remains
+from ipt_jax.data.exclude_converted import PARTS, Exclusion, Remains
+from ipt_jax.data.held_out import HeldOut, Role
 from ipt_jax.data.token_index import IndexFiles, document_count, read_index, read_parents
 
 BLOCK_TOKENS = 1 << 17
@@ -96,19 +97,26 @@ class SourceDocuments:
 
 
 def open_documents(
-    name: str, directory: Path, manifest: Manifest, converted: tuple[Path, Manifest] | None
-) -> SourceDocuments:
-    """The documents of a source without the texts that `converted` was made from. Caches the block table."""
+    name: str, directory: Path, manifest: Manifest, converted: tuple[Path, Manifest] | None,
+    held_out: HeldOut | None = None, role: Role = Role.TRAINING,
+) -> SourceDocuments:  # fmt: skip
+    """The documents of a source without the texts that `converted` was made from. Caches the block table.
+
+    With `held_out`, only documents of `role`.
+    """
     size = block_size(document_count(manifest), manifest.tokens)
     _check_manifest(directory, manifest)
     counts = [[document_count(entry), entry.tokens] for entry in manifest.shards]
     made_from = [VERSION, size, contents(manifest), counts, manifest.summary["side_files"]]
     if converted:
         made_from += [contents(converted[1]), converted[1].summary["side_files"]]
+    if held_out:
+        made_from += [held_out.identity, role.name]
     path = directory / f"blocks-{digest(made_from)[:16]}.npz"
     table = _load(path, size)
     if table is None:
-        table = _make_table(name, directory, manifest, size, read_parents(*converted) if converted else None)
+        exclusion = Exclusion(name, directory, manifest, read_parents(*converted)) if converted else None
+        table = _make_table(directory, manifest, size, exclusion, held_out, role)
         _save(path, table)
     return SourceDocuments(table, IndexFiles(directory, manifest), document_count(manifest), name)
 
@@ -134,24 +142,37 @@ def _check_manifest(directory: Path, manifest: Manifest) -> None:
         )
 
 
-def _make_table(name: str, directory: Path, manifest: Manifest, size: int, parents: np.ndarray | None) -> BlockTable:
+def _make_table(
+    directory: Path, manifest: Manifest, size: int, exclusion: Exclusion | None, held_out: HeldOut | None, role: Role
+) -> BlockTable:
     """One pass over the index files."""
     blocks = -(-document_count(manifest) // size)
     tokens, documents = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
     pages = np.zeros((blocks, 2), np.uint32)
-    exclusion = Exclusion(name, directory, manifest, parents) if parents is not None else None
-    first = 0
+    every_touched, every_part, in_no_role, first = [np.zeros(0, bool)], [np.zeros(0, PARTS)], 0, 0
     for shard, index in enumerate(read_index(directory, manifest)):
         lengths = index["tokens"].astype(np.int64)
         blocks_of = (first + np.arange(len(index))) // size
+        touched, parts = np.zeros(len(index), bool), np.zeros(0, PARTS)
         if exclusion:
             touched, parts = exclusion.shard(shard, first, index)
-            blocks_of, lengths = blocks_of[~touched], lengths[~touched]
-            _add(tokens, documents, parts["record"] // size, parts["stop"].astype(np.int64) - parts["start"])
-        _add(tokens, documents, blocks_of, lengths)
+        if held_out:
+            roles = held_out.roles(directory, manifest, shard, index)
+            parts = parts[roles[parts["record"] - first] == role]
+            touched |= roles != role
+            in_no_role += int((roles == Role.NEITHER).sum())
+        _add(tokens, documents, parts["record"] // size, parts["stop"].astype(np.int64) - parts["start"])
+        _add(tokens, documents, blocks_of[~touched], lengths[~touched])
         _add_pages(pages, size, first, index["page"])
         first += len(index)
-    return BlockTable(size, tokens, documents, pages, exclusion.finish() if exclusion else Remains.nothing())
+        every_touched.append(touched)
+        every_part.append(parts)
+    counts = exclusion.finish() if exclusion else (0, 0, 0)
+    if not exclusion and not held_out:
+        return BlockTable(size, tokens, documents, pages, Remains.nothing())
+    counts += (in_no_role,) if held_out else ()
+    remains = Remains(np.packbits(np.concatenate(every_touched)), np.concatenate(every_part), counts)
+    return BlockTable(size, tokens, documents, pages, remains)
 
 
 def _add_pages(pages: np.ndarray, size: int, first: int, of_records: np.ndarray) -> None:

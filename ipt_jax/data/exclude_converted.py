@@ -13,14 +13,15 @@ import numpy as np
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.stage import Manifest
-from ipt_jax.data.token_index import CharacterEnds, document_count
+from ipt_jax.data.token_index import CharacterEnds
 
 PARTS = np.dtype([("record", "<i8"), ("start", "<u4"), ("stop", "<u4")])
 
 
 class Remains(NamedTuple):
     """`touched`: a bit per record, set if it lost tokens. `parts`: the token ranges that remain of those, by record.
-    `counts`: documents that lost tokens, the tokens lost, and converted texts of other sources (no id matches)."""
+    `counts`: documents that lost tokens, the tokens lost, and converted texts of other sources (no id matches); where
+    documents are held out, also those that are neither trained on nor held out."""
 
     touched: np.ndarray
     parts: np.ndarray
@@ -55,9 +56,7 @@ class Exclusion:
         self._name, self._directory, self._manifest = name, directory, manifest
         self._parents = parents[np.argsort(parents["id"])]
         self._found = np.zeros(len(parents), bool)
-        self._touched = np.zeros(document_count(manifest), bool)
-        self._parts: list[np.ndarray] = []
-        self._shared, self._lost = 0, 0
+        self._shared, self._touched, self._lost = 0, 0, 0
 
     def shard(self, shard: int, first: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Whether each record of a shard lost tokens, and the remaining parts. `first`: number of its first record."""
@@ -68,8 +67,7 @@ class Exclusion:
         cut = ~excluded[matched]
         parts = self._remaining(shard, index, matched[cut], spans[cut])
         parts["record"] += first
-        self._touched[first : first + len(index)] = touched
-        self._parts.append(parts)
+        self._touched += int(touched.sum())
         self._lost += int(index["tokens"][touched].sum(dtype=np.int64)) - int((parts["stop"] - parts["start"]).sum())
         return touched, parts
 
@@ -102,8 +100,8 @@ class Exclusion:
             rows += [(record, start, stop) for start, stop in remaining]
         return np.array(rows, PARTS)
 
-    def finish(self) -> Remains:
-        """Raises UserError if no converted text is of this source, or if documents share an id."""
+    def finish(self) -> tuple[int, ...]:
+        """`counts` of Remains. Raises UserError if no converted text is of this source, or if documents share an id."""
         if self._shared:
             raise UserError(
                 f"source {self._name!r}: {self._shared:,} converted texts have an id that several of its documents "
@@ -119,8 +117,7 @@ class Exclusion:
                 f"source {self._name!r}: none of the {len(self._parents):,} texts to exclude is among its ids; "
                 "remove exclude_converted, or set the id column of ipt tokenize to that of synth run"
             )
-        counts = int(self._touched.sum()), self._lost, int((~self._found).sum())
-        return Remains(np.packbits(self._touched), np.concatenate(self._parts), counts)
+        return self._touched, self._lost, int((~self._found).sum())
 
 
 def ranges(first: np.ndarray, stop: np.ndarray) -> np.ndarray:

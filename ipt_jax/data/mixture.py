@@ -77,6 +77,8 @@ class DataSettings(Settings):
     """Token budget of the run. null: the sum of the sources, each of which must state its amount."""
     seed: int = 0
     """Random seed of the order of rows."""
+    held_out_share: float | None = Field(default=None, gt=0, lt=1)
+    """Fraction of documents, drawn by id, that training leaves out for `validation`. null: none."""
     sources: list[SourceMix] = Field(min_length=1)
     """Token directories and their amounts."""
 

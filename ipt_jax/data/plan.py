@@ -10,7 +10,7 @@ its sequence of documents where they left it, and the run as a whole gives exact
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from ipt_jax.corpus.shards import Shards
 from ipt_jax.data.batch import render
 from ipt_jax.data.block_table import SourceDocuments, contents, open_documents
 from ipt_jax.data.encode import token_dtype
+from ipt_jax.data.held_out import HeldOut, Role
 from ipt_jax.data.mixture import DataSettings, SourceMix, check_sources, solve_mix
 from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat, Packing
 from ipt_jax.data.shuffle import MergedOrder, Stream
@@ -43,13 +44,14 @@ MANY_EPOCHS = 16  # of one source: above, a plan warns
 @dataclass(frozen=True)
 class Source:
     """One source of the mix: its directory and documents. `converted`: contents of the source whose parents are
-    excluded."""
+    excluded. `held_out`: the documents that training leaves out for validation."""
 
     settings: SourceMix
     path: Path
     manifest: Manifest
     documents: SourceDocuments
     converted: str | None = None
+    held_out: SourceDocuments | None = None
 
     @property
     def kind(self) -> str:
@@ -84,7 +86,8 @@ class Mix:
             }
             for source, amount in zip(self.sources, self.amounts, strict=True)
         ]
-        settings = {name: getattr(self.settings, name) for name in ("seq_len", "packing", "seed")}
+        names = ("seq_len", "packing", "seed") + ("held_out_share",) * (self.settings.held_out_share is not None)
+        settings = {name: getattr(self.settings, name) for name in names}
         return settings | {
             "version": PLAN_VERSION,
             "rows_per_step": rows_per_step,
@@ -280,7 +283,12 @@ def _runs(rows: Sequence[int], end: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _source_summary(source: Source, amount: int, documents: int, total: int) -> dict[str, Any]:
-    converted, converted_tokens, elsewhere = source.documents.table.remains.counts
+    converted, converted_tokens, elsewhere, *neither = source.documents.table.remains.counts
+    held_out = source.held_out and {
+        "held_out_documents": source.held_out.documents,
+        "held_out_tokens": source.held_out.tokens,
+        "copies_of_held_out": neither[0],
+    }
     return {
         "name": source.settings.name,
         "kind": source.kind,
@@ -295,6 +303,7 @@ def _source_summary(source: Source, amount: int, documents: int, total: int) -> 
         "converted_documents": converted,
         "converted_tokens": converted_tokens,
         "converted_elsewhere": elsewhere,
+        **(held_out or {}),
     }
 
 
@@ -312,7 +321,9 @@ def open_mix(settings: DataSettings) -> Mix:
     check_sources(settings.sources)
     opened = {source.name: open_token_shards(source.path, verify=False) for source in settings.sources}
     _check_tokenizers(settings, opened)
-    sources = [_open_source(source, opened) for source in settings.sources]
+    share = settings.held_out_share
+    held_out = HeldOut(share, [(one.path, one.manifest) for one in opened.values()]) if share else None
+    sources = [_open_source(source, opened, held_out) for source in settings.sources]
     return Mix(settings, sources, solve_mix(settings, [source.documents.tokens for source in sources]))
 
 
@@ -343,11 +354,14 @@ def _check_tokenizers(settings: DataSettings, opened: dict[str, Shards]) -> None
             )
 
 
-def _open_source(source: SourceMix, opened: dict[str, Shards]) -> Source:
+def _open_source(source: SourceMix, opened: dict[str, Shards], held_out: HeldOut | None) -> Source:
     path, manifest = opened[source.name].path, opened[source.name].manifest
     other = opened[source.exclude_converted] if source.exclude_converted else None
-    documents = open_documents(source.name, path, manifest, (other.path, other.manifest) if other else None)
-    return Source(source, path, manifest, documents, contents(other.manifest) if other else None)
+    of_role = partial(
+        open_documents, source.name, path, manifest, (other.path, other.manifest) if other else None, held_out
+    )
+    kept = of_role(Role.HELD_OUT) if held_out else None
+    return Source(source, path, manifest, of_role(), contents(other.manifest) if other else None, kept)
 
 
 def print_plan(summary: dict[str, Any]) -> None:
@@ -396,6 +410,7 @@ def _caption(summary: dict[str, Any]) -> str:
         "{converted_elsewhere:,} converted texts are of other sources"
     )
     lines = [excluded.format(**source) for source in summary["sources"] if source["converted_documents"]]
+    lines += held_out_lines(summary)
     if trained := summary.get("trained_steps"):
         parts = [("all", summary), *((source["name"], source) for source in summary["sources"])]
         done = "{name}: {trained_tokens:,} tokens in {trained:,} steps, {left:,} to come"
@@ -403,6 +418,15 @@ def _caption(summary: dict[str, Any]) -> str:
             left = one["tokens"] - one["trained_tokens"]
             lines.append(done.format(name=name, trained_tokens=one["trained_tokens"], trained=trained, left=left))
     return "\n".join([f"{steps}, {cut}", *lines])
+
+
+def held_out_lines(summary: dict[str, Any]) -> list[str]:
+    """What each source holds out of training, for people."""
+    words = (
+        "{name}: {held_out_documents:,} documents with {held_out_tokens:,} tokens are held out by id; "
+        "{copies_of_held_out:,} made partly of held-out texts are not used"
+    )
+    return [words.format(**source) for source in summary["sources"] if "held_out_documents" in source]
 
 
 def repeats(summary: dict[str, Any]) -> list[str]:

@@ -29,10 +29,12 @@ def cross_entropy(
     *,
     chunk: int | None = None,
     z_loss: float = 0.0,
+    groups: int = len(KINDS) + 1,
 ) -> tuple[Array, Sums]:
     """(objective, sums) of hidden [B, T, D] under head [D, V], `chunk` of its B T tokens at a time (all when None).
 
-    Only the objective has a gradient: the summed cross entropy plus z_loss times the squared log-normalizers.
+    Only the objective has a gradient: the summed cross entropy plus z_loss times the squared log-normalizers. Kinds are
+    numbers below `groups`.
     """
     tokens = targets.size
     chunk = chunk or tokens
@@ -41,25 +43,27 @@ def cross_entropy(
     def cut(x: Array) -> Array:
         return x.reshape(tokens // chunk, chunk, *x.shape[2:])  # [C, chunk, ...], in place
 
-    return _summed(z_loss, cut(hidden), head.astype(hidden.dtype), (cut(targets), cut(mask), cut(kinds)))
+    return _summed((z_loss, groups), cut(hidden), head.astype(hidden.dtype), (cut(targets), cut(mask), cut(kinds)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(z_loss: float, hidden: Array, head: Array, labels: Any) -> tuple[Array, Sums]:
+def _summed(options: tuple[float, int], hidden: Array, head: Array, labels: Any) -> tuple[Array, Sums]:
     """Without a gradient, for evaluation."""
 
     def add(total: Any, chunk: Any) -> tuple[Any, None]:
-        objective, sums, _ = _chunk(z_loss, head, *chunk)
+        objective, sums, _ = _chunk(options, head, *chunk)
         return jax.tree.map(jnp.add, total, (objective, sums)), None
 
-    return _scan(add, (jnp.zeros(()), no_sums()), (hidden, labels))[0]
+    return _scan(add, (jnp.zeros(()), no_sums(options[1])), (hidden, labels))[0]
 
 
-def _summed_forward(z_loss: float, hidden: Array, head: Array, labels: Any) -> tuple[tuple[Array, Sums], Any]:
+def _summed_forward(
+    options: tuple[float, int], hidden: Array, head: Array, labels: Any
+) -> tuple[tuple[Array, Sums], Any]:
     def add(carry: Any, chunk: Any) -> tuple[Any, Array]:
         total, head_grad = carry
         states = chunk[0]
-        objective, sums, logits_grad = _chunk(z_loss, head, *chunk)
+        objective, sums, logits_grad = _chunk(options, head, *chunk)
         logits_grad = logits_grad.astype(head.dtype)
         hidden_grad = jnp.einsum("nv,dv->nd", logits_grad, head)
         # Turned here, the small operand: XLA else transposes the logits' gradient, or runs at three quarters speed.
@@ -67,12 +71,12 @@ def _summed_forward(z_loss: float, hidden: Array, head: Array, labels: Any) -> t
         head_grad += jnp.einsum("dn,nv->dv", states, logits_grad, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, (objective, sums)), head_grad), hidden_grad
 
-    nothing = (jnp.zeros(()), no_sums()), jnp.zeros(head.shape, jnp.float32)
+    nothing = (jnp.zeros(()), no_sums(options[1])), jnp.zeros(head.shape, jnp.float32)
     (total, head_grad), hidden_grad = _scan(add, nothing, (hidden, labels))
     return total, (hidden_grad, head_grad.astype(head.dtype))
 
 
-def _summed_backward(z_loss: float, residuals: Any, cotangents: Any) -> tuple[Array, Array, None]:
+def _summed_backward(options: tuple[float, int], residuals: Any, cotangents: Any) -> tuple[Array, Array, None]:
     hidden_grad, head_grad = residuals
     scale = cotangents[0]
     return hidden_grad * scale.astype(hidden_grad.dtype), head_grad * scale.astype(head_grad.dtype), None
@@ -89,12 +93,15 @@ def _scan(add: Any, carry: Any, chunks: Any) -> Any:
     return carry, None if out is None else out[None]
 
 
-def no_sums() -> Sums:
-    return {"loss": jnp.zeros(len(KINDS) + 1), "targets": jnp.zeros(len(KINDS) + 1)}
+def no_sums(groups: int = len(KINDS) + 1) -> Sums:
+    return {"loss": jnp.zeros(groups), "targets": jnp.zeros(groups)}
 
 
-def _chunk(z_loss: float, head: Array, hidden: Array, labels: tuple[Array, Array, Array]) -> tuple[Array, Sums, Array]:
+def _chunk(
+    options: tuple[float, int], head: Array, hidden: Array, labels: tuple[Array, Array, Array]
+) -> tuple[Array, Sums, Array]:
     """Of n tokens: the objective, sums by kind [5], and the gradient with respect to the logits [n, V]."""
+    z_loss, groups = options
     targets, mask, kinds = labels
     logits = jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=jnp.float32)
     peak = logits.max(-1, keepdims=True)
@@ -108,11 +115,11 @@ def _chunk(z_loss: float, head: Array, hidden: Array, labels: tuple[Array, Array
     # comparing with an iota instead of scattering: the vocabulary may be split over devices
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
     logits_grad = exps * slope - jnp.where(is_target, counted[:, None], 0.0)
-    return objective, _by_kind(loss * counted, counted, kinds), logits_grad
+    return objective, _by_kind(loss * counted, counted, kinds, groups), logits_grad
 
 
-def _by_kind(loss: Array, counted: Array, kinds: Array) -> Sums:
-    of_kind = kinds[:, None] == jnp.arange(len(KINDS) + 1)  # [n, 5]
+def _by_kind(loss: Array, counted: Array, kinds: Array, groups: int) -> Sums:
+    of_kind = kinds[:, None] == jnp.arange(groups)  # [n, 5]
     return {
         "loss": jnp.where(of_kind, loss[:, None], 0.0).sum(0),
         "targets": jnp.where(of_kind, counted[:, None], 0.0).sum(0),

@@ -17,7 +17,7 @@ from typing import Any
 
 from ipt_jax.config import Recipe
 from ipt_jax.core.files import write_whole
-from ipt_jax.data.plan import Plan, repeats
+from ipt_jax.data.plan import Plan, held_out_lines, repeats
 from ipt_jax.train.step import Program
 
 PACKAGES = ("instruction-pretraining", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -60,6 +60,12 @@ def write_record(run_dir: Path, described: dict[str, Any]) -> None:
     write_whole(run_dir / "run.json", json.dumps(described, indent=1, ensure_ascii=False).encode())
 
 
+def write_best(run_dir: Path, loss: float, step: int) -> None:
+    """Adds the lowest held-out loss and its step to run.json."""
+    described = json.loads((run_dir / "run.json").read_bytes())
+    write_record(run_dir, described | {"best": {"step": step, "held_out_loss": loss}})
+
+
 def copy_tokenizer(plan: Plan, run_dir: Path) -> None:
     """The tokenizer travels with the run, so that an export finds it."""
     if not plan.tokenizer_dir.is_dir():
@@ -84,7 +90,7 @@ def report_start(described: dict[str, Any], run_dir: Path, start_step: int, step
     report(f"batch: {rows} rows of {plan['seq_len']}, {accumulation} accumulation steps")
     report(f"loss: logits of {described['loss_chunk']} tokens a device at a time ({described['loss_chunk_reason']})")
     report(f"state: {described['state_bytes_per_device'] / 2**20:,.1f} MiB a device")
-    for line in repeats(plan):
+    for line in [*held_out_lines(plan), *repeats(plan)]:
         report(line)
     for note in described["fallbacks"]:
         report(f"fallback: {note}")

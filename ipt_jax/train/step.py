@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ipt_jax.config import OptimizerSettings, Recipe, accumulation_steps, rows_per_step
 from ipt_jax.core.errors import UserError
+from ipt_jax.corpus.records import KINDS
 from ipt_jax.model.attention import CUDNN_ROWS, choose_attention, cudnn_gives_nan
 from ipt_jax.model.config import ModelConfig, param_count
 from ipt_jax.model.decoder import Execution, Mistral, Params, decay_mask, logical_axes
@@ -54,9 +55,10 @@ class StepShape:
 
 
 def loss_of(
-    params: Params, rows: Batch, count: Array, *, config: ModelConfig, shape: StepShape, device: OnDevice
-) -> tuple[Array, dict[str, Array]]:
-    """The share of a device's rows [M, T] in the mean loss over `count` targets, and its sums by kind."""
+    params: Params, rows: Batch, count: Array, *, config: ModelConfig, shape: StepShape, device: OnDevice,
+    groups: int = len(KINDS) + 1,
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    """The share of a device's rows [M, T] in the mean loss over `count` targets, and its sums by kind [groups]."""
     dtype, axes = jnp.dtype(shape.compute_dtype), logical_axes(config)
     # Both tables are gathered once for all rows: looking up in a table split along D would move activations.
     tables: Params = {
@@ -76,7 +78,7 @@ def loss_of(
     with jax.named_scope("loss"):
         objective, sums = cross_entropy(
             hidden, head, rows["targets"], rows["loss_mask"], rows["kinds"],
-            chunk=shape.loss_chunk, z_loss=shape.z_loss,
+            chunk=shape.loss_chunk, z_loss=shape.z_loss, groups=groups,
         )  # fmt: skip
     return objective / count, sums
 
@@ -96,7 +98,7 @@ def gradients(
 
     def of_device(params: Params, batch: Batch, count: Array) -> tuple[Any, dict[str, Array]]:
         # Scanned layers cast their own slices: all cast weights would be copied into the loop slice by slice.
-        weights = _cast_matrices(params, axes, shape.compute_dtype) if shape.unroll else params
+        weights = cast_matrices(params, axes, shape.compute_dtype) if shape.unroll else params
 
         def of_rows(rows: Batch) -> tuple[Any, dict[str, Array]]:
             grads, sums = gradient(weights, rows, count)
@@ -123,7 +125,7 @@ def gradients(
     return on_mesh(params, batch, count)
 
 
-def _cast_matrices(params: Params, axes: dict[str, Any], dtype: str) -> Params:
+def cast_matrices(params: Params, axes: dict[str, Any], dtype: str) -> Params:
     """Matrices in the compute dtype; norms stay float32."""
     return jax.tree.map(lambda w, names: w if "norm" in names else w.astype(dtype), params, axes)
 

@@ -54,6 +54,7 @@ from ipt_jax.train.resume import find_newest, refuse_changed, set_aside
 from ipt_jax.train.run_info import copy_tokenizer, describe, git_commit, report, report_start, versions, write_record
 from ipt_jax.train.state import TrainState, check_layout, fresh_state, state_from_params
 from ipt_jax.train.step import Program, build_program, lower
+from ipt_jax.train.validation import Validation, build_validation_plan
 
 SAMPLE = "The quick brown fox jumps over 13 lazy dogs: naïve café, 東京!\n\tdef f(x): return x**2"
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # save, then exit
@@ -75,6 +76,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, devices)
     program = build_program(recipe, model, mesh, plan.steps)
+    held_out = build_validation_plan(recipe, plan, program.rows // program.shape.accumulation)
 
     with claim(run_dir), contextlib.ExitStack() as stack:
         refuse_unshared(run_dir)
@@ -103,14 +105,15 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         if jax.process_index() == 0:
             for line in layout:
                 report(line)
+        validation = Validation(recipe.validation, held_out, program) if recipe.validation and held_out else None
         with Ledger.open(run_dir, start, program, plan, recipe.train) as ledger:
-            train(recipe, plan, end, program, step, state, ledger, checkpoints)
+            train(recipe, plan, end, program, step, state, ledger, checkpoints, validation)
         return result(recipe, end, ledger.record, ledger.last)
 
 
 def train(
     recipe: Recipe, plan: Plan, end: int, program: Program, step: Any, state: TrainState, ledger: Ledger,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints, validation: Validation | None,
 ) -> None:  # fmt: skip
     """The loop, from the ledger's step to step `end`."""
     done, settings = ledger.record.step, recipe.train
@@ -130,9 +133,14 @@ def train(
             stop = stop_asked(done)
             last = stop or done == end
             due = last or checkpoints.due(done)
-            if due or done % settings.log_every == 0:
+            validated = validation is not None and not stop and (
+                done == end or validation.due(done) or (due and settings.keep_best is not None)
+            )  # fmt: skip
+            if validation is not None and validated:
+                ledger.validated(done, validation.measure(state.params))
+            if due or validated or done % settings.log_every == 0:
                 alive()
-                ledger.settle(done if due else done - 1)  # the devices are busy with step `done` meanwhile
+                ledger.settle(done if due or validated else done - 1)  # the devices are busy with step `done` meanwhile
                 if len(ledger.bad) >= settings.max_bad_steps or (due and ledger.bad and not all_finite(state.params)):
                     raise bad_steps(Path(recipe.run_dir), ledger.bad, state, batch, program)
             if due:
