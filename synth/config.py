@@ -75,7 +75,8 @@ class SynthesizerSettings(Settings):
     """
 
     model: str
-    """Hugging Face directory. jax also reads a checkpoint. openai and scripted read only its tokenizer."""
+    """Hugging Face directory, or `hf:NAME` of the hub. jax also reads a checkpoint. openai and scripted read only its
+    tokenizer."""
     engine: Literal["vllm", "openai", "jax", "scripted"] = "vllm"
     """openai: an OpenAI-compatible server. scripted: no model, pairs that quote the text, for rehearsals."""
     server: str | None = Field(default=None, validate_default=True, pattern=r"^https?://")

@@ -8,13 +8,13 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import DigestOf, digest, directory_digest, file_digest
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Engine
+from synth.engine.base import Engine, model_directory
 from synth.format.chat import chat_format
 
 
 def synthesizer_tokenizer(settings: SynthesizerSettings) -> Tokenizer:
-    """The tokenizer of an HF directory, a run, one step of it, or the output of `ipt import`."""
-    model = Path(settings.model)
+    """The tokenizer of an HF directory, a name of the hub, a run, one step of it, or the output of `ipt import`."""
+    model = model_directory(settings.model)
     if not model.is_dir():
         raise UserError(f"synthesizer.model {model}: no such directory; set it to an HF directory with a tokenizer")
     for folder in (model, model / "tokenizer", model.parent.parent / "tokenizer"):
@@ -34,7 +34,7 @@ def model_digest(settings: SynthesizerSettings, tokenizer: Tokenizer, digest_of:
 
 def weights_digest(model: str, digest_of: DigestOf = file_digest) -> str:
     """SHA-256 over config and weights of an HF directory or a checkpoint, independent of paths."""
-    directory = Path(model)
+    directory = model_directory(model)
     if (directory / "config.json").is_file():
         weights = sorted(directory.glob("*.safetensors"))
         if not weights:

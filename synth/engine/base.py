@@ -10,12 +10,16 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import Literal, Protocol, TypeVar, get_args
 
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 
+HUB = "hf:"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 ATTEMPTS = 3  # requests for one completion or score
 Answer = TypeVar("Answer")
 
@@ -166,6 +170,25 @@ def cut_at_stop(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> li
     size = bisect_right(range(len(ids)), at, key=lambda size: len(tokenizer.decode(ids[:size]))) - 1
     rest = text[len(tokenizer.decode(ids[:size])) : at]
     return ids[:size] + (tokenizer.encode(rest, continuing=True) if rest else [])
+
+
+@lru_cache(maxsize=4)
+def model_directory(model: str) -> Path:
+    """The directory of `synthesizer.model`. `hf:NAME` is downloaded from the hub to its cache. Raises UserError."""
+    if not model.startswith(HUB):
+        return Path(model)
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise UserError(f"synthesizer.model {model}: needs huggingface_hub; run launch/setup.sh hf") from error
+    try:
+        return Path(snapshot_download(model.removeprefix(HUB), allow_patterns=HUB_FILES))
+    except Exception as error:  # any type: no network, no such name, no access
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"synthesizer.model {model}: cannot be downloaded ({type(error).__name__}: {reason}); check the name and "
+            "the network, or set a local directory"
+        ) from error
 
 
 def refuse_vocabulary(model: str, tokenizer: Tokenizer, known: int) -> None:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import SynthesizerSettings
-from synth.engine.base import Completion, GenerationRequest, cut_at_stop, refuse_vocabulary, time_limit, without_eos
+from synth.engine.base import (
+    Completion,
+    EngineNotStarted,
+    GenerationRequest,
+    cut_at_stop,
+    model_directory,
+    refuse_vocabulary,
+    time_limit,
+    without_eos,
+)
 
 if TYPE_CHECKING:
     from ipt_jax.inference.language_model import LanguageModel
@@ -41,7 +50,12 @@ class JaxEngine:
 
         if model is None:
             default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-            model = load(settings.model, dtype=default if settings.dtype == "auto" else settings.dtype)
+            dtype = default if settings.dtype == "auto" else settings.dtype
+            try:
+                model = load(str(model_directory(settings.model)), dtype=dtype)
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise EngineNotStarted(f"the JAX engine did not start: {type(error).__name__}: {reason}") from error
         refuse_vocabulary(settings.model, tokenizer, model.config.vocab_size)
         if settings.max_model_len > model.config.max_positions:
             raise UserError(

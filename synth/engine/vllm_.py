@@ -23,6 +23,7 @@ from synth.engine.base import (
     GenerationRequest,
     RequestFailed,
     cut_at_stop,
+    model_directory,
     refuse_vocabulary,
     time_limit,
     without_eos,
@@ -175,7 +176,7 @@ def start_engine(settings: SynthesizerSettings, tokenizer: Tokenizer) -> Any:
     cpu = current_platform.is_cpu()
     try:
         config = AsyncEngineArgs(
-            model=settings.model,
+            model=str(model_directory(settings.model)),
             skip_tokenizer_init=not settings.stop,  # vLLM finds stop strings in text
             dtype="float32" if cpu and settings.dtype == "auto" else settings.dtype,
             max_model_len=settings.max_model_len,

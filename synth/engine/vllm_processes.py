@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 MARK = "IPT_ENGINE_MARK"  # environment variable by which the watchdog knows an engine's processes
-GRACE_SECONDS = 4.0  # after Ctrl-C, for vLLM's own cleanup
+GRACE_SECONDS = 2.0  # after Ctrl-C, for vLLM's own cleanup
 STOPPED = b"stopped; rerun the same command to resume\n"
 # '(EngineCore pid=7) ERROR 11-28 10:00:00 [core.py:1] ' before each line of a logged traceback
 LOG_PREFIX = re.compile(

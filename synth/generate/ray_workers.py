@@ -19,7 +19,7 @@ from ipt_jax.core.executor import connect_ray
 from ipt_jax.corpus.records import SynthGroup, encode
 from synth.config import RunSettings
 from synth.engine import open_engine
-from synth.engine.base import Engine, EngineDied
+from synth.engine.base import HUB, Engine, EngineDied
 from synth.generate.few_shot import Chain
 from synth.generate.group_store import GroupStore, show_progress
 from synth.generate.journal import Journal
@@ -38,7 +38,7 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
         return settings
     corpus = settings.corpus.model_copy(update={"path": os.path.abspath(settings.corpus.path)})
     given = settings.synthesizer.model_dump(include={"model", "lora", "prompt_file"})
-    absolute = {name: os.path.abspath(path) for name, path in given.items() if path is not None}
+    absolute = {name: os.path.abspath(path) for name, path in given.items() if path and not path.startswith(HUB)}
     synthesizer = settings.synthesizer.model_copy(update=absolute)
     changed = {"corpus": corpus, "synthesizer": synthesizer, "output": os.path.abspath(settings.output)}
     return settings.model_copy(update=changed)

@@ -91,6 +91,28 @@ def test_tokenizer_beside_a_checkpoint_is_found(tmp_path: Path) -> None:
         assert synthesizer_tokenizer(synthesizer).vocab_size == 259
 
 
+def test_hub_names_are_downloaded_or_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = need("huggingface_hub", extra="test")
+    write_tokenizer(tmp_path / "snapshot" / "7f3a")
+    asked: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        if name == "no/such":
+            raise OSError("no network\nhere")
+        return str(tmp_path / "snapshot" / "7f3a")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    run = settings(tmp_path, texts=3, synthesizer__model="hf:some/synthesizer")
+    run_synth(run)
+    assert {group.synthesizer for group in read_groups(run.output)} == {"synthesizer"}
+    with pytest.raises(
+        UserError, match=r"hf:no/such: cannot be downloaded \(OSError: no network here\); check the name"
+    ):
+        run_synth(settings(tmp_path, synthesizer__model="hf:no/such"))
+    assert asked == ["some/synthesizer", "no/such"]
+
+
 def test_weights_are_known_by_contents(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / name).mkdir()
