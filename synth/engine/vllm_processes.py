@@ -23,9 +23,8 @@ MARK = "IPT_ENGINE_MARK"  # environment variable by which the watchdog knows an 
 GRACE_SECONDS = 2.0  # after Ctrl-C, for vLLM's own cleanup
 STOPPED = b"stopped; rerun the same command to resume\n"
 # '(EngineCore pid=7) ERROR 11-28 10:00:00 [core.py:1] ' before each line of a logged traceback
-LOG_PREFIX = re.compile(
-    r"^(?:\x1b\[[\d;]*m)*(?:\([^)]*pid=\d+\))?\s?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] ?)?(?:\x1b\[0m)?"
-)
+COLOR = re.compile(r"\x1b\[[\d;]*m")
+LOG_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\))?\s?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
 RAISED = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failed)\b")
 CAUSE_LETTERS = 300
 
@@ -141,12 +140,9 @@ def root_cause(log: str) -> str:
 
     The first traceback is the deepest process's: those of the processes that wait for it follow.
     """
-    lines = [LOG_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
-    first = next(
-        (place for place, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")), None
-    )
-    if first is None:
-        return ""
+    lines = [LOG_PREFIX.sub("", COLOR.sub("", line)).rstrip() for line in log.splitlines()]
+    begins = (place for place, line in enumerate(lines) if line.endswith("Traceback (most recent call last):"))
+    first = next(begins, len(lines))
     raised = next((place for place in range(first, len(lines)) if RAISED.match(lines[place])), None)
     if raised is None:
         return ""

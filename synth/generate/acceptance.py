@@ -45,7 +45,7 @@ class Acceptance:
         self.has_checked = True
         rejected = rejection_counts(counts)
         if is_low(counts["pairs"], rejected):
-            self.report(f"warning: {accepted_share(counts['pairs'], rejected, counts['texts'])}; {HINT}")
+            self.report(f"warning: {accepted_share(counts['pairs'], rejected, counts['texts'])}; {hint(rejected)}")
             for reason, count in rejected.most_common(NAMED_REASONS):
                 example = f", for example: {self.examples[reason]}" if reason in self.examples else ""
                 self.report(f"{reason} {count / rejected.total():.0%}: {REASONS.get(reason, reason)}{example}")
@@ -56,11 +56,16 @@ class Acceptance:
         if is_low(summary["pairs"], rejected):
             reasons = (f"{reason} {count}" for reason, count in rejected.most_common(NAMED_REASONS))
             said = ", ".join(reasons) or "the answers hold no pairs"
-            self.report(f"{accepted_share(summary['pairs'], rejected, summary['texts'])}: {said}; {HINT}")
+            self.report(f"{accepted_share(summary['pairs'], rejected, summary['texts'])}: {said}; {hint(rejected)}")
 
 
 def is_low(pairs: int, rejected: Counter[str]) -> bool:
     return pairs < LEAST_SHARE * (pairs + rejected.total()) or not pairs
+
+
+def hint(rejected: Counter[str]) -> str:
+    cut = [reason for reason, _ in rejected.most_common(1)] == ["truncated"]
+    return ("raise synthesizer.max_new_tokens if the answers are good; " if cut else "") + HINT
 
 
 def accepted_share(pairs: int, rejected: Counter[str], texts: int) -> str:

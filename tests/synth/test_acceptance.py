@@ -70,13 +70,13 @@ def test_a_run_that_accepted_nothing_exits_with_1_and_keeps_its_output(tmp_path:
     for result in (first, again):
         assert result.returncode == 1
         assert json.loads(result.stdout)["texts"] == 1
-        assert "0 pairs of 1 texts were accepted: truncated 1; a model that was not tuned" in result.stderr
+        assert "0 pairs of 1 texts were accepted: truncated 1; raise synthesizer.max_new_tokens" in result.stderr
     assert (tmp_path / "groups" / "manifest.json").exists()
 
 
 def test_a_run_with_few_pairs_warns_after_a_hundred_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_corpus(tmp_path / "corpus.jsonl", 120)
-    result = run_synth(settings(tmp_path, synthesizer__max_new_tokens=70, rounds=1))
+    result = run_synth(settings(tmp_path, synthesizer__max_new_tokens=55, rounds=1))
     said = capsys.readouterr().err
     assert 0 < result["pairs"] < 0.2 * (result["pairs"] + sum(result["rejected"].values()))
     assert said.count("first accepted pair: Q: ") == said.count("warning: ") == 1

@@ -91,6 +91,7 @@ def test_tokenizer_beside_a_checkpoint_is_found(tmp_path: Path) -> None:
         assert synthesizer_tokenizer(synthesizer).vocab_size == 259
 
 
+@pytest.mark.extra
 def test_hub_names_are_downloaded_or_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = need("huggingface_hub", extra="test")
     write_tokenizer(tmp_path / "snapshot" / "7f3a")
@@ -258,7 +259,7 @@ def test_what_changes_completions_is_in_the_identity(tmp_path: Path, tokenizer: 
         assert identity(**{name: value}) == {**plain, name: value}
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    with pytest.raises(UserError, match=r"no adapter_config.json with adapter_model"):
+    with pytest.raises(UserError, match=r"no adapter_config.json and adapter_model"):
         identity(lora=str(adapter))
     (adapter / "adapter_config.json").write_text('{"r": 20}')
     (adapter / "adapter_model.safetensors").write_bytes(b"1")
