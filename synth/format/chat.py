@@ -74,7 +74,8 @@ class ChatFormat:
     def _file_templates(self) -> dict[str, jinja2.Template]:
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
         try:
-            return {name: environment.from_string(getattr(self.settings, name)) for name in ("system", "user")}
+            stored = {"system": self.settings.system, "user": self.settings.user}
+            return {name: environment.from_string(text) for name, text in stored.items()}
         except jinja2.TemplateError as error:
             raise UserError(f"prompt_file {self.path}: {error}; correct the template") from error
 
