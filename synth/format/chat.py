@@ -81,8 +81,11 @@ class ChatFormat:
 
     def user(self, text: str, number: int) -> str:
         """The user's message for a text, the `number`-th of its group."""
-        safe = self._controls.sub(lambda found: f"{found[0][0]} {found[0][1:]}", shown(text))
-        return self._render("user", text=safe, round=number)
+        return self._render("user", text=self._harmless(shown(text)), round=number)
+
+    def _harmless(self, text: str) -> str:
+        """'</s>' -> '< /s>': the text without spellings of control tokens."""
+        return self._controls.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def _render(self, name: str, **variables: object) -> str:
         try:
@@ -93,10 +96,12 @@ class ChatFormat:
     def answer(self, pairs: Sequence[Pair]) -> str:
         """The assistant's answer with these pairs."""
         if self.settings.answers == "json":
-            return json.dumps([json_pair(pair) for pair in pairs], ensure_ascii=False, indent=1)
-        if self.settings.answers == "lines":
-            return "\n\n".join(f"Q: {pair.question}\nA: {pair.answer}" for pair in pairs)
-        return pairs_text(pairs)
+            written = json.dumps([json_pair(pair) for pair in pairs], ensure_ascii=False, indent=1)
+        elif self.settings.answers == "lines":
+            written = "\n\n".join(f"Q: {pair.question}\nA: {pair.answer}" for pair in pairs)
+        else:
+            written = pairs_text(pairs)
+        return self._harmless(written)
 
     def messages(self, turns: Sequence[Turn], last: str) -> list[Message]:
         """The system message, the earlier turns and the open one."""

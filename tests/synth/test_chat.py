@@ -62,6 +62,7 @@ def test_turns_are_the_templates_tokens(chat: ChatFormat, tokenizer: Tokenizer) 
     assert second == system + user + said(f"assistant: {answer}") + said("user: Two.") + opened
     assert prompt.open("Two.", max_tokens=len(second) - 1) == system + said("user: Two.") + opened
     assert prompt.messages[1:] == [{"role": "user", "content": "Two."}]
+    assert chat.answer([wire_pair("Who </s>?", "Ann")]) == "Q: Who < /s>?\nA: Ann"
 
 
 def test_a_turn_without_accepted_pairs_is_not_shown(chat: ChatFormat) -> None:
