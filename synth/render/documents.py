@@ -24,7 +24,7 @@ from synth.format.truncate import split_text
 from synth.groups import contaminated_places, decode_group
 from synth.render.layout import Shot, Spans, lay_out, lay_out_detached
 from synth.render.pair_filter import keeps, read_keep
-from synth.render.templates import DocumentStyle, Draws, Layout
+from synth.render.templates import DocumentStyle, Draws, Layout, load_templates
 
 LAYOUT_COUNT = "layout."
 
@@ -87,6 +87,8 @@ class RenderSettings(Settings):
     """Output of `synth run`, `mine`, `verify` or `decontaminate`."""
     layouts: LayoutShares = LayoutShares(text_first=0.6, questions_first=0.1, dialogue=0.1, numbered=0.1, few_shot=0.1)
     """Relative frequency of each layout (docs/reference/render.md). The values need not sum to one."""
+    templates: str | None = None
+    """Directory of template files that replace the shipped ones (docs/reference/render.md). null: the shipped ones."""
     one_shot: float = Field(0.0, ge=0, le=1)
     """Fraction of groups rendered as one document per text instead of one few-shot document."""
     detached: float = Field(0.0, ge=0, le=1)
@@ -272,14 +274,17 @@ class Renderer:
 def augmented_document(group: SynthGroup, name: str, shots: Sequence[Shot], settings: RenderSettings) -> Document:
     """`shots` as one document, in a style drawn for `name`."""
     draws = Draws(settings.seed, name, settings.epoch)
-    style = DocumentStyle(draws, settings.layouts.weights, has_example=count_pairs(shots) > 1)
+    templates = load_templates(settings.templates)
+    style = DocumentStyle(draws, settings.layouts.weights, templates, has_example=count_pairs(shots) > 1)
     return laid_out(group, name, shots, style.layout, lay_out(shots, style, draws), settings)
 
 
 def pair_document(group: SynthGroup, name: str, shot: Shot, settings: RenderSettings) -> Document:
     """The only pair of `shot` without its text, which stays the parent."""
     draws = Draws(settings.seed, name, settings.epoch)
-    return laid_out(group, name, [shot], "detached", lay_out_detached(shot, draws), settings)
+    return laid_out(
+        group, name, [shot], "detached", lay_out_detached(shot, draws, load_templates(settings.templates)), settings
+    )
 
 
 def laid_out(

@@ -16,10 +16,9 @@ from typing import Literal, NamedTuple
 from ipt_jax.corpus.records import Format, GroupText, Pair
 from synth.format.parser import MAX_OPTIONS, gold_option
 from synth.format.wire import final_answer, question_stem
-from synth.render.templates import FORMATS, DocumentStyle, Draws, OptionStyle, load_templates
+from synth.render.templates import PLACEHOLDER, DocumentStyle, Draws, OptionStyle, Templates
 
 SpanKind = Literal["text", "question", "options", "rationale", "answer"]
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
 REFERS_TO_TEXT = re.compile(r"\b(text|read\w*|passage|comprehension|look up|find out|given)\b", re.IGNORECASE)
 BLOCKS = "\n\n"  # between a text, its bridge, and its pairs
 LABELS: dict[str, Sequence[str]] = {
@@ -73,17 +72,17 @@ def lay_out(shots: Sequence[Shot], style: DocumentStyle, draws: Draws) -> tuple[
     return finish(join(style.separator, blocks))
 
 
-def lay_out_detached(shot: Shot, draws: Draws) -> tuple[str, Spans]:
+def lay_out_detached(shot: Shot, draws: Draws, templates: Templates) -> tuple[str, Spans]:
     """The pairs of `shot` without its text, in patterns that do not refer to one."""
-    style = DocumentStyle(draws, {"text_first": 1.0})
-    style.patterns = {name: draws.pick(f"pattern {name}", closed_book_patterns(name)) for name in FORMATS}
+    style = DocumentStyle(draws, {"text_first": 1.0}, templates)
+    for name, patterns in templates.patterns.items():
+        style.patterns[name] = draws.pick(f"pattern {name}", closed_book(patterns))
     return finish(join(style.between, inline(shot_parts(0, shot, style, draws), style)))
 
 
-@cache
-def closed_book_patterns(name: Format) -> list[str]:
-    """The patterns of a format that make sense without a text."""
-    return [pattern for pattern in load_templates().patterns[name] if not REFERS_TO_TEXT.search(pattern)]
+def closed_book(patterns: list[str]) -> list[str]:
+    """The patterns that make sense without a text, or all if none does."""
+    return [pattern for pattern in patterns if not REFERS_TO_TEXT.search(pattern)] or patterns
 
 
 def shot_parts(number: int, shot: Shot, style: DocumentStyle, draws: Draws) -> ShotParts:

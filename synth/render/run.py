@@ -30,7 +30,7 @@ def run_render(settings: RenderSettings) -> dict[str, Any]:
         check_scores(settings.keep, (decode_group(record, shards) for record in shards))
     identity = {
         "groups": groups_digest(shards),
-        "templates": load_templates().digest,
+        "templates": load_templates(settings.templates).digest,
         "layouts": settings.layouts.weights,
         "tokenizer": load_tokenizer(settings.tokenizer).digest if settings.tokenizer else None,
         **settings.model_dump(include={"one_shot", "detached", "keep", "epoch", "seed", "max_document_tokens"}),

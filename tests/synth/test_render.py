@@ -18,7 +18,7 @@ from ipt_jax.corpus.shards import read_documents, read_manifest
 from synth.format.parser import reject
 from synth.format.wire import wire_pair
 from synth.render.documents import Renderer
-from synth.render.layout import closed_book_patterns
+from synth.render.layout import closed_book
 from synth.render.run import run_render
 from synth.render.templates import load_templates
 
@@ -199,7 +199,7 @@ def test_detached_is_a_share_of_pairs_and_keeps_each_pair_once() -> None:
 
 def test_detached_patterns_do_not_refer_to_a_text() -> None:
     for name in ("free", "free_cot", "choice", "choice_cot"):
-        patterns = closed_book_patterns(name)
+        patterns = closed_book(load_templates().patterns[name])
         assert len(patterns) >= 20 and not [one for one in patterns if "text" in one.lower()]
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from renderkit import EVEN, recipe
+from renderkit import EVEN, group, recipe, render
 from scipy.stats import chisquare
 
+from ipt_jax.core.errors import UserError
 from synth.format.wire import wire_pair
 from synth.render.layout import PLACEHOLDER, Fragment, fill, fill_words, pair_values
 from synth.render.templates import FORMATS, LAYOUTS, DocumentStyle, Draws, OptionStyle, load_templates
@@ -108,7 +110,7 @@ def test_draws_do_not_share_a_stream() -> None:
     seen = Counter((one.pick("pattern free", free), one.pick("pattern choice", choice)) for one in draws)
     assert len(seen) == len(free) * len(choice)
     assert chisquare([*seen.values()]).pvalue > 1e-4
-    looks = [DocumentStyle(one, EVEN) for one in draws[:4000]]
+    looks = [DocumentStyle(one, EVEN, TEMPLATES) for one in draws[:4000]]
     for pair in (
         Counter((document_style.layout, document_style.separator) for document_style in looks),
         Counter((document_style.layout, document_style.opening == "{text}") for document_style in looks),
@@ -120,10 +122,11 @@ def test_draws_do_not_share_a_stream() -> None:
 
 def test_layout_shares() -> None:
     shares = {"text_first": 0.6, "questions_first": 0.1, "dialogue": 0.1, "numbered": 0.1, "few_shot": 0.1}
-    drawn = Counter(DocumentStyle(Draws(1, str(i), 0), recipe().layouts.weights).layout for i in range(5000))
+    drawn = Counter(DocumentStyle(Draws(1, str(i), 0), recipe().layouts.weights, TEMPLATES).layout for i in range(5000))
     assert chisquare([drawn[name] for name in shares], [5000 * share for share in shares.values()]).pvalue > 1e-4
     only = {
-        DocumentStyle(Draws(1, str(i), 0), recipe(layouts={"dialogue": 2}).layouts.weights).layout for i in range(50)
+        DocumentStyle(Draws(1, str(i), 0), recipe(layouts={"dialogue": 2}).layouts.weights, TEMPLATES).layout
+        for i in range(50)
     }
     assert only == {"dialogue"}
 
@@ -167,3 +170,33 @@ def test_the_last_of_26_options_is_z() -> None:
     pair = wire_pair("Q?", "o25", [f"o{i}" for i in range(26)])
     letters = OptionStyle(labels="upper", mark="{label}. {option}", between="\n", answer="{label}")
     assert pair_values(pair, letters, range(26))["answer"] == "Z"
+
+
+def test_files_of_a_folder_replace_the_shipped_ones(tmp_path: Path) -> None:
+    (tmp_path / "free.yaml").write_text('- "{question}|{answer}"\n')
+    one = group("g", [[wire_pair("Why?", "Rain")]])
+    [document] = render(one, templates=str(tmp_path), layouts={"text_first": 1})
+    assert document.text.endswith("Why?|Rain")
+    own, shipped = load_templates(str(tmp_path)), load_templates()
+    assert own.patterns["free"] == ["{question}|{answer}"] and own.patterns["choice"] == shipped.patterns["choice"]
+    assert own.digest != shipped.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("free.yaml", '- "{question}"', r"free.yaml: pattern '{question}' must contain {answer}, {question} once each"),
+        ("free.yaml", '- "{answer} {question}"', "the question before the answer"),
+        ("free.yaml", "[]", "free has no pattern"),
+        ("free.yaml", "a: [", "while parsing"),
+        ("choice.yaml", "just text", "Expected `array`, got `str`"),
+        ("layouts.yaml", "{bare: 0.5, separators: []}", "layout dialogue is missing"),
+        ("turns.yaml", "{}", "'free'"),
+        ("fre.yaml", "[]", "unknown file fre.yaml; name the files free.yaml"),
+        ("notes.txt", "", "no template file"),
+    ],
+)
+def test_invalid_folders_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_templates(str(tmp_path))
