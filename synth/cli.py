@@ -34,15 +34,25 @@ def main() -> None:
 
 
 @command(app, recipe="synth.collect.run:CollectSettings")
-def collect(settings: "CollectSettings") -> Result:
+def collect(
+    settings: "CollectSettings",
+    report: Annotated[
+        Path | None,
+        typer.Option("-o", "--report", help="HTML file to write: counts, examples, what was dropped. Default: none."),
+    ] = None,
+) -> Result:
     """Convert QA data sets to tuning documents.
 
     Reads question-answering data sets. Writes one shard of documents per data set, for tuning a synthesizer, to
-    `output`. Rerun the same command to resume.
+    `output`, and a page about them to --report. Rerun the same command to resume.
     """
+    from synth.collect.collection_page import write_collection_page
     from synth.collect.run import run_collect
 
-    return run_collect(settings)
+    result = run_collect(settings)
+    if report is not None:
+        result["report_bytes"] = write_collection_page(settings.output, report)
+    return result
 
 
 @command(app, recipe="synth.config:RunSettings")

@@ -130,15 +130,18 @@ def input_files(source: CollectInput) -> list[Path]:
     if source.subset is not None:
         raise UserError(f"input {source.path}: subset {source.subset} is only for {datasets.HUB}NAME; remove it")
     files: list[Path] = []
+    saved: list[Path] = []
     for path in find_files(source.path):
         if path.is_dir() and not datasets.is_hf(path):
             raise UserError(f"input {path}: not a data set with questions; set files of rows or a saved data set")
-        files += datasets.hf_files(path, source.split) if path.is_dir() else [path]
-    if source.adapter == RELEASED and any(path.parent.name == "shard" for path in files):
-        files = [path for path in files if path.parent.name == "shard"]
-    plain = [path for path in files if path.name not in INFO_FILES] or files
-    saved = Path(source.path).is_dir() and datasets.is_hf(Path(source.path))
-    return plain if saved or source.adapter == RELEASED else files_of_split(source, plain)
+        if path.is_dir():
+            saved += datasets.hf_files(path, source.split)
+        elif path.name not in INFO_FILES:
+            files.append(path)
+    if source.adapter != RELEASED:
+        return [*saved, *files_of_split(source, files)] if files else saved
+    shards = [path for path in files if path.parent.name == "shard"]
+    return shards or files  # beside the shards are indexes
 
 
 def files_of_split(source: CollectInput, files: list[Path]) -> list[Path]:
@@ -190,6 +193,7 @@ def read_examples(data_set: DataSet, tally: RowTally) -> Iterator[Example]:
     the same id and other pairs. What is not used is counted in `tally`."""
     ids: set[str] = set()
     asked: dict[str, set[int]] = {}  # per merged context, hashes of its questions
+    grouped = data_set.adapter in ADAPTERS and ADAPTERS[data_set.adapter].group is not None
     for where, default_id, item in read_items(data_set, tally):
         context = item.context.strip()
         if not context and data_set.adapter not in WITHOUT_CONTEXT:
@@ -201,13 +205,14 @@ def read_examples(data_set: DataSet, tally: RowTally) -> Iterator[Example]:
             continue
         questions = asked.setdefault(identifier, set()) if item.id is None else set()
         pairs, starts = usable_pairs(item, questions, where, tally)
-        if any("\ud800" <= letter <= "\udfff" for letter in context + identifier + pairs_text(pairs)):
+        if not pairs:
+            if item.id is not None or (len(item.pairs) != 1 and not grouped):  # else the pair's reason is the row's
+                tally.dropped["no_pairs"] += 1
+        elif any("\ud800" <= letter <= "\udfff" for letter in context + identifier + pairs_text(pairs)):
             tally.dropped["lone_surrogate"] += 1  # JSON may hold one, UTF-8 cannot
-        elif pairs:
+        else:
             ids.update([identifier] if item.id is not None else [])
             yield Example(identifier, context, pairs, starts if item.quoted else None)
-        elif item.id is not None or len(item.pairs) != 1:
-            tally.dropped["no_pairs"] += 1
 
 
 def merge_examples(examples: Iterable[Example]) -> list[Example]:
@@ -230,15 +235,19 @@ def read_items(data_set: DataSet, tally: RowTally) -> Iterator[tuple[str, str, C
     """(place, default id, what the adapter reads) of every row that fits the adapter."""
     reader = ADAPTERS.get(data_set.adapter) or Adapter(partial(read_generic, ignored=tally.dropped))
     groups: dict[Any, list[tuple[str, str, dict[str, Any]]]] = {}
+    named = Counter(path.name for path in data_set.paths)
     for path in data_set.paths:
+        name = path.name if named[path.name] == 1 else f"{path.parent.name}/{path.name}"
         for number, row in read_rows(path):
             if data_set.member is not None and member_name(row, path) != data_set.member:
                 continue
             tally.rows += 1
-            where, default_id = f"input {path}: line {number}", f"{path.name}:{number}"
+            where, default_id = f"input {path}: line {number}", f"{name}:{number}"
             try:
                 if reader.group is None:
-                    yield from ((where, default_id, item) for item in reader.read(row))
+                    if not (items := reader.read(row)):
+                        raise Misfit("no_pairs")
+                    yield from ((where, default_id, item) for item in items)
                 else:
                     groups.setdefault(reader.group(row), []).append((where, default_id, row))
             except Misfit as misfit:

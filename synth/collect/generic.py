@@ -87,14 +87,15 @@ def collection_pair(entry: Any) -> QuestionAnswer:
     if not isinstance(entry, dict):
         raise Misfit("unreadable_pair", "a pair is an object {Q, A}")
     question, answer = question_of(entry, COLLECTION_QUESTION), answers_of(entry, COLLECTION_ANSWER)[0]
-    cued = f"\n{question}".endswith(COT_CUE)
+    cue = COT_CUE.strip()
+    cued = question.endswith(cue)
     chain, has_answer, final = answer.rpartition(ANSWER_CUE if ANSWER_CUE in answer else ANSWER_CUE.replace("\n", " "))
     rationale: str | None = None
     if cued and not has_answer:
         raise Misfit("cot_malformed")
     if has_answer and (cued or ANSWER_CUE in answer):
         rationale, answer = chain.strip(), final.strip()
-        question = f"\n{question}".removesuffix(COT_CUE).strip()
+        question = question.removesuffix(cue).strip()
     stem, has_options, listing = f"\n{question}".partition(OPTIONS_CUE)
     if not has_options:
         return QuestionAnswer(question, answer, (), rationale)
