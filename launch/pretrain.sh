@@ -8,6 +8,8 @@
 #   SLURM: srun --ntasks-per-node=1 launch/pretrain.sh CONFIG      (launch/slurm/pretrain.sbatch)
 #   TPU slice: the same command on all workers
 #   other clusters: IPT_COORDINATOR=HOST:PORT IPT_NUM_PROCESSES=N IPT_PROCESS_ID=I launch/pretrain.sh CONFIG
+# IPT_RESTARTS=N restarts a run that fails, up to N times: after every exit code but 0 (finished) and 2 (a mistake), and
+# unless this script was told to stop. It gives up when two tries in a row reach no new checkpoint.
 # Exits with code 2 if a GPU is lost, hidden or lacks its driver. JAX_PLATFORMS=cpu trains on the CPU.
 # Prints every variable that it sets. Variables that are already set are kept.
 set -euo pipefail
@@ -98,4 +100,47 @@ elif [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
   say "SLURM: process ${SLURM_PROCID:-?} of $SLURM_STEP_NUM_TASKS"
 fi
 say "ipt train $*"
-exec "$venv/bin/ipt" train "$@"
+restarts=${IPT_RESTARTS:-0}
+case $restarts in *[!0-9]*) mistake "IPT_RESTARTS is '$restarts'; set it to a number of restarts" ;; esac
+[ "$restarts" -gt 0 ] || exec "$venv/bin/ipt" train "$@"
+
+newest_checkpoint() { # print the step of the run's newest checkpoint, 0 without one
+  "$venv/bin/python" -c "
+import sys
+from pathlib import Path
+from ipt_jax.config import Recipe
+from ipt_jax.core.checkpoint_digests import numbered
+from ipt_jax.core.settings import load_settings
+fields = [argument for argument in sys.argv[2:] if not argument.startswith('--')]
+found = numbered(Path(load_settings(Recipe, sys.argv[1], fields).run_dir) / 'checkpoints')
+print(found[0].name if found else 0)" "$@" 2>/dev/null || echo 0
+}
+
+stopped=
+for name in TERM INT HUP USR1; do # a command in the background ignores SIGINT, so all are passed on as SIGTERM
+  trap 'stopped=yes; kill -TERM "$train" 2>/dev/null || true' "$name"
+done
+before=$(newest_checkpoint "$@") try=0 stuck=0
+while :; do
+  "$venv/bin/ipt" train "$@" &
+  train=$!
+  while wait "$train" || kill -0 "$train" 2>/dev/null; do # a signal ends `wait` before the run ends
+    kill -0 "$train" 2>/dev/null || break
+  done
+  code=0
+  wait "$train" || code=$?
+  case $code in 0 | 2) exit "$code" ;; esac
+  [ -z "$stopped" ] || exit "$code"
+  step=$(newest_checkpoint "$@")
+  ended="ipt train ended with exit code $code; the newest checkpoint is step $step"
+  stuck=$((step > before ? 0 : stuck + 1)) before=$step
+  if [ "$stuck" -ge 2 ]; then
+    say "$ended, as at the last try; not restarted: the same fault would end it again"
+    exit "$code"
+  elif [ "$try" -ge "$restarts" ]; then
+    say "$ended; not restarted: IPT_RESTARTS=$restarts is used up"
+    exit "$code"
+  fi
+  try=$((try + 1))
+  say "$ended; restart $try of $restarts"
+done
