@@ -60,6 +60,8 @@ class TrainSettings(Settings):
     """Steps whose update is skipped, such as one whose batch makes the loss diverge."""
     max_bad_steps: int = Field(default=10, gt=0)
     """Steps in a row without a finite loss and gradient after which training stops. Their updates are skipped."""
+    on_spike: Literal["warn", "skip"] = "warn"
+    """What to do when the loss is far above the median of the last 128 steps. skip: as if it were not finite."""
     stall_minutes: float | None = Field(default=60.0, gt=0)
     """Minutes without a finished step after which training exits with the stack traces. null: no limit."""
 

@@ -9,7 +9,7 @@
 #   TPU slice: the same command on all workers
 #   other clusters: IPT_COORDINATOR=HOST:PORT IPT_NUM_PROCESSES=N IPT_PROCESS_ID=I launch/pretrain.sh CONFIG
 # IPT_RESTARTS=N restarts a run that fails, up to N times: after every exit code but 0 (finished) and 2 (a mistake), and
-# unless this script was told to stop. It gives up when two tries in a row reach no new checkpoint.
+# unless a signal stopped this script. It gives up when two tries in a row reach no new checkpoint.
 # Exits with code 2 if a GPU is lost, hidden or lacks its driver. JAX_PLATFORMS=cpu trains on the CPU.
 # Prints every variable that it sets. Variables that are already set are kept.
 set -euo pipefail

@@ -238,6 +238,18 @@ class Plan:
         pieces = self.pieces(rows)
         return render(pieces, self._read(pieces, by_block), len(rows), self.settings.seq_len, self._dtype)
 
+    def document_ids(self, step: int) -> list[dict[str, Any]]:
+        """{step, row, source, ids} of each row and source of a step, from 1: the documents in the rows of all hosts."""
+        pieces = self.pieces(range(self.first_row(step - 1), self.first_row(step)))
+        found = []
+        for source, reader in enumerate(self._readers):
+            mine = pieces[pieces["source"] == source]
+            ids = np.array(reader.ids(mine["document"]), object)
+            for row in np.unique(mine["row"]).tolist():
+                of_row = list(dict.fromkeys(ids[mine["row"] == row].tolist()))
+                found.append({"step": step, "row": row, "source": self.names[source], "ids": of_row})
+        return sorted(found, key=lambda one: one["row"])
+
     def load_blocks(self, rows: Sequence[int]) -> None:
         """Reads the blocks that `batch(rows, by_block=True)` needs."""
         pieces = self.pieces(rows)

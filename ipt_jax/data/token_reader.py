@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.stage import Manifest, damage
-from ipt_jax.corpus.records import TokenType
+from ipt_jax.corpus.records import TokenPage, TokenType, decode
 from ipt_jax.data.block_table import BLOCK_TOKENS, SourceDocuments
 from ipt_jax.data.shared_cache import SharedCache
 from ipt_jax.data.token_index import document_count, shards_of
@@ -95,6 +95,19 @@ class TokenReader:
             spans = self._pages.many(units.tolist())
         found, rows, there = _find(documents["record"], spans, which)
         self._check(documents, rows, there)
+        return found
+
+    def ids(self, documents: np.ndarray) -> list[str]:
+        """The id of each document, from its page: training reads only keys of ids. `documents`: DOCUMENT rows."""
+        pages = self._page_numbers(documents)
+        decoded: dict[int, TokenPage] = {}
+        for number in np.unique(pages).tolist():
+            ((shard, page, _),) = shards_of(self._page_ends, number, number + 1)
+            decoded[number] = decode(self._readers(shard).read(page, page + 1)[0], TokenPage)
+        found = []
+        for number, record in zip(pages.tolist(), documents["record"].tolist(), strict=True):
+            ((_, local, _),) = shards_of(self._ends, record, record + 1)
+            found.append(decoded[number].ids[local - decoded[number].first])
         return found
 
     def load_blocks(self, documents: np.ndarray) -> None:

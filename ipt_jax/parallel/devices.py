@@ -7,6 +7,7 @@ Does not guarantee: without `mesh.devices`, a lost GPU is not noticed while othe
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import shutil
@@ -88,6 +89,10 @@ def _wrong_number(devices: list[jax.Device], wanted: int) -> str:
     found = f"{len(devices)} x {devices[0].device_kind}" + (f", {short}" if short else "")
     check = "check each host for lost or hidden devices" if len(devices) < wanted else "hide the others from JAX"
     return f"mesh.devices is {wanted}, but JAX sees {found}; {check}, or set mesh.devices to {len(devices)}"
+
+
+def on_tpu_machine() -> bool:
+    return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
 
 
 def nvidia_smi() -> tuple[int, str | None]:

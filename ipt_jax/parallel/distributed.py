@@ -7,10 +7,13 @@ would pay again. The order matters: `initialize_distributed`, then `enable_compi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -21,12 +24,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.parallel.devices import visible_devices
+from ipt_jax.parallel.devices import on_tpu_machine, visible_devices
 
 JOIN_SECONDS = 50  # in which all processes have to start
 PROBE_SECONDS = 5  # in which a network disk shows a file
-PEER_SECONDS = 30  # after which a process that no longer answers ends the others
+PEER_SECONDS = 45  # after which JAX ends all processes when one no longer answers; `watch_peers` is sooner
 ADDRESSES = ("IPT_COORDINATOR", "IPT_PROCESS_ID", "IPT_NUM_PROCESSES")
+SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+TPU = ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "JAX_COORDINATOR_BIND_ADDRESS")  # they override the rest
+SCONTROL_SECONDS = 10
+PORT_SECONDS = 5  # in which the system frees a port of a process that was killed
 
 
 def initialize_distributed() -> str:
@@ -36,12 +44,49 @@ def initialize_distributed() -> str:
     if any(name in os.environ for name in ADDRESSES):
         return _join_addresses()
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun; a shell inside an allocation is not a step
-        _join("SLURM")
-        return f"SLURM, {_place()}"
+        return _join_slurm()
     if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
-        _join("TPU slice")
+        if not on_tpu_machine():
+            raise UserError(f"{_found(TPU)}, but this machine has no TPU; {_unset(TPU)}")
+        _join("TPU slice", TPU)
         return f"TPU slice, {_place()}"
     return "one process"
+
+
+def _join_slurm() -> str:
+    if missing := [name for name in SLURM if name not in os.environ]:
+        raise UserError(f"{_found(SLURM)}, but {', '.join(missing)} is not set; {_unset(SLURM)}, or start it with srun")
+    if over := _step_is_over(f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"):
+        raise UserError(f"{_found(SLURM)}, but {over}: left over from another job; {_unset(SLURM)}")
+    if os.environ["SLURM_PROCID"] == "0" and "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        port = os.environ.get("JAX_COORDINATOR_PORT") or 61440 + int(os.environ["SLURM_JOB_ID"]) % 4096  # as JAX does
+        _check_port(f"job {os.environ['SLURM_JOB_ID']}", str(port), "JAX_COORDINATOR_PORT")
+    _join("SLURM", SLURM)
+    return f"SLURM, {_place()}"
+
+
+def _step_is_over(step: str) -> str | None:
+    """Why SLURM no longer runs `step`; None where it does, or where nothing here can say."""
+    if shutil.which("scontrol") is None:
+        return None
+    try:
+        asked = subprocess.run(
+            ["scontrol", "show", "step", step], capture_output=True, text=True, check=False, timeout=SCONTROL_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    said = f"{asked.stdout} {asked.stderr}"
+    return f"SLURM has no step {step}" if "Invalid job" in said or "not found" in said else None
+
+
+def _found(names: tuple[str, ...]) -> str:
+    return ", ".join(f"{name}={os.environ[name]}" for name in names[:1] if name in os.environ) + " is set"
+
+
+def _unset(names: tuple[str, ...]) -> str:
+    """What to do about variables of another job."""
+    present = [name for name in (*names, *OF_JAX) if name in os.environ]
+    return f"to train in one process, run: unset {' '.join(present)}"
 
 
 def _place() -> str:
@@ -62,29 +107,42 @@ def _join_addresses() -> str:
             f"IPT_PROCESS_ID is {process!r} and IPT_NUM_PROCESSES is {processes!r}; "
             "expected a number of processes and this one's place among them, from 0"
         )
-    if process == "0":  # JAX crashes where it cannot listen
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", int(address.rpartition(":")[2])))
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"IPT_COORDINATOR={address}: cannot listen on this port ({error}); set another"
-                ) from error
-    _join(address, coordinator_address=address, num_processes=int(processes), process_id=int(process))
+    if process == "0":
+        _check_port(f"IPT_COORDINATOR={address}", address.rpartition(":")[2], "IPT_COORDINATOR")
+    _join(address, ADDRESSES, coordinator_address=address, num_processes=int(processes), process_id=int(process))
     return f"{address}, process {process} of {processes}"
 
 
-def _join(group: str, **where: Any) -> None:
-    """`jax.distributed.initialize`. Where JAX would abort or crash at exit, prints one line and exits with code 2."""
+def _check_port(group: str, port: str, variable: str) -> None:
+    """Raises UserError where the first process cannot listen: JAX would crash."""
+    deadline = time.monotonic() + PORT_SECONDS
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(port)))
+                return
+            except (OSError, OverflowError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                    time.sleep(0.5)
+                    continue
+                raise UserError(
+                    f"{group}: cannot listen on port {port} ({error}); end the process that uses it, or set another "
+                    f"in {variable} on all hosts"
+                ) from error
+
+
+def _join(group: str, names: tuple[str, ...], **where: Any) -> None:
+    """`jax.distributed.initialize`. Where JAX would abort or crash at exit, prints one line and exits with code 1: a
+    host that is late may come at the next try."""
     seconds = int(os.environ.get("IPT_JOIN_SECONDS", JOIN_SECONDS))
 
     def give_up(reason: str) -> None:
         advice = "start all processes at about the same time, and check the address, the port and the firewall"
-        os.write(2, f"error: {group}: {reason}; {advice}\n".encode())
-        os._exit(2)
+        os.write(2, f"error: {group}: {reason}; {advice}; if {names[0]} is left over, {_unset(names)}\n".encode())
+        os._exit(1)
 
-    late = f"other processes did not join within {seconds} s (IPT_JOIN_SECONDS)"
+    late = f"other processes did not join within {seconds} s (IPT_JOIN_SECONDS){_unresolved(where)}"
     timer = threading.Timer(seconds, give_up, [late])
     timer.daemon = True
     timer.start()
@@ -97,6 +155,15 @@ def _join(group: str, **where: Any) -> None:
         give_up(f"cannot join ({' '.join(str(error).split())[:200]})")
     finally:
         timer.cancel()
+
+
+def _unresolved(where: dict[str, Any]) -> str:
+    host = where.get("coordinator_address", "localhost:0").rpartition(":")[0]
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except OSError as error:
+        return f", and the address {host} does not resolve ({error.strerror})"
+    return ""
 
 
 def refuse_different_hosts(facts: dict[str, Any]) -> None:

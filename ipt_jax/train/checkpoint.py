@@ -52,6 +52,7 @@ class CheckpointRecord(msgspec.Struct):
     digests: bool = False  # whether digests.json has to be there: checkpoints of earlier versions have none
     measures: dict[str, float] = {}  # of the weights of this step, such as validation losses
     unix_seconds: float = 0.0  # when it was saved
+    losses: list[tuple[int, float]] = []  # (step, loss) of the steps before, which say what a spike is
 
 
 @dataclass(frozen=True)

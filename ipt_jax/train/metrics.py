@@ -22,6 +22,8 @@ from typing import Any, Self
 
 import jax
 import msgspec
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import Summary
@@ -204,7 +206,9 @@ class Ledger:
         self.bad: list[int] = []  # the last settled steps, where they were not finite; kept when they are too many
         self.record, self.last = record, (log.last if log else None)
         self._bad_steps = self.last.get("bad_steps", 0) if self.last else 0
-        self._max_bad, self._window = settings.max_bad_steps, LossWindow()
+        self._max_bad, self._window = settings.max_bad_steps, LossWindow(record.losses, lag=settings.log_every + 1)
+        self._skips_spikes, self._whole = settings.on_spike == "skip", NamedSharding(program.mesh, PartitionSpec())
+        self._limit: tuple[int | None, tuple[jax.Array, ...]] = None, ()
         self._log, self._log_every, self._steps = log, settings.log_every, plan.steps
         self._progress = Progress(plan.tokens, "tokens", "ipt train", done=record.tokens) if log else None
         self._pending: list[tuple[int, Any]] = []
@@ -241,6 +245,17 @@ class Ledger:
         yield
         self._waited += time.monotonic() - before
 
+    def loss_limit(self, step: int) -> tuple[jax.Array, ...]:
+        """The limit above which step `step` is skipped, as the step's argument; none where spikes are trained on.
+
+        It follows from the losses up to the last one that is surely settled, so it is the same after a resume.
+        """
+        settled = (step - 1) // self._log_every * self._log_every - 1
+        if self._skips_spikes and settled != self._limit[0]:
+            limit = np.float32(self._window.limit(settled))
+            self._limit = settled, (jax.make_array_from_callback((), self._whole, lambda _: limit),)
+        return self._limit[1]
+
     def add(self, step: int, metrics: Any) -> None:
         """Step `step` was started; its metrics are still on the devices."""
         self._pending.append((step, metrics))
@@ -271,6 +286,7 @@ class Ledger:
         for (number, _), metrics in zip(self._pending[: len(due)], fetched, strict=True):
             self._settle_one(number, metrics, speed)
         del self._pending[: len(due)]
+        self.record = msgspec.structs.replace(self.record, losses=list(self._window.losses))
         self._settled_at, self._waited = now, 0.0
 
     def _settle_one(self, step: int, metrics: dict[str, Any], speed: dict[str, float | None]) -> None:
@@ -302,5 +318,8 @@ class Ledger:
         self.bad.append(step)
         self._bad_steps += 1
         name = "loss" if measured["loss"] is None else "gradient norm"
+        fault = f"the {name} is not finite"
+        if measured["loss"] is not None and measured["grad_norm"] is not None:
+            fault = f"loss {measured['loss']:.3f} is a spike (train.on_spike)"
         if self._log:
-            report(f"warning: step {step}: the {name} is not finite; its update is skipped")
+            report(f"warning: step {step}: {fault}; its update is skipped")

@@ -145,10 +145,10 @@ def make_step(
     shape: StepShape,
     mesh: Mesh,
     shardings: TrainState,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step for these settings; not yet jitted."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step for these settings; not yet jitted. A step whose mean loss exceeds `loss_limit` changes nothing."""
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, loss_limit: Array | None = None) -> tuple[TrainState, Metrics]:
         grads, sums = gradients(state.params, batch, config=config, shape=shape, mesh=mesh, shardings=shardings.params)
         with jax.named_scope("optimizer"):
             norm = optax.global_norm(grads)
@@ -158,6 +158,8 @@ def make_step(
             params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
             # A step that is not finite, or has no targets, changes nothing but the count of steps.
             applied = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].sum()) & (sums["targets"].sum() > 0)
+            if loss_limit is not None:
+                applied &= sums["loss"].sum() <= loss_limit * sums["targets"].sum()
             params, moments = jax.tree.map(
                 lambda new, old: jnp.where(applied, new, old), (params, moments), (state.params, state.optimizer)
             )
@@ -317,14 +319,14 @@ def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: i
     )  # fmt: skip
 
 
-def lower(program: Program) -> jax.stages.Lowered:
+def lower(program: Program, *loss_limit: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
     """The step lowered for the program's mesh, from shapes alone."""
     state = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         program.state,
         program.shardings,
     )
-    return program.step.lower(state, program.batch)
+    return program.step.lower(state, program.batch, *loss_limit)
 
 
 def abstract_batch(

@@ -26,10 +26,11 @@ import absl.logging
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ipt_jax.config import Recipe, check_schedule, rows_per_step
 from ipt_jax.core.checkpoint_path import resolve_checkpoint
-from ipt_jax.core.errors import UserError
+from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import lock_directory, writing
 from ipt_jax.core.stage import flatten
 from ipt_jax.corpus.tokenizer import load_tokenizer
@@ -47,6 +48,7 @@ from ipt_jax.parallel.distributed import (
     refuse_unshared,
 )
 from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_batch
+from ipt_jax.parallel.peers import watch_peers
 from ipt_jax.train.bad_steps import all_finite, write_dump
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
 from ipt_jax.train.metrics import Ledger, last_line
@@ -64,8 +66,15 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     """Trains to the end of the plan or until a signal: {run_dir, step, steps (of the plan), tokens, loss}."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # so do its tasks, once for each array of a failed save
-    processes = initialize_distributed()
-    enable_compile_cache()
+    with exit_on_signals():
+        processes = initialize_distributed()
+        enable_compile_cache()
+        with watch_peers():
+            return run(recipe, processes)
+
+
+def run(recipe: Recipe, processes: str) -> dict[str, Any]:
+    """`run_train` of one process of several, of which `processes` says how they were found."""
     devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
     run_dir = Path(recipe.run_dir)
 
@@ -96,7 +105,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
             report_start(described, run_dir, start.step, plan.steps)
             write_record(run_dir, described)
             copy_tokenizer(plan, run_dir)
-        step = compile_step(program)
+        step = compile_step(program, recipe.train.on_spike == "skip")
         if found is not None:
             state = checkpoints.restore(found.step, program.state, program.shardings)
         else:
@@ -127,8 +136,8 @@ def train(
             if done + 1 in settings.skip_steps:
                 rows["loss_mask"] = np.zeros_like(rows["loss_mask"])
             batch = place_batch(rows, program.shape.accumulation, sharding)
-            state, metrics = step(state, batch)
             done += 1
+            state, metrics = step(state, batch, *ledger.loss_limit(done))
             ledger.add(done, metrics)
             stop = stop_asked(done)
             last = stop or done == end
@@ -142,7 +151,7 @@ def train(
                 alive()
                 ledger.settle(done if due or validated else done - 1)  # the devices are busy with step `done` meanwhile
                 if len(ledger.bad) >= settings.max_bad_steps or (due and ledger.bad and not all_finite(state.params)):
-                    raise bad_steps(Path(recipe.run_dir), ledger.bad, state, batch, program)
+                    raise bad_steps(Path(recipe.run_dir), ledger.bad, state, plan, program)
             if due:
                 checkpoints.save(state, ledger.record, last=last)
             if last:
@@ -152,15 +161,14 @@ def train(
                 return
 
 
-def bad_steps(
-    run_dir: Path, steps: list[int], state: TrainState, batch: dict[str, jax.Array], program: Program
-) -> FloatingPointError:
+def bad_steps(run_dir: Path, steps: list[int], state: TrainState, plan: Plan, program: Program) -> Fault:
     """The error of a run whose last steps were not finite, after it wrote what is known of them."""
-    write_dump(run_dir / "bad_steps.json", steps, state.params, batch, program)
+    write_dump(run_dir / "bad_steps.json", steps, state.params, plan, program)
     kept = "the weights are finite" if all_finite(state.params) else "the weights are not finite"
-    return FloatingPointError(
-        f"steps {steps[0]} to {steps[-1]}: loss or gradient is not finite ({kept}); see {run_dir / 'bad_steps.json'}; "
-        "to train on from the last checkpoint, add steps to train.skip_steps or raise train.max_bad_steps"
+    return Fault(
+        f"steps {steps[0]} to {steps[-1]}: loss or gradient is not finite, or a spike ({kept}); see "
+        f"{run_dir / 'bad_steps.json'}; to train on from the last checkpoint, add steps to train.skip_steps or raise "
+        "train.max_bad_steps"
     )
 
 
@@ -231,13 +239,15 @@ def refuse_other_tokenizer(path: str, of_model: Path, of_data: Path) -> None:
         )
 
 
-def compile_step(program: Program) -> Callable[..., Any]:
-    """The compiled step. Prints the time and memory it takes."""
+def compile_step(program: Program, skips_spikes: bool = False) -> Callable[..., Any]:
+    """The compiled step, of which `skips_spikes` takes a limit of the loss. Prints the time and memory it takes."""
     started = time.monotonic()
-    compiled = lower(program).compile()
+    limit = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(program.mesh, PartitionSpec()))
+    compiled = lower(program, *[limit] * skips_spikes).compile()
     memory = compiled.memory_analysis()
     needs = f", {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device" if memory else ""
-    report(f"step compiled in {time.monotonic() - started:.1f} s{needs}")
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    report(f"step compiled in {time.monotonic() - started:.1f} s{needs}; compile cache in {cache}")
     return compiled
 
 
@@ -259,6 +269,25 @@ def claim(run_dir: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Until the loop starts, SIGHUP and SIGUSR1 end the process with a stopped run's exit code, as SIGTERM does."""
+
+    def leave(number: int, frame: Any) -> None:
+        os.write(2, f"ipt train: {signal.Signals(number).name}: stopped before the first step\n".encode())
+        raise SystemExit(128 + signal.SIGTERM)
+
+    main = threading.current_thread() is threading.main_thread()
+    default = [one for one in (signal.SIGHUP, signal.SIGUSR1) if main and signal.getsignal(one) == signal.SIG_DFL]
+    for number in default:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in default:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

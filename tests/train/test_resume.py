@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,11 @@ from trainkit import SMALL, recipe_of, run_python, write_corpus
 import ipt_jax
 from ipt_jax.config import Recipe, rows_per_step
 from ipt_jax.core.checkpoint_path import LiteralPath
-from ipt_jax.core.errors import UserError
+from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import lock_directory
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import build_plan
+from ipt_jax.data.token_shards import read_token_documents
 from ipt_jax.train import step as train_step
 from ipt_jax.train import trainer
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
@@ -276,8 +278,9 @@ def test_a_run_directory_has_one_writer(finished: Path) -> None:
     os.close(lock)
 
 
-def nan_in_step_7(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Programs built from now on compute a NaN gradient from the batch of step 7, where it has targets."""
+def nan_in_step_7(monkeypatch: pytest.MonkeyPatch, folder: Path, spike: float | None = None) -> None:
+    """Programs built from now on compute a NaN gradient from the batch of step 7, where it has targets; or a loss that
+    is `spike` times as high, with its gradient."""
     plan = build_plan(recipe_of(folder).data, rows_per_step=rows_per_step(recipe_of(folder)))
     seventh = next(iter(batches(plan, start_step=6, rows_per_step=rows_per_step(recipe_of(folder)))))["tokens"]
     compute = train_step.gradients
@@ -285,7 +288,9 @@ def nan_in_step_7(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def poisoned(params: Any, batch: Any, **how: Any) -> Any:
         grads, sums = compute(params, batch, **how)
         bad = (batch["tokens"].reshape(seventh.shape) == seventh).all() & batch["loss_mask"].any()
-        return jax.tree.map(lambda grad: grad * jnp.where(bad, jnp.nan, 1.0), grads), sums
+        if spike is not None:
+            sums = sums | {"loss": sums["loss"] * jnp.where(bad, spike, 1.0)}
+        return jax.tree.map(lambda grad: grad * jnp.where(bad, spike or jnp.nan, 1.0), grads), sums
 
     monkeypatch.setattr(train_step, "gradients", poisoned)
 
@@ -305,13 +310,35 @@ def test_nan_in_a_step_equals_a_run_that_skips_it(
 
 def test_too_many_steps_that_are_not_finite_end_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nan_in_step_7(monkeypatch, folder)
-    with pytest.raises(FloatingPointError, match=r"steps 7 to 7: .* \(the weights are finite\); see .*bad_steps.json"):
+    with pytest.raises(Fault, match=r"steps 7 to 7: .* \(the weights are finite\); see .*bad_steps.json"):
         run(folder, train={"max_bad_steps": 1})
     assert checkpoints(folder / "run") == [3, 6]
     found = json.loads((folder / "run" / "bad_steps.json").read_text())
     assert found["steps"] == [7]
     assert len(found["parameter_norms"]["layers.query"]) == SMALL["layers"]
+    plan = build_plan(recipe_of(folder).data, rows_per_step=16)
+    rows = next(iter(batches(plan, start_step=6, rows_per_step=16)))
+    documents = {one.id: one.tokens for one in read_token_documents(folder / "raw")}
+    assert [row["row"] for row in found["documents"]] == list(range(16))
+    for row, tokens, segments in zip(found["documents"], rows["tokens"], rows["segment_ids"], strict=True):
+        assert (row["step"], row["source"], len(row["ids"])) == (7, "raw", segments.max())
+        assert all(documents[name] in tokens.astype("<u2").tobytes() for name in row["ids"][1:-1])
     assert run(folder, train={"max_bad_steps": 1, "skip_steps": [7]})["step"] == STEPS
+
+
+def test_a_spike_that_is_skipped_equals_a_masked_step_also_after_a_resume(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nan_in_step_7(monkeypatch, folder, spike=30.0)
+    for stops in ([STEPS], [6, STEPS]):
+        for stop in stops:
+            assert run(folder, train={"on_spike": "skip", "stop_at_step": stop})["step"] == stop
+        error = capfd.readouterr().err
+        assert len(re.findall(r"warning: step 7: loss \d+\.\d+ is a spike .*; its update is skipped", error)) == 1
+        os.rename(folder / "run", folder / f"spike{len(stops)}")
+    assert run(folder, train={"skip_steps": [7]})["step"] == STEPS
+    for name in ("spike1", "spike2"):
+        jax.tree.map(np.testing.assert_array_equal, parameters(folder / "run"), parameters(folder / name))
 
 
 def test_weights_that_are_not_finite_are_not_saved(
@@ -320,8 +347,8 @@ def test_weights_that_are_not_finite_are_not_saved(
     """NaN enters the weights before step 5: the run ends at the next checkpoint and resumes from that of step 3."""
     compile_step = trainer.compile_step
 
-    def poisoned(program: Program) -> Any:
-        step = compile_step(program)
+    def poisoned(program: Program, *limits: bool) -> Any:
+        step = compile_step(program, *limits)
 
         def taken(state: TrainState, batch: Any) -> Any:
             if int(state.step) == 4:
@@ -332,7 +359,7 @@ def test_weights_that_are_not_finite_are_not_saved(
         return taken
 
     monkeypatch.setattr(trainer, "compile_step", poisoned)
-    with pytest.raises(FloatingPointError, match=r"steps 5 to 6: .* \(the weights are not finite\)"):
+    with pytest.raises(Fault, match=r"steps 5 to 6: .* \(the weights are not finite\)"):
         run(folder)
     assert checkpoints(folder / "run") == [3]
     monkeypatch.setattr(trainer, "compile_step", compile_step)

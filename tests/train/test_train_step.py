@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -171,9 +172,35 @@ def test_a_spike_is_reported_where_it_begins_and_ends() -> None:
     losses = [7.0 + 0.1 * (step % 5) for step in range(64)] + [247.0, 180.0] + [7.1] * 10
     said = {step: line for step, loss in enumerate(losses, 1) if (line := window.add(step, loss))}
     assert said == {
-        65: "warning: step 65: loss 247.000, median of the last 65 steps 7.200",
+        65: "warning: step 65: loss 247.000, median of the last 64 steps 7.200",
         67: "step 67: loss 7.100 is back near the median after 2 steps of up to 247.000",
     }
+
+
+def test_a_spike_in_the_first_steps_is_reported() -> None:
+    window = LossWindow()
+    assert [window.add(step, loss) for step, loss in enumerate([7.7, 7.9, 7.6, 7.8], 1)] == [None] * 4
+    assert window.add(5, 247.0) == "warning: step 5: loss 247.000, median of the last 4 steps 7.750"
+
+
+def test_a_slow_divergence_is_reported_once() -> None:
+    window = LossWindow()
+    losses = [5.0 - 0.01 * step for step in range(150)] + [3.5 + 0.02 * step for step in range(300)]
+    said = [line for step, loss in enumerate(losses, 1) if (line := window.add(step, loss))]
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"warning: step \d+: the loss diverges: median of the last 128 steps 4\.\d+, the lowest was 3\.\d+", said[0]
+    )
+
+
+def test_a_step_above_the_limit_of_the_loss_changes_nothing() -> None:
+    program = program_of(recipe_of(train={"batch_tokens": 16 * 32}), model_of())
+    batch = place(program, random_batch(16, 32, 104))
+    loss = loss_metrics(jax.device_get(program.step(start(program), batch)[1]))["loss"]
+    assert program.step(start(program), batch, np.float32(loss * 1.01))[1]["applied"]
+    after, metrics = program.step(start(program), batch, np.float32(loss * 0.99))
+    assert not metrics["applied"] and after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, start(program).params)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
