@@ -169,7 +169,7 @@ def export(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory, run or checkpoint.", show_default=False)],
     tasks: Annotated[
-        str, typer.Option(help="Task files, as [NAME=]FILE.jsonl separated by commas.", show_default=False)
+        str, typer.Option(help="Files, as [NAME=]FILE.jsonl or .txt separated by commas.", show_default=False)
     ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="JSON file of results to write. Default: none.")
@@ -178,8 +178,9 @@ def evaluate(
 ) -> Result:
     """Evaluate a model on task files.
 
-    Tasks are multiple-choice or exact-match. Prints each score with its standard error. With --output FILE.json, writes
-    the results to it and one line per question to FILE.rows.jsonl. A rerun overwrites both.
+    Tasks are multiple-choice, exact-match, or plain text, for which bits per byte and perplexities are measured. Prints
+    each score, with its standard error where it has one. With --output FILE.json, writes the results to it and one line
+    per question to FILE.rows.jsonl. A rerun overwrites both.
     """
     from ipt_jax.evaluate import run_eval
 

@@ -4,7 +4,8 @@ A continuation follows its prompt after one space: trailing spaces of the prompt
 the choice begins with white space or the prompt ends with a newline. Prompt and continuation are encoded separately,
 the continuation without a space of the tokenizer's own, so that the tokens of a choice do not depend on its prompt. BOS
 precedes the prompt if the tokenizer has one. A prompt too long for the context keeps its BOS and its end and is counted
-as truncated. Generation is greedy, up to EOS or `max_new_tokens`, and its first line is the answer.
+as truncated. Generation is greedy, up to EOS or `max_new_tokens`, and its first line is the answer. A text is scored in
+windows of the context (evaluate.perplexity).
 
 Task files are checked before the model is loaded. `--output FILE.json` is the summary; FILE.rows.jsonl beside it has
 one line per question (prediction, answer, every metric), which `ipt compare` reads. Both are written atomically.
@@ -21,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import write_whole, writing
 from ipt_jax.core.progress import Progress
+from ipt_jax.evaluate.perplexity import first_id, summarize, text_row, windows
 from ipt_jax.evaluate.tasks import HEADLINE, Question, Task, mean_and_stderr, read_tasks, score_answer, score_choices
 
 Ids = list[int]
@@ -32,7 +34,7 @@ class Model(Protocol):
     """What evaluation needs of a model. `ipt_jax.load` returns one."""
 
     config: Any  # max_positions
-    tokenizer: Any  # bos_id, decode
+    tokenizer: Any  # bos_id, eos_id, decode
 
     def encode(self, text: str, continuing: bool = False) -> Ids: ...
 
@@ -62,6 +64,8 @@ def run_eval(
     for task in found:
         if task.sort == "choices":
             rows[task.name] = _run_choices(loaded, task, batch_size)
+        elif task.sort == "text":
+            rows[task.name] = _run_texts(loaded, task, batch_size)
         else:
             rows[task.name] = _run_answers(loaded, task, batch_size, max_new_tokens)
     result = {"model": str(model), "tasks": {task.name: _summary(task, rows[task.name]) for task in found}}
@@ -77,6 +81,8 @@ def run_eval(
 
 def _summary(task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The headline metric first, every metric under `metrics`."""
+    if task.sort == "text":
+        return summarize(rows)
     names = ("acc_norm", "acc", "acc_token") if task.sort == "choices" else ("exact_match", "f1")
     scored = {name: mean_and_stderr([row[name] for row in rows]) for name in names}
     metrics = {name: {"value": value, "stderr": stderr} for name, (value, stderr) in scored.items()}
@@ -107,10 +113,7 @@ def _run_choices(model: Model, task: Task, batch_size: int) -> list[dict[str, An
         progress=Progress(len(requests), "choices", f"eval {task.name}"),
         batch_size=batch_size,
     )
-    if not all(math.isfinite(score.logprob) for score in scores):
-        raise UserError(
-            f"task {task.name}: the model returns log-likelihoods that are not numbers; its weights are damaged"
-        )
+    _check_finite(task, scores)
     rows, start = [], 0
     for question in task.questions:
         mine = slice(start, start + len(question.choices))
@@ -121,6 +124,35 @@ def _run_choices(model: Model, task: Task, batch_size: int) -> list[dict[str, An
         row = _row(question, choices[pick], choices[question.gold], pick == question.gold, any(cut[mine]), metrics)
         rows.append(row | {"logprobs": [round(total, 4) for total in sums], "tokens": tokens})
     return rows
+
+
+def _run_texts(model: Model, task: Task, batch_size: int) -> list[dict[str, Any]]:
+    """One row per text, in the order of the file."""
+    first, skipped = first_id(model.tokenizer), 0 if model.tokenizer.bos_id is None else 1
+    texts = [model.encode(question.prompt)[skipped:] for question in task.questions]
+    cut = [list(windows(ids, first, model.config.max_positions)) for ids in texts]
+    requests = [window for of_text in cut for window in of_text]
+    scores = _in_batches(
+        requests,
+        lambda batch: model.loglikelihood([prompt for prompt, _ in batch], [ids for _, ids in batch]),
+        size=lambda request: len(request[0]) + len(request[1]),
+        progress=Progress(len(requests), "windows", f"eval {task.name}"),
+        batch_size=batch_size,
+    )
+    _check_finite(task, scores)
+    rows, start = [], 0
+    for question, ids, of_text in zip(task.questions, texts, cut, strict=True):
+        logprobs = [score.logprob for score in scores[start : start + len(of_text)]]
+        rows.append({"id": question.id, **text_row(question.prompt, logprobs, len(ids))})
+        start += len(of_text)
+    return rows
+
+
+def _check_finite(task: Task, scores: Sequence[Any]) -> None:
+    if not all(math.isfinite(score.logprob) for score in scores):
+        raise UserError(
+            f"task {task.name}: the model returns log-likelihoods that are not numbers; its weights are damaged"
+        )
 
 
 def _run_answers(model: Model, task: Task, batch_size: int, max_new_tokens: int) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""Evaluation tasks: JSON Lines files of questions, and how an answer to one is scored.
+"""Evaluation tasks: JSON Lines files of questions or texts, and how an answer to a question is scored.
 
-A row is `{id, prompt, choices, gold}` (log-likelihood of each choice) or `{id, prompt, answer}` (greedy generation;
-`answer` is a string or a list of accepted strings). All rows of a file have one of the two
-forms; other fields are ignored. A mistake is a UserError that names the file and the line.
+A row is `{id, prompt, choices, gold}` (log-likelihood of each choice), `{id, prompt, answer}` (greedy generation;
+`answer` is a string or a list of accepted strings) or `{text}` (perplexity; `id` is optional). All rows of a file have
+one of the three forms; other fields are ignored. A .txt file is one text. A mistake is a UserError that names the file
+and the line.
 
 Scores of choices, from the log-probabilities of their tokens: `acc` picks by their sum; `acc_norm` by the sum per byte
 of the choice (the headline: independent of the tokenizer, and lm-eval's acc_norm for ASCII choices); `acc_token` by the
@@ -26,15 +27,16 @@ from typing import Any, Literal
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.overlap import token_f1
 from ipt_jax.corpus.sources import read_jsonl
+from ipt_jax.evaluate.perplexity import read_text
 
-Sort = Literal["choices", "answer"]
-HEADLINE: dict[Sort, str] = {"choices": "acc_norm", "answer": "exact_match"}
+Sort = Literal["choices", "answer", "text"]
+HEADLINE: dict[Sort, str] = {"choices": "acc_norm", "answer": "exact_match", "text": "bits_per_byte"}
 
 
 @dataclass(frozen=True)
 class Question:
     id: str
-    prompt: str
+    prompt: str  # or the text whose perplexity is measured
     choices: tuple[str, ...] = ()
     gold: int = 0  # index into choices
     answers: tuple[str, ...] = ()  # accepted
@@ -74,16 +76,18 @@ def _name_and_path(spec: str) -> tuple[str, Path]:
     if separator and not Path(spec).is_file():
         return name, Path(rest)
     path = Path(spec)
-    return re.sub(r"\.(jsonl|json)(\.gz|\.zst)?$", "", path.name), path
+    return re.sub(r"\.(jsonl|json|txt)(\.gz|\.zst)?$", "", path.name), path
 
 
 def _read_task(name: str, path: Path, limit: int | None) -> Task:
+    if path.suffix == ".txt":
+        return Task(name, path, "text", (Question(path.stem, read_text(path)),))
     questions: list[Question] = []
     lines: dict[str, int] = {}
     first: Sort | None = None
     for line, row in read_jsonl(path):
         where = f"task {path}: line {line}"
-        sort, question = _question(row, where)
+        sort, question = _question(row, where, line)
         if sort != (first or sort):
             raise UserError(f"{where} has {sort!r}, earlier lines have {first!r}; write the two sorts to two files")
         if question.id in lines:
@@ -97,13 +101,16 @@ def _read_task(name: str, path: Path, limit: int | None) -> Task:
     return Task(name, path, first, tuple(questions[:limit]))
 
 
-def _question(row: dict[str, Any], where: str) -> tuple[Sort, Question]:
+def _question(row: dict[str, Any], where: str, line: int) -> tuple[Sort, Question]:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: has a lone surrogate, which is not valid text; correct it") from None
+    if "text" in row and "prompt" not in row:
+        _require(_is_text(row["text"]), f"{where}: text is {row['text']!r}, expected a non-empty text")
+        return "text", Question(str(row.get("id", line)), row["text"])
     for field in ("id", "prompt"):
-        _require(field in row, f"{where}: no field {field!r}; add id, prompt and either choices and gold or answer")
+        _require(field in row, f"{where}: no field {field!r}; add text, or id, prompt and choices and gold or answer")
     question_id, prompt = row["id"], row["prompt"]
     plain = isinstance(question_id, str | int) and not isinstance(question_id, bool)
     _require(plain, f"{where}: id is {question_id!r}, expected a string or an integer")

@@ -8,6 +8,7 @@ prompts arrive one by one. Inputs are padded to a few sizes, so that few program
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ipt_jax.model.decoder import Mistral, Params, params_of
 
 PromptInput = str | list[int]
 SCORE_TOKENS = 8192  # tokens of a scoring batch, padding included
+LOGITS_TOKENS = 512  # of a row, whose logits exist at a time
 CACHE_BYTES = 512 * 2**20  # key-value cache of `LanguageModel.generate`
 
 
@@ -96,11 +98,11 @@ class LanguageModel:
         for number, (prompt, continuation) in enumerate(rows):
             if not prompt:
                 raise UserError(f"loglikelihood: prompt {number} has no tokens; a continuation needs one before it")
-            self._fits(number, len(prompt) + len(continuation), "prompt and continuation")
+            self._fits(number, len(prompt) + len(continuation) - 1, "prompt and continuation but its last token")
         scores: dict[int, Score] = {}
         by_size: dict[int, list[int]] = {}
         for number, (prompt, continuation) in enumerate(rows):
-            by_size.setdefault(_bucket(len(prompt) + len(continuation)), []).append(number)
+            by_size.setdefault(_bucket(len(prompt) + len(continuation) - 1), []).append(number)
         for size, numbers in by_size.items():
             at_once = max(1, SCORE_TOKENS // size)
             for start in range(0, len(numbers), at_once):
@@ -115,7 +117,7 @@ class LanguageModel:
         targets, counts = np.zeros((R, C), np.int32), np.zeros((R, C), bool)
         for row, (prompt, continuation) in enumerate(rows):
             n, m = len(prompt), len(continuation)
-            tokens[row, : n + m] = prompt + continuation
+            tokens[row, : n + m - 1] = (prompt + continuation)[:-1]  # the last one predicts nothing that is asked
             places[row, :m] = np.arange(n - 1, n + m - 1)  # the token before predicts
             targets[row, :m], counts[row, :m] = continuation, True
         sums, greedy = _continuations(self.params, tokens, places, targets, counts, config=self.compiled)
@@ -273,15 +275,19 @@ def _continuations(
     model = Mistral.from_params(config, params)
     hidden = model.hidden(tokens)
     hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)  # [R, C, D]
+    R, C = targets.shape
+    chunk = C if C <= LOGITS_TOKENS else math.gcd(C, LOGITS_TOKENS)
 
     def one(row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         states, target, count = row
-        logits = model.logits(states)  # [C, V], one row's at a time
+        logits = model.logits(states)  # [chunk, V]
         chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
         logprob = chosen - jax.nn.logsumexp(logits, axis=1)
         return jnp.where(count, logprob, 0.0).sum(), ((logits.argmax(1) == target) | ~count).all()
 
-    return jax.lax.map(one, (hidden, targets, counts))
+    parts = (x.reshape(-1, chunk, *x.shape[2:]) for x in (hidden, targets, counts))
+    sums, greedy = jax.lax.map(one, tuple(parts))
+    return sums.reshape(R, -1).sum(1), greedy.reshape(R, -1).all(1)
 
 
 def _check_list(name: str, values: Any) -> None:

@@ -22,14 +22,21 @@ METRIC_NAMES = {
     "acc_token": "accuracy by log-probability per token",
     "exact_match": "exact match",
     "f1": "token F1",
+    "bits_per_byte": "bits per byte",
+    "byte_perplexity": "perplexity per byte",
+    "word_perplexity": "perplexity per word",
+    "token_perplexity": "perplexity per token",
 }
+LOWER_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "token_perplexity")
 SHOWN = 4  # answered questions per task
 PROMPT = 600  # characters of a prompt, its end
 
 
 def task_scores(entrants: Sequence[Entrant]) -> list[dict[str, Any]]:
-    """{name, note, chart, gaps} of each task."""
-    return [_task_scores(name, [one for one in entrants if name in one.tasks]) for name in _task_names(entrants)]
+    """{name, note, chart, gaps} of each task of questions."""
+    found = {name: [one for one in entrants if name in one.tasks] for name in _task_names(entrants)}
+    questions = (name for name in found if found[name][0].tasks[name]["metric"] not in LOWER_IS_BETTER)
+    return [_task_scores(name, found[name]) for name in questions]
 
 
 def _task_names(entrants: Iterable[Entrant]) -> list[str]:
@@ -77,10 +84,12 @@ def all_metrics(entrants: Sequence[Entrant]) -> dict[str, Any]:
     for name in _task_names(entrants):
         found = [_metrics(entrant.tasks.get(name, {})) for entrant in entrants]
         for metric in dict.fromkeys(metric for each in found for metric in each):
-            values = sorted((each[metric]["value"] for each in found if metric in each), reverse=True)
-            best = values[0] if len(values) > 1 and values[0] > values[1] else None
+            values = [each[metric]["value"] for each in found if metric in each]
+            values.sort(reverse=metric not in LOWER_IS_BETTER)
+            best = values[0] if len(values) > 1 and values[0] != values[1] else None
             label = f"{name}: {METRIC_NAMES.get(metric, metric)}"
-            rows.append([label, *(_cell(each.get(metric), best) for each in found)])
+            share = metric not in LOWER_IS_BETTER
+            rows.append([label, *(_cell(each.get(metric), best, share) for each in found)])
     head = ["metric", *(draw("named", style=run_style(one.colour), words=one.name) for one in entrants)]
     return {"head": head, "rows": rows}
 
@@ -91,10 +100,10 @@ def _metrics(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return task.get("metrics") or {task["metric"]: {"value": task["value"], "stderr": task.get("stderr")}}
 
 
-def _cell(found: dict[str, Any] | None, best: float | None) -> str | Markup:
+def _cell(found: dict[str, Any] | None, best: float | None, share: bool) -> str | Markup:
     if not found:
         return "–"
-    words = score(found["value"], found.get("stderr"))
+    words = score(found["value"], found.get("stderr")) if share else f"{found['value']:.4f}"
     return draw("span", style="best", words=words) if found["value"] == best else words
 
 
@@ -103,6 +112,8 @@ def answers(entrants: Sequence[Entrant]) -> list[tuple[str, list[dict[str, Any]]
     found = []
     for name in dict.fromkeys(name for entrant in entrants for name in entrant.rows):
         models = [entrant for entrant in entrants if name in entrant.rows]
+        if not all("correct" in row for row in models[0].rows[name].values()):
+            continue  # texts
         rows = [entrant.rows[name] for entrant in models]
         shared = [key for key in rows[0] if all(key in each for each in rows)]
         differing = [key for key in shared if len({each[key].get("correct") for each in rows}) > 1]

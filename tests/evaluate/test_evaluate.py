@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import need
 from hypothesis import given
 from hypothesis import strategies as st
+from token_shards import save_tokenizer
 from tokenizers import Tokenizer as JsonTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import ipt_jax
 from ipt_jax.core.errors import UserError
 from ipt_jax.evaluate import run_eval
+from ipt_jax.evaluate.perplexity import windows
 from ipt_jax.evaluate.run import first_line, join
 from ipt_jax.evaluate.tasks import (
     Question,
@@ -310,3 +313,84 @@ def test_the_real_model_answers_with_its_likeliest_tokens(
     rows = [{"id": 1, "prompt": "Where does it meet? ", "answer": expected or "x"}]
     task = run_eval("m", [write(tmp_path / "t.jsonl", rows)], max_new_tokens=6)["tasks"]["t"]
     assert task["value"] == (1.0 if normalise(expected) else 0.0)
+
+
+@given(st.lists(st.integers(3, 99), min_size=1, max_size=40), st.integers(1, 12))
+def test_windows_score_every_token_once(ids: list[int], context: int) -> None:
+    pairs = list(windows(ids, 1, context))
+    assert [token for _, continuation in pairs for token in continuation] == ids
+    joined, end = [1, *ids], 1
+    for prompt, continuation in pairs:
+        end += len(continuation)
+        assert joined[: end - len(continuation)][-len(prompt) :] == prompt, "what precedes it"
+        assert len(prompt) + len(continuation) == min(end, context + 1), "as much as the context holds"
+
+
+def test_the_text_that_windows_show() -> None:
+    assert list(windows([5, 6, 7, 8, 9], 1, 3)) == [([1], [5, 6, 7]), ([6, 7], [8, 9])]
+    assert list(windows([5, 6, 7], 1, 3)) == [([1], [5, 6, 7])]
+
+
+def test_perplexity_of_texts(tmp_path: Path, model: FakeModel) -> None:
+    """The model gives a vowel log-likelihood 0, any other letter -1. `ä` has two bytes."""
+    texts = write(tmp_path / "texts.jsonl", [{"text": "ab cd"}, {"id": "long", "text": "bä" * 50}])
+    (tmp_path / "book.txt").write_text("bcd\n")
+    result = run_eval("m", [texts, str(tmp_path / "book.txt")], output=tmp_path / "eval.json")
+    task = result["tasks"]["texts"]
+    assert (task["loglikelihood"], task["tokens"], task["bytes"], task["words"], task["n"]) == (-104, 105, 155, 3, 2)
+    values = {name: found["value"] for name, found in task["metrics"].items()}
+    assert values == pytest.approx({
+        "bits_per_byte": 104 / 155 / math.log(2), "byte_perplexity": math.exp(104 / 155),
+        "word_perplexity": math.exp(104 / 3), "token_perplexity": math.exp(104 / 105),
+    })  # fmt: skip
+    assert (task["metric"], task["value"], task["stderr"]) == ("bits_per_byte", values["bits_per_byte"], None)
+    rows = [json.loads(line) for line in (tmp_path / "eval.rows.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["id"], row["tokens"]) for row in rows] == [
+        ("texts", "1", 5), ("texts", "long", 100), ("book", "book", 4),
+    ]  # fmt: skip
+    assert result["tasks"]["book"]["words"] == 2, "as the harness counts: the end after a newline is a word"
+
+
+def test_texts_that_cannot_be_scored(tmp_path: Path, model: FakeModel) -> None:
+    for rows, message in (([{"text": " "}], "text is ' '"), ([{"text": "a"}, choice("b")], "write the two sorts")):
+        with pytest.raises(UserError, match=message):
+            read_tasks([write(tmp_path / "t.jsonl", rows)])
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"empty.txt: has no text"):
+        read_tasks([str(tmp_path / "empty.txt")])
+    model.tokenizer.bos_id = model.tokenizer.eos_id = None  # type: ignore[assignment, attr-defined]
+    with pytest.raises(UserError, match="neither BOS nor EOS"):
+        run_eval("m", [write(tmp_path / "t.jsonl", [{"text": "a"}])])
+
+
+@pytest.mark.extra
+def test_rolling_log_likelihood_is_that_of_the_harness(tmp_path: Path) -> None:
+    """Texts shorter and longer than the context of 48, and one of exactly 48 tokens."""
+    need("lm_eval", extra="evals")
+    torch, transformers = need("torch", extra="test"), need("transformers", extra="test")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    directory = save_tokenizer(tmp_path / "model")
+    controls = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **controls})
+    )
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=48, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+        sliding_window=None,
+    )  # fmt: skip
+    transformers.MistralForCausalLM(config).save_pretrained(directory)
+    ours = ipt_jax.load(directory)
+    words = " ".join(f"w{number % 7} and the text" for number in range(60))
+    exact = next(words[:end] for end in range(len(words)) if len(ours.encode(words[:end])) == 49)
+    texts = ["short text", exact, words, words + " é 東京\n more"]
+    tasks = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    run_eval(str(directory), [tasks], output=tmp_path / "eval.json")
+    rows = [json.loads(line) for line in (tmp_path / "eval.rows.jsonl").read_text().splitlines()]
+    harness = HFLM(str(directory), device="cpu", dtype="float32", batch_size=1, add_bos_token=False, max_length=48)
+    asked = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
+    theirs = harness.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert [row["loglikelihood"] for row in rows] == pytest.approx(theirs, rel=1e-5)
