@@ -34,6 +34,15 @@ class Run:
     def loss_of(self, kind: str) -> list[tuple[float, float]]:
         return self.series(lambda step: (step.get("loss_by_kind") or {}).get(kind))
 
+    def held_out(self, what: str) -> list[tuple[float, float]]:
+        """The validated `loss`, `answer_loss`, or loss of a kind."""
+
+        def read(step: dict[str, Any]) -> Any:
+            found = step.get("validation") or {}
+            return found.get(what, (found.get("loss_by_kind") or {}).get(what))
+
+        return self.series(read)
+
     @property
     def plan(self) -> dict[str, Any]:
         plan = self.info.get("plan")

@@ -82,6 +82,16 @@ def _loss(points: list[Point]) -> str | None:
     return f"{math.fsum(values) / len(values):.3f}" if values else None
 
 
+def _last(points: list[Point]) -> str | None:
+    return f"{points[-1][1]:.3f}" if points else None
+
+
+def _lowest(run: Run) -> str | None:
+    """`2.345 at step 1,500`"""
+    found = run.info.get("best")
+    return f"{found['held_out_loss']:.3f} at step {found['step']:,}" if found else None
+
+
 def _kind_row(kind: str) -> tuple[str, Callable[[Run], str | None]]:
     return f"loss on {KIND_LABELS[kind]}", lambda run: _loss(run.loss_of(kind))
 
@@ -94,6 +104,8 @@ OVERVIEW: list[tuple[str, Callable[[Run], str | None]]] = [
     ("tokens seen", lambda run: _progress(run, "tokens", "tokens", short)),
     ("loss", lambda run: _loss(run.series("loss"))),
     *(_kind_row(kind) for kind in KINDS),
+    ("held-out loss, last", lambda run: _last(run.held_out("loss"))),
+    ("held-out loss, lowest", _lowest),
     ("tokens per second (median)", _speed),
     ("time in steps", _time),
 ]
@@ -130,10 +142,16 @@ def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
     if not logged:
         return []
     per_token = "nats per token"
-    zero, plain = {"zero": True}, {"zero": True, "smooth": False}
+    zero, plain, drawn = {"zero": True}, {"zero": True, "smooth": False}, {"smooth": False}
     charts: list[tuple[str, str | None, str, Callable[[Run], list[Point]], dict[str, bool]]] = [
         ("Loss", "all target tokens", per_token, lambda run: run.series("loss"), {}),
+        ("Held-out loss", "documents that training leaves out", per_token, lambda run: run.held_out("loss"), drawn),
+        ("Held-out loss on answers", "targets that answer", per_token, lambda run: run.held_out("answer_loss"), drawn),
         ("Loss, second half", "the end of training, enlarged", per_token, _later(logged, "loss", 0.5), {}),
+        *(
+            (f"Held-out loss on {name}", None, per_token, _held_out_on(kind), drawn)
+            for kind, name in KIND_LABELS.items()
+        ),
         # the fall in the first tenth would press the part that distinguishes runs into a line
         *(
             (f"Loss on {name}", "after the first tenth of training", per_token, _later(logged, kind, 0.1), {})
@@ -153,6 +171,10 @@ def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
             legend = [(run_style(line.colour), line.name) for line in lines]
             cards.append({"title": title, "note": note, "legend": legend, "chart": chart})
     return cards
+
+
+def _held_out_on(kind: str) -> Callable[[Run], list[Point]]:
+    return lambda run: run.held_out(kind)
 
 
 def _later(runs: Sequence[Run], what: str, fraction: float) -> Callable[[Run], list[Point]]:

@@ -38,7 +38,7 @@ from ipt_jax.data.plan import Plan
 from ipt_jax.model.flops import model_flops, peak_flops
 from ipt_jax.train.bad_steps import LossWindow
 from ipt_jax.train.checkpoint import CheckpointRecord
-from ipt_jax.train.run_info import report, write_best
+from ipt_jax.train.run_info import first_start, report, write_best
 from ipt_jax.train.step import Program
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,6 +55,7 @@ class MetricsLog:
         kept = [line for line in lines if line["step"] <= step]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.last: dict[str, Any] | None = kept[-1] if kept else None
+        self.started = first_start(run_dir)
         self._run_dir, self.best = run_dir, min((found for line in kept if (found := best_of(line))), default=None)
         if self.best:
             write_best(run_dir, *self.best)
@@ -124,7 +125,7 @@ class Board:
         values = [
             Summary.Value(tag=name, simple_value=value)
             for name, value in flatten(line, "/").items()
-            if isinstance(value, float)
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
         ]
         self._events.write_event(Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values)))
         self._events.flush()
@@ -179,6 +180,12 @@ def loss_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def peak_memory_bytes() -> int | None:
+    """The most bytes that a device of this process has held at once; None where the backend does not count, as CPUs."""
+    statistics = (device.memory_stats() or {} for device in jax.local_devices())
+    return max((one["peak_bytes_in_use"] for one in statistics if "peak_bytes_in_use" in one), default=None)
+
+
 def measures(validation: dict[str, Any]) -> dict[str, float]:
     """The losses that `train.keep_best` may name: loss, answers, and the kinds."""
     named = {"loss": validation["loss"], "answers": validation["answer_loss"], **validation["loss_by_kind"]}
@@ -215,6 +222,8 @@ class Ledger:
         self._model = program.model
         self._peak_flops = peak_flops(program.mesh.devices.flat[0].device_kind, program.mesh.devices.size)
         self._settled_at, self._waited = time.monotonic(), 0.0
+        self._started = log.started if log else time.time()
+        self._train_seconds = float(self.last.get("train_seconds", 0.0)) if self.last else 0.0
         self._validated: dict[int, dict[str, Any]] = {}
 
     @classmethod
@@ -282,6 +291,7 @@ class Ledger:
             "mfu": flops / len(due) / seconds / self._peak_flops if self._peak_flops else None,
             "step_seconds": seconds,
             "data_seconds": self._waited / len(due),
+            "peak_memory_bytes": peak_memory_bytes(),
         }
         for (number, _), metrics in zip(self._pending[: len(due)], fetched, strict=True):
             self._settle_one(number, metrics, speed)
@@ -293,7 +303,13 @@ class Ledger:
         measured = loss_metrics(metrics)
         tokens = int(metrics["tokens"])
         self.record = msgspec.structs.replace(self.record, step=step, tokens=self.record.tokens + tokens, measures={})
-        self.last = {"step": step, "tokens": self.record.tokens, **measured, **speed, "unix_seconds": time.time()}
+        self._train_seconds += (speed["step_seconds"] or 0.0) if metrics["applied"] else 0.0
+        unix_seconds = time.time()
+        self.last = {
+            "step": step, "tokens": self.record.tokens, **measured, **speed, "train_seconds": self._train_seconds,
+            "goodput": min(self._train_seconds / max(unix_seconds - self._started, 1e-9), 1.0),
+            "unix_seconds": unix_seconds,
+        }  # fmt: skip
         self._check(step, measured, has_targets=bool(metrics["targets"].sum()), applied=bool(metrics["applied"]))
         if self._bad_steps:
             self.last["bad_steps"] = self._bad_steps

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def describe(recipe: Recipe, plan: Plan, program: Program, processes: str) -> di
         "plan_fingerprint": plan.fingerprint,
         **program.choices,
         "processes": processes,
+        "started_unix_seconds": first_start(Path(recipe.run_dir)),
         "versions": versions(),
         "git_commit": git_commit(),
     }
@@ -58,6 +60,15 @@ def git_commit() -> str | None:
 
 def write_record(run_dir: Path, described: dict[str, Any]) -> None:
     write_whole(run_dir / "run.json", json.dumps(described, indent=1, ensure_ascii=False).encode())
+
+
+def first_start(run_dir: Path) -> float:
+    """When the run was started for the first time, in Unix seconds: now where run.json does not say."""
+    try:
+        described = json.loads((run_dir / "run.json").read_bytes())
+    except (FileNotFoundError, ValueError):  # this start writes it
+        return time.time()
+    return float(described.get("started_unix_seconds", time.time()))
 
 
 def write_best(run_dir: Path, loss: float, step: int) -> None:

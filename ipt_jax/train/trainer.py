@@ -68,7 +68,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # so do its tasks, once for each array of a failed save
     with exit_on_signals():
         processes = initialize_distributed()
-        enable_compile_cache()
+        report(f"compile cache: {enable_compile_cache()} (IPT_COMPILE_CACHE)")
         with watch_peers():
             return run(recipe, processes)
 

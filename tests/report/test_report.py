@@ -313,3 +313,30 @@ def test_templates_escape_all_but_markup() -> None:
     assert template.render(v="<'\"&", n=None, x=7 / 3) == '<b t="&lt;&#x27;&quot;&amp;">&lt;&#x27;&quot;&amp;</b>2.3'
     with pytest.raises(UndefinedError):
         environment().from_string("{{ absent }}").render()
+
+
+def test_held_out_losses_and_perplexities(tmp_path: Path) -> None:
+    """Curves of the validated steps beside the training loss; texts have no chart of accuracies, and less is better."""
+    run, plain = make_run(tmp_path / "validated"), make_run(tmp_path / "plain")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, loss in ((lines[9], 3.5), (lines[19], 2.25), (lines[29], 2.75)):
+        line["validation"] = {"loss": loss, "loss_by_kind": {"raw": loss + 1, "task": None}, "answer_loss": None}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    info = json.loads((run / "run.json").read_text()) | {"best": {"step": 20, "held_out_loss": 2.25}}
+    (run / "run.json").write_text(json.dumps(info))
+    found, _ = read_runs([run, plain])
+    assert found.held_out("loss") == [(10 * 2048, 3.5), (20 * 2048, 2.25), (30 * 2048, 2.75)]
+    assert [loss for _, loss in found.held_out("raw")] == [4.5, 3.25, 3.75]
+    evals = []
+    for name, value in (("validated", 1.25), ("plain", 1.5)):
+        task = {"metric": "bits_per_byte", "value": value, "stderr": None, "n": 2, "chance": None}
+        task["metrics"] = {"bits_per_byte": {"value": value, "stderr": None}}
+        evals.append(tmp_path / f"{name}.json")
+        evals[-1].write_text(json.dumps({"model": str(tmp_path / name), "tasks": {"wiki": task}}))
+        evals[-1].with_suffix(".rows.jsonl").write_text(json.dumps({"task": "wiki", "id": "1", "tokens": 9}) + "\n")
+    page = write_page(tmp_path, [run, plain], evals=evals)
+    assert "Held-out loss on raw text" in page.text and "Held-out loss on answers" not in page.text
+    assert "2.250 at step 20" in page.text and "2.750" in page.text
+    assert "wiki: bits per byte" in page.text and "of questions" not in page.text
+    html = (tmp_path / "pages" / "report.html").read_text()
+    assert re.findall(r'class="best"[^>]*>([^<]*)<', html) == ["1.2500"], "less is better, and it is no percentage"

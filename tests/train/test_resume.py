@@ -83,7 +83,7 @@ def parameters(run_dir: Path, step: int = STEPS) -> dict[str, Any]:
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     """Of metrics.jsonl, without what depends on the clock."""
-    clocks = ("tokens_per_second", "step_seconds", "data_seconds", "unix_seconds")
+    clocks = ("tokens_per_second", "step_seconds", "data_seconds", "train_seconds", "goodput", "unix_seconds")
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in clocks} for line in found]
 

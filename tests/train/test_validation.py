@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,11 @@ def test_training_is_the_same_bits_with_and_without_validation(tmp_path: Path) -
     record = json.loads((tmp_path / "run" / "checkpoints" / str(steps) / "record" / "record.json").read_bytes())
     last = lines[-1]["validation"]
     assert record["measures"] == {"loss": last["loss"], "answers": last["answer_loss"], **last["loss_by_kind"]}
+    started = json.loads((tmp_path / "run" / "run.json").read_bytes())["started_unix_seconds"]
+    for before, line in pairwise(lines):
+        assert before["train_seconds"] <= line["train_seconds"]
+        assert line["goodput"] == pytest.approx(line["train_seconds"] / (line["unix_seconds"] - started)) < 1
+        assert line["peak_memory_bytes"] is None, "CPUs do not say"
     best = min(found for line in lines if (found := best_of(line)))
     assert json.loads((tmp_path / "run" / "run.json").read_bytes())["best"] == {
         "step": best[1], "held_out_loss": best[0],
