@@ -4,11 +4,12 @@ Guarantees: a directory gets a step's number when all of its bytes are on disk a
 that fails is reported at once, is removed, and costs no earlier checkpoint. The last K are kept, one every N steps or
 hours, and the best by a validation measure, by Orbax's policies. A step's directory holds the arrays (`params`,
 `optimizer`), `record` (step, tokens, settings of the run) and `model.json`, and can be read without the run.
-Does not guarantee: when one host fails to write, the others wait for Orbax's time-out of 20 minutes.
+Does not guarantee: where the first process cannot make the folders of a save, the others wait five minutes for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -40,6 +41,7 @@ from ipt_jax.train.state import TrainState
 
 SAVING, REMOVING = ".saving", ".removing"  # what follows a step's number before and after its time
 FULL = "No space left on device"
+MEETING_SECONDS = 20 * 60  # from the end of a process's writing to that of the slowest one
 
 
 class CheckpointRecord(msgspec.Struct):
@@ -98,6 +100,38 @@ class RecordRestore(ocp.args.JsonRestore):
     """Asked for by Orbax; the record is read without it."""
 
 
+class PeerFailure(OSError):
+    """Another process could not write its part of a checkpoint, and reports why."""
+
+
+class Meeting:
+    """The barriers of a save by several processes. One whose write failed joins the next: no other waits for it."""
+
+    def begin(self, step: int) -> None:
+        self._step, self._met = step, 0
+
+    def __call__(self, *, key: str = "", timeout_ms: int = 1000 * MEETING_SECONDS) -> None:
+        """Orbax's barrier, once after the arrays are written and once after the files are merged."""
+        client = ocp.multihost.get_jax_distributed_client()
+        self._met += 1
+        client.wait_at_barrier(f"{self._place()}arrived", timeout_ms)
+        failed = client.key_value_dir_get(self._place())
+        if failed:
+            raise PeerFailure("; ".join(f"process {name.split('/')[-1]}: {reason}" for name, reason in sorted(failed)))
+
+    def fail(self, error: Exception) -> None:
+        """Says why this process failed, to all that meet next."""
+        if jax.process_count() == 1 or isinstance(error, PeerFailure) or self._met == 2:
+            return
+        name = f"{self._place(1)}{jax.process_index()}"
+        ocp.multihost.get_jax_distributed_client().key_value_set(name, why(error))
+        with contextlib.suppress(PeerFailure):
+            self()
+
+    def _place(self, later: int = 0) -> str:
+        return f"ipt_train/save/{self._step}/{self._met + later}/"
+
+
 class Checkpoints:
     """Writes and reads the checkpoints of one run. Entered after the run has chosen what it resumes from."""
 
@@ -110,7 +144,8 @@ class Checkpoints:
             optimizer=ocp.StandardCheckpointHandler(),
             record=RecordHandler(model),
         )
-        self._orbax = ocp.AsyncCheckpointer(handler)
+        self._meeting = Meeting()
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(barrier_sync_fn=self._meeting))
         self._saving: threading.Thread | None = None
         self._failure: Exception | None = None
         self._last = False
@@ -153,6 +188,8 @@ class Checkpoints:
             self._failure = self._failure or UserError("the first process found no room for a checkpoint")
             return
         finite = {name: value for name, value in record.measures.items() if math.isfinite(value)}  # JSON has no NaN
+        self._meeting.begin(record.step)
+        failed = None
         try:
             self._orbax.save(
                 LiteralPath(self.path / f"{record.step}{SAVING}"),
@@ -168,9 +205,8 @@ class Checkpoints:
                 force=True,
             )
         except (OSError, ValueError) as error:  # Orbax reports a failed write as ValueError
-            self._fail(record.step, error)
-            return
-        self._saving = threading.Thread(target=self._commit, args=(record.step,), name="commit_checkpoint")
+            failed = error
+        self._saving = threading.Thread(target=self._commit, args=(record.step, failed), name="commit_checkpoint")
         self._saving.start()
 
     def finish(self) -> None:
@@ -205,15 +241,24 @@ class Checkpoints:
             remove_leftovers(self.path)
 
     def _has_room(self, step: int, needed: int) -> bool:
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
-            self._fail(step, OSError(f"needs {needed / 1e6:,.1f} MB of free space, the disk has {free / 1e6:,.1f} MB"))
-        return free >= needed
+        """Whether a save may begin. A folder is made as well, since the other processes would wait for one."""
+        try:
+            free = shutil.disk_usage(self.path).free
+            if free < needed:
+                raise OSError(f"needs {needed / 1e6:,.1f} MB of free space, the disk has {free / 1e6:,.1f} MB")
+            (self.path / f"{step}{SAVING}").mkdir()
+            (self.path / f"{step}{SAVING}").rmdir()
+        except OSError as error:
+            self._fail(step, error)
+            return False
+        return True
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, failed: Exception | None) -> None:
         """Waits for Orbax; then the first process makes the checkpoint durable and gives it its number."""
         started = time.monotonic()
         try:
+            if failed is not None:
+                raise failed
             self._orbax.wait_until_finished()
             if jax.process_index() != 0:
                 return
@@ -222,6 +267,7 @@ class Checkpoints:
             sync_directory(self.path)
         except Exception as error:  # of whatever kind: a thread's exception would reach nobody
             self._fail(step, error)
+            self._meeting.fail(error)
             return
         report(f"saved at step {step}: {size / 1e6:,.1f} MB on disk after {time.monotonic() - started:.1f} s")
         self._remove_old(step)
@@ -246,7 +292,8 @@ class Checkpoints:
         reason = why(error)
         kept = numbered(self.path)
         resumes = f"the last checkpoint is step {kept[0].name}" if kept else "there is no checkpoint yet"
-        if not self._last:  # else `finish` raises
+        told = isinstance(error, PeerFailure) and jax.process_index() != 0  # by that process and the first one
+        if not self._last and not told:  # the last one is raised by `finish`
             report(f"step {step} is not saved ({reason}); {resumes}; training continues, the next save tries again")
         where = f"run_dir {self.path.parent}: step {step} is not saved ({reason}); {resumes}"
         if isinstance(error, OSError | ValueError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from token_shards import save_tokenizer
-from trainkit import recipe_of, run_python, write_corpus
+from trainkit import recipe_of, run_python, train_processes, write_corpus
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.parallel.distributed import ADDRESSES, initialize_distributed
@@ -239,3 +239,39 @@ def answer_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str)
     (folder / "scontrol").write_text(f"#!/bin/sh\n{command}\n")
     (folder / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+UNWRITABLE = """
+import os, resource, time, types
+import ipt_jax.train.checkpoint as checkpoint
+from ipt_jax.cli import main
+save, finalize = checkpoint.Checkpoints.save, checkpoint.RecordHandler.finalize
+second = os.environ["IPT_PROCESS_ID"] == "1"
+def limited(self, state, record, *, last):
+    self._wait()
+    if second:  # its files of step 3 may have 1,000 bytes
+        limit = 1000 if record.step == 3 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    save(self, state, record, last=last)
+def full(self, directory):
+    if "6.saving" in str(directory):  # the first process fails after both have written
+        raise OSError(28, "No space left on device")
+    finalize(self, directory)
+checkpoint.Checkpoints.save, checkpoint.RecordHandler.finalize = limited, full
+if second:  # a clock that stands still
+    checkpoint.time = types.SimpleNamespace(monotonic=lambda: 0.0, time=time.time)
+main()
+"""
+
+
+def test_a_write_that_fails_on_one_host_fails_the_save_on_all(folder: Path) -> None:
+    """Each of two saves fails on one process; none waits out Orbax's 20 minutes. The first one's clock decides."""
+    run_dir = folder / "unwritable"
+    often = ("train.checkpoint_every=null", "train.checkpoint_minutes=0.000001", "train.log_every=3")
+    arguments = ("train", str(folder / "run.yaml"), f"run_dir={run_dir}", "train.keep_checkpoints=9", *often)
+    first, second = train_processes(UNWRITABLE, arguments, [4, 4])
+    assert "step 3 is not saved (process 1: " in first
+    assert "ipt train: step 3 is not saved (" in second
+    assert "step 6 is not saved (No space left on device); there is no checkpoint yet; training continues" in first
+    assert "step 6" not in second
+    assert sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir()) == [9, 11]
