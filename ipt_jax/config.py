@@ -30,6 +30,8 @@ class TrainSettings(Settings):
     """What the backward pass recomputes: none, all but matrix products (dots), each layer (full) or all but a list."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations. auto: bfloat16 on accelerators, float32 on CPUs."""
+    reduce_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which gradients of split weights are summed over fsdp. auto: that of `compute_dtype`."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel. auto: cudnn on GPUs, splash on TPUs, xla elsewhere."""
     strict: bool = False

@@ -52,7 +52,7 @@ class Execution:
     unroll: bool = False
     attention: AttentionKernel = attend
     constrain: Callable[[Array, Axes], Array] = lambda x, axes: x  # pins an activation to the mesh
-    gather: Callable[[Array, Axes], Array] = lambda w, axes: w  # all-gathers a weight where it is used
+    gather: Callable[[Array, Axes, Any], Array] = lambda w, axes, dtype: w.astype(dtype)  # where a weight is used
 
 
 def _weight(shape: tuple[int, ...], axes: Axes, init: nnx.Initializer, decay: bool) -> nnx.Param[Any]:
@@ -168,7 +168,7 @@ class Mistral(nnx.Module):
         def prepare(name: str, w: Array, dtype: Any) -> Array:
             """Casts before the gather, which halves the bytes sent; norms stay float32."""
             axes = layers[name].axes
-            return execution.gather(w.astype(jnp.float32 if "norm" in axes else dtype), axes[1:])
+            return execution.gather(w, axes[1:], jnp.float32 if "norm" in axes else dtype)
 
         def step(x: Array, weights: dict[str, Array]) -> tuple[Array, None]:
             layer = with_weights(self.layers, {name: prepare(name, w, x.dtype) for name, w in weights.items()})

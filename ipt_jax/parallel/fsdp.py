@@ -2,9 +2,9 @@
 
 Training runs under `jax.shard_map`, manual over the axes that split rows (`data`, `fsdp`): each device has its rows and
 its slice of every weight. FSDP is three explicit collectives: a weight is all-gathered over `fsdp` where it is used, in
-the dtype it is used in; the transpose reduce-scatters its gradient in the same dtype; gradients of replicated
-parameters are summed once, at the end. XLA's partitioner would turn the same products into rings of permutes on TPUs
-and move activations for the embedding's lookup.
+the dtype it is used in; the transpose reduce-scatters its gradient in `train.reduce_dtype`, by default the same dtype;
+gradients of replicated parameters are summed once in float32, at the end. XLA's partitioner would turn the same
+products into rings of permutes on TPUs and move activations for the embedding's lookup.
 
 `tensor` stays with the partitioner: weights and activations carry constraints along it.
 """
@@ -29,14 +29,16 @@ from ipt_jax.parallel.rules import Axes, mesh_axes
 
 Stages = tuple[tuple[tuple[int, ...], ...] | None, ...]  # of each reduce-scatter: its groups of places along fsdp
 
+Dtypes = tuple[Any, Any, Any]  # of a weight's slice, of the gathered weight, of the sum of its gradients
+
 KERNELS: dict[str, AttentionKernel] = {"xla": attend, "cudnn": attend_cudnn, "splash": attend_splash}
 
 
 class OnDevice:
     """A device's side of `mesh`, for a model whose weights are split along a dim of `hidden_size` over fsdp."""
 
-    def __init__(self, mesh: Mesh, hidden_size: int):
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, hidden_size: int, reduce_dtype: Any = None):
+        self.mesh, self.reduce_dtype = mesh, reduce_dtype  # None: that of the gradient
         self.fsdp, self.tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
         self.divides = self.fsdp > 1 and hidden_size % self.fsdp == 0  # else `place_params` replicates weights
         self.stages = torus_stages(mesh.devices[0, :, 0])
@@ -57,11 +59,14 @@ class OnDevice:
         """Whether a weight of these logical axes is split over fsdp."""
         return self.divides and any("fsdp" in mesh_axes(name) for name in axes)
 
-    def gather(self, w: Array, axes: Axes) -> Array:
-        """A weight, all-gathered over fsdp. Its gradient is reduce-scattered."""
-        if self.is_split(axes):
+    def gather(self, w: Array, axes: Axes, dtype: Any) -> Array:
+        """A weight as `dtype`, all-gathered over fsdp. Its gradient is reduce-scattered."""
+        if not self.is_split(axes):
+            w = w.astype(dtype)
+        else:
             dim = next(dim for dim, name in enumerate(axes) if "fsdp" in mesh_axes(name))
-            gathered = functools.partial(_gathered, dim, self.stages)
+            dtypes = (w.dtype, jnp.dtype(dtype), jnp.dtype(self.reduce_dtype or dtype))
+            gathered = functools.partial(_gathered, dim, self.stages, dtypes)
             # the partitioner would first gather a weight's tensor parts: each device is limited to its own
             w = gathered(w) if self.tensor == 1 else self._each_part(gathered, self._along_tensor(w.shape, axes))(w)
         return self.constrain(w, axes)
@@ -115,27 +120,26 @@ class OnDevice:
         return on_heads(q, k, v, segment_ids)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(dim: int, stages: Stages, w: Array) -> Array:
-    w = jnp.moveaxis(w, dim, 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gathered(dim: int, stages: Stages, dtypes: Dtypes, w: Array) -> Array:
+    w = jnp.moveaxis(w.astype(dtypes[1]), dim, 0)
     for groups in reversed(stages):
         w = jax.lax.all_gather(w, "fsdp", axis=0, axis_index_groups=groups, tiled=True)
     return jnp.moveaxis(w, 0, dim)
 
 
-def _gathered_forward(dim: int, stages: Stages, w: Array) -> tuple[Array, None]:
-    return _gathered(dim, stages, w), None
+def _gathered_forward(dim: int, stages: Stages, dtypes: Dtypes, w: Array) -> tuple[Array, None]:
+    return _gathered(dim, stages, dtypes, w), None
 
 
-def _gathered_backward(dim: int, stages: Stages, _: None, grad: Array) -> tuple[Array]:
-    grad = jnp.moveaxis(grad, dim, 0)
+def _gathered_backward(dim: int, stages: Stages, dtypes: Dtypes, _: None, grad: Array) -> tuple[Array]:
+    grad = jnp.moveaxis(grad.astype(dtypes[2]), dim, 0)
     for groups in stages:
         parts = len(groups[0]) if groups else jax.lax.axis_size("fsdp")
         # A device's slice has a leading dim of its own: cutting inside a lane dim, libtpu reduces all and slices.
         cut = grad.reshape(parts, -1, *grad.shape[1:])
         grad = jax.lax.psum_scatter(cut, "fsdp", scatter_dimension=0, axis_index_groups=groups)
-    grad = jnp.moveaxis(grad, 0, dim)
-    return (grad,)
+    return (jnp.moveaxis(grad, 0, dim).astype(dtypes[0]),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

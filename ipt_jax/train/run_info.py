@@ -93,7 +93,8 @@ def report_start(described: dict[str, Any], run_dir: Path, start_step: int, step
     plan = described["plan"]
     report(f"{run_dir}: step {start_step} of {steps}, {plan['tokens']:,} tokens, plan {plan['fingerprint'][:12]}")
     moments = described["recipe"]["optimizer"]["moments_dtype"]
-    dtypes = f"{described['compute_dtype']} compute, float32 parameters, {moments} moments"
+    dtypes = f"{described['compute_dtype']} compute, {described['reduce_dtype']} reduction of gradients, "
+    dtypes += f"float32 parameters, {moments} moments"
     report(f"model: {described['parameters']:,} parameters, {dtypes}")
     report(f"devices: {described['devices']}, {described['processes']}, mesh {described['mesh']}")
     report(f"attention: {described['attention']} ({described['attention_reason']}); remat: {described['remat']}")

@@ -45,6 +45,7 @@ class StepShape:
 
     accumulation: int
     compute_dtype: str
+    reduce_dtype: str  # in which a split weight's gradients are summed over fsdp
     remat: str | tuple[str, ...]
     attention: str
     separate_documents: bool  # cross_document: block
@@ -62,7 +63,7 @@ def loss_of(
     dtype, axes = jnp.dtype(shape.compute_dtype), logical_axes(config)
     # Both tables are gathered once for all rows: looking up in a table split along D would move activations.
     tables: Params = {
-        name: device.gather(params[name].astype(dtype), axes[name]) for name in ("embedding", "head") if name in params
+        name: device.gather(params[name], axes[name], dtype) for name in ("embedding", "head") if name in params
     }
     model = Mistral.from_params(config, {**params, **tables})
     head = model.output_projection()
@@ -92,13 +93,14 @@ def gradients(
     (see OnDevice), not left to the partitioner. The `tensor` axis is.
     """
     count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
-    device = OnDevice(mesh, config.hidden_size)
+    device = OnDevice(mesh, config.hidden_size, shape.reduce_dtype)
     axes = logical_axes(config)
     gradient = jax.grad(functools.partial(loss_of, config=config, shape=shape, device=device), has_aux=True)
 
     def of_device(params: Params, batch: Batch, count: Array) -> tuple[Any, dict[str, Array]]:
         # Scanned layers cast their own slices: all cast weights would be copied into the loop slice by slice.
-        weights = cast_matrices(params, axes, shape.compute_dtype) if shape.unroll else params
+        early = shape.unroll and shape.reduce_dtype == shape.compute_dtype  # a cast weight rounds its gradient's sum
+        weights = cast_matrices(params, axes, shape.compute_dtype) if early else params
 
         def of_rows(rows: Batch) -> tuple[Any, dict[str, Array]]:
             grads, sums = gradient(weights, rows, count)
@@ -276,7 +278,8 @@ def build_program(recipe: Recipe, model: ModelConfig, mesh: Mesh, total_steps: i
     tokens = recipe.data.seq_len * rows // accumulation // shards  # of one micro-batch on one device
     shape = StepShape(
         accumulation=accumulation,
-        compute_dtype=_compute_dtype(recipe, device.platform),
+        compute_dtype=(compute_dtype := _compute_dtype(recipe, device.platform)),
+        reduce_dtype=compute_dtype if recipe.train.reduce_dtype == "auto" else recipe.train.reduce_dtype,
         remat=recipe.train.remat,
         attention=attention,
         separate_documents=recipe.data.cross_document == "block",

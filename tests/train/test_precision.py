@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jaxprs import equations
-from trainkit import model_of, program_of, recipe_of
+from trainkit import model_of, place, program_of, random_batch, recipe_of, start
+
+from ipt_jax.train.step import gradients
 
 HALF, FULL = jnp.dtype("bfloat16"), jnp.dtype("float32")
 WIDE = ("exp", "exp2", "log", "rsqrt", "sqrt", "cos", "sin", "tanh", "logistic", "erf", "integer_pow")
@@ -45,6 +48,30 @@ def test_softmax_norms_angles_and_reductions_are_float32(step: Any) -> None:
             assert HALF not in dtypes(one), f"in bfloat16: {one}"
             seen.add(name)
     assert {"exp", "log", "rsqrt", "cos", "logistic", "reduce_sum", "reduce_max", "scatter-add"} <= seen
+
+
+@pytest.mark.parametrize(("reduce", "dtype"), [("auto", HALF), ("float32", FULL), ("bfloat16", HALF)])
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_gradients_are_reduced_as_the_recipe_says(reduce: str, dtype: Any, mesh: dict[str, int]) -> None:
+    train = {"compute_dtype": "bfloat16", "reduce_dtype": reduce}
+    program = program_of(recipe_of(mesh=mesh, train=train), model_of(), 8)
+    step = jax.make_jaxpr(program.step.__wrapped__)(program.state, program.batch)
+    scattered = {dtypes(one)[0] for one, _ in equations(step) if one.primitive.name == "reduce_scatter"}
+    gathered = {dtypes(one)[0] for one, _ in equations(step) if one.primitive.name == "all_gather"}
+    assert (scattered, gathered) == ({dtype}, {HALF})
+
+
+@pytest.mark.parametrize(("reduce", "rounded"), [("bfloat16", True), ("float32", False)])
+def test_a_float32_sum_of_gradients_is_kept(reduce: str, rounded: bool) -> None:
+    """Sums over eight devices of a split weight's gradients: all bfloat16 numbers, or not."""
+    train = {"compute_dtype": "bfloat16", "reduce_dtype": reduce}
+    made = program_of(recipe_of(mesh={"fsdp": 8}, train=train), model_of(), 8)
+    find = functools.partial(
+        gradients, config=made.model, shape=made.shape, mesh=made.mesh, shardings=made.shardings.params
+    )
+    grads, _ = jax.jit(find)(start(made).params, place(made, random_batch(16, 32, 104)))
+    for found in (grads["embedding"], grads["layers"]["query"], grads["head"]):
+        assert bool((found == found.astype(HALF).astype(FULL)).all()) == rounded
 
 
 def test_parameters_and_moments_stay_float32(step: Any) -> None:

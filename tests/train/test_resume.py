@@ -222,7 +222,7 @@ def test_another_recipe_is_refused_naming_the_field(finished: Path, blocks: dict
 
 def test_any_character_in_the_path_of_a_run(straight: Path, folder: Path) -> None:
     """Orbax takes a directory for a pattern; checkpoints have to be found, resumed from, moved and loaded."""
-    run_dir = folder / "lr[1e-4] *?" / "run"
+    run_dir = folder / "lr[1e-4] *? größe 東京" / "run"
     recipe = recipe_of(folder, mesh={"fsdp": 8}).model_copy(update={"run_dir": str(run_dir)})
     assert run_train(recipe)["step"] == STEPS
     assert checkpoints(run_dir) == [9, 11]
