@@ -192,7 +192,9 @@ def strike(children: list[subprocess.Popen[bytes]], number: signal.Signals, rng:
     return [child.wait(timeout=300) for child in children]
 
 
-def stop_runs(folder: Path, count: int, processes: int, number: signal.Signals, rng: Random) -> Counter[str]:
+def stop_runs(
+    folder: Path, count: int, processes: int, number: signal.Signals, rng: Random, deadline: float
+) -> Counter[str]:
     recipe = recipe_of(folder, LONG, every=3)
     (folder / "run.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_unset=True))
     finish(folder, processes, folder / "warm-up")  # compiles
@@ -200,9 +202,11 @@ def stop_runs(folder: Path, count: int, processes: int, number: signal.Signals, 
     finish(folder, processes, folder / "straight")
     seconds = (time.monotonic() - started) / 2 if number == signal.SIGKILL else 0.0
     state, lines, found = state_of(folder / "straight"), lines_of(folder / "straight"), Counter[str]()
-    while found["strikes"] < count:
+    while found["strikes"] < count and time.monotonic() < deadline:
         run_dir = folder / f"run-{found['runs']}"
         for _ in range(min(STRIKES, count - found["strikes"])):
+            if time.monotonic() > deadline:
+                break
             children = start(folder, processes, run_dir)
             wait_for_moment(children, run_dir, seconds, rng)
             if any(child.poll() is not None for child in children):
@@ -236,6 +240,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--signal", type=signal.Signals.__getitem__, default=signal.SIGKILL, help="default SIGKILL")
     parser.add_argument("--seed", type=int, default=0, help="of files, bits and moments")
+    parser.add_argument("--minutes", type=float, default=1e9, help="strike no more after this time")
     arguments = parser.parse_args()
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of metadata that it does not need
     jax.config.update("jax_platforms", "cpu")
@@ -248,7 +253,9 @@ def main() -> None:
         if arguments.what == "damage":
             found = damage_checkpoints(folder, arguments.count, rng)
         else:
-            found = stop_runs(folder, arguments.count, arguments.processes, arguments.signal, rng)
+            found = stop_runs(
+                folder, arguments.count, arguments.processes, arguments.signal, rng, begun + 60 * arguments.minutes
+            )
     where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{' '.join(sys.argv[1:])}: {time.monotonic() - begun:.0f} s ({where})")
     for what, number in found.items():
