@@ -115,10 +115,11 @@ class Validation:
         self._settings, self._plan, self._program = settings, plan, program
         started = time.monotonic()
         self._sums = compile_sums(program, plan)
-        report(
-            f"validation: every {settings.every_steps:,} steps, {plan.tokens:,} tokens of {', '.join(plan.names)} in "
-            f"{plan.steps:,} batches; compiled in {time.monotonic() - started:.1f} s"
-        )
+        if jax.process_index() == 0:
+            report(
+                f"validation: every {settings.every_steps:,} steps, {plan.tokens:,} tokens of {', '.join(plan.names)} "
+                f"in {plan.steps:,} batches; compiled in {time.monotonic() - started:.1f} s"
+            )
 
     def due(self, step: int) -> bool:
         return step % self._settings.every_steps == 0

@@ -333,6 +333,7 @@ def test_the_text_that_windows_show() -> None:
 
 def test_perplexity_of_texts(tmp_path: Path, model: FakeModel) -> None:
     """The model gives a vowel log-likelihood 0, any other letter -1. `ä` has two bytes."""
+    model.config.max_positions = 200
     texts = write(tmp_path / "texts.jsonl", [{"text": "ab cd"}, {"id": "long", "text": "bä" * 50}])
     (tmp_path / "book.txt").write_text("bcd\n")
     result = run_eval("m", [texts, str(tmp_path / "book.txt")], output=tmp_path / "eval.json")
