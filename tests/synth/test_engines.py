@@ -431,7 +431,7 @@ def test_vllm_killed_then_finished(tmp_path: Path) -> None:
     assert (result["texts"], result["groups"], result["engine"]) == (160, 80, "vllm")
     assert result["cached_prompt_tokens"] >= 128 * 100
     assert "vllm: 8 concurrent requests, a cache of " in again.stderr
-    assert result["drafts"] > result["accepted_draft_tokens"] / 3 > 0
+    assert result["drafts"] >= result["accepted_draft_tokens"] / 3 > 0
     assert "WARNING" not in again.stderr
     assert "WARNING" in Path(again.stderr.partition("its log is ")[2].split()[0]).read_text()
 
