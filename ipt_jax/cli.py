@@ -52,12 +52,13 @@ def plan(recipe: "Recipe") -> Result:
     Prints documents, tokens, epochs and rows per source, and the number of steps. Exits with code 2 if the amounts
     cannot be met. Reads token shards only. Writes no output.
     """
-    from ipt_jax.config import check_schedule, rows_per_step
-    from ipt_jax.data.plan import build_plan, print_plan, repeats
+    from ipt_jax.config import check_schedule
+    from ipt_jax.data.plan import print_plan, repeats
+    from ipt_jax.train.segments import plan_of_run
 
-    solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
+    solved, trained = plan_of_run(recipe)
     check_schedule(recipe, solved.steps)
-    summary = solved.summary()
+    summary = solved.summary(trained)
     for line in repeats(summary):
         print(f"ipt plan: {line}", file=sys.stderr)
     return Shown(summary, view=lambda: print_plan(summary))
@@ -77,16 +78,20 @@ def show_rows(
     Colours mark the kind of each passage and which tokens the loss counts. Prints to the terminal, or writes an HTML
     page with --output. A rerun overwrites the page.
     """
-    from ipt_jax.config import rows_per_step
-    from ipt_jax.data.plan import build_plan
     from ipt_jax.report.viewer import run_show
+    from ipt_jax.train.segments import plan_of_run
 
-    solved = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
-    return Shown(*run_show(solved, output, step=step, rows=rows))
+    return Shown(*run_show(plan_of_run(recipe)[0], output, step=step, rows=rows))
 
 
 @command(app, recipe=RECIPE)
-def train(recipe: "Recipe") -> Result:
+def train(
+    recipe: "Recipe",
+    change: Annotated[
+        bool,
+        typer.Option("--change", help="Let settings that differ from the checkpoint's hold from it on. Default: off."),
+    ] = False,
+) -> Result:
     """Train a model.
 
     Writes checkpoints, metrics.jsonl and run.json to `run_dir`. Rerun the same command to resume from the latest
@@ -94,7 +99,7 @@ def train(recipe: "Recipe") -> Result:
     """
     from ipt_jax.train.trainer import run_train
 
-    result = run_train(recipe)
+    result = run_train(recipe, change=change)
     return Shown(result, exit_code=STOPPED if result["step"] < result["steps"] else 0)
 
 

@@ -7,8 +7,9 @@ written to `run.json`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
+import pydantic
 from pydantic import Field
 
 from ipt_jax.core.errors import UserError
@@ -64,6 +65,8 @@ class TrainSettings(Settings):
     """Steps in a row without a finite loss and gradient after which training stops. Their updates are skipped."""
     on_spike: Literal["warn", "skip"] = "warn"
     """What to do when the loss is far above the median of the last 128 steps. skip: as if it were not finite."""
+    branch_from: str | None = None
+    """Run, or step in its `checkpoints`, that a new `run_dir` continues: weights, optimizer state, step and data."""
     stall_minutes: float | None = Field(default=60.0, gt=0)
     """Minutes without a finished step after which training exits with the stack traces. null: no limit."""
 
@@ -75,12 +78,16 @@ class OptimizerSettings(Settings):
     """Optimizer."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after the warm-up. wsd: constant, then a linear decay over `decay_steps`."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
     min_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the last step, as a fraction of the peak."""
+    decay_steps: int | None = Field(default=None, gt=0)
+    """Steps of the decay of `schedule: wsd`. null: a tenth of the run."""
+    decay_start: int | None = Field(default=None, ge=0)
+    """Step after which the decay of wsd begins. The run ends with the decay. null: it ends at the last planned step."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -93,6 +100,19 @@ class OptimizerSettings(Settings):
     """Weight decay of matrices. Norms are not decayed."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Maximum norm of the global gradient. null: no clipping."""
+
+    @pydantic.model_validator(mode="after")
+    def _decay_of_wsd(self) -> Self:
+        stated = [name for name in ("decay_steps", "decay_start") if getattr(self, name) is not None]
+        if stated and self.schedule != "wsd":
+            raise ValueError(f"{stated[0]} is for schedule wsd, not {self.schedule}; set schedule to wsd")
+        return self
+
+    def decay(self, steps: int) -> tuple[int, int]:
+        """The steps done before and after the decay of wsd, in a run of `steps`."""
+        length = self.decay_steps or max(steps // 10, 1)
+        start = steps - length if self.decay_start is None else self.decay_start
+        return start, start + length
 
 
 class MeshSettings(Settings):
@@ -159,12 +179,24 @@ def rows_per_step(recipe: Recipe) -> int:
 
 
 def check_schedule(recipe: Recipe, steps: int) -> None:
-    """Raises UserError if a plan of `steps` ends before the warm-up."""
-    if recipe.optimizer.warmup_steps >= steps:
+    """Raises UserError if a plan of `steps` ends before the warm-up or before the decay of wsd does."""
+    optimizer = recipe.optimizer
+    if optimizer.warmup_steps >= steps:
         raise UserError(
-            f"optimizer.warmup_steps is {recipe.optimizer.warmup_steps}, but the plan has {steps} steps; "
+            f"optimizer.warmup_steps is {optimizer.warmup_steps}, but the plan has {steps} steps; "
             f"set it below {steps}, or lower train.batch_tokens for more steps"
         )
+    start, stop = optimizer.decay(steps)
+    if optimizer.schedule == "wsd" and not optimizer.warmup_steps <= start <= stop <= steps:
+        raise UserError(
+            f"optimizer: the decay would run from step {start} to {stop}, but the warm-up ends at step "
+            f"{optimizer.warmup_steps} and the plan at {steps}; change decay_steps or decay_start, or raise data.tokens"
+        )
+
+
+def last_step(recipe: Recipe, steps: int) -> int:
+    """The last step of a run with a plan of `steps`: that of the plan or of the decay."""
+    return min(steps, recipe.optimizer.decay(steps)[1]) if recipe.optimizer.schedule == "wsd" else steps
 
 
 def accumulation_steps(recipe: Recipe, shards: int) -> int:

@@ -5,7 +5,7 @@ hosts sees the same global batches. The fingerprint covers the contents of the s
 packing. Memory grows with blocks of documents, not with documents: lengths and tokens are read when a row is read.
 
 A run may change its amounts or batch size at a step. The rows before that step keep their place, each source continues
-its sequence of documents where they left it, and the run as a whole gives exactly the new amounts.
+its sequence of documents where they left it, and the full run gives exactly the new amounts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Mix:
-    """Sources of a recipe, opened, and the tokens that each gives in the run as a whole."""
+    """Sources of a recipe, opened, and the tokens that each gives in the full run."""
 
     settings: DataSettings
     sources: list[Source]
@@ -98,7 +98,7 @@ class Mix:
 
 class RunSegment(NamedTuple):
     """Steps of a run with equal settings: the first of them, rows per step, and the tokens that each source gives in
-    the run as a whole, by name."""
+    the full run, by name."""
 
     step: int
     rows_per_step: int
@@ -168,7 +168,7 @@ class Plan:
             if amount < begin:
                 raise UserError(
                     f"source {self.names[source]!r}: has given {begin:,} tokens by step {segment.step}, but the recipe "
-                    f"asks for {amount:,} in the run as a whole, {begin - amount:,} fewer; raise its amount or "
+                    f"asks for {amount:,} in the full run, {begin - amount:,} fewer; raise its amount or "
                     "data.tokens, or set another run_dir"
                 )
             documents = self.sources[source].documents

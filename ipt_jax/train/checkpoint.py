@@ -218,19 +218,21 @@ class Checkpoints:
         if failed:
             raise self._failure or Fault("the last save of the run failed on another host, which prints why")
 
-    def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
-        """The state saved at `step`, straight into its shards; `state` gives shapes, and the dtypes to convert to."""
+    def restore(self, checkpoint: Path, state: TrainState, shardings: TrainState) -> TrainState:
+        """The state of a step's directory, of this run or of another one, straight into its shards; `state` gives
+        shapes, and the dtypes to convert to."""
         wanted = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), state, shardings
         )
         restored = self._orbax.restore(
-            LiteralPath(self.path / str(step)),
+            LiteralPath(checkpoint),
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(wanted.params),
                 optimizer=ocp.args.StandardRestore(wanted.optimizer),
             ),
         )
-        return TrainState(jax.device_put(jnp.int32(step), shardings.step), restored["params"], restored["optimizer"])
+        step = jnp.int32(int(checkpoint.name))
+        return TrainState(jax.device_put(step, shardings.step), restored["params"], restored["optimizer"])
 
     def _wait(self) -> None:
         """Waits for a save under way, then removes parts of failed ones, whose threads may have written on."""

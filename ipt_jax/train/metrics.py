@@ -208,16 +208,18 @@ class Ledger:
     """`log` is None in all processes but the first."""
 
     def __init__(
-        self, log: MetricsLog | None, record: CheckpointRecord, program: Program, plan: Plan, settings: TrainSettings
-    ):
+        self, log: MetricsLog | None, record: CheckpointRecord, program: Program, plan: Plan, settings: TrainSettings,
+        steps: int,
+    ):  # fmt: skip
         self.bad: list[int] = []  # the last settled steps, where they were not finite; kept when they are too many
         self.record, self.last = record, (log.last if log else None)
         self._bad_steps = self.last.get("bad_steps", 0) if self.last else 0
         self._max_bad, self._window = settings.max_bad_steps, LossWindow(record.losses, lag=settings.log_every + 1)
         self._skips_spikes, self._whole = settings.on_spike == "skip", NamedSharding(program.mesh, PartitionSpec())
         self._limit: tuple[int | None, tuple[jax.Array, ...]] = None, ()
-        self._log, self._log_every, self._steps = log, settings.log_every, plan.steps
-        self._progress = Progress(plan.tokens, "tokens", "ipt train", done=record.tokens) if log else None
+        self._log, self._log_every, self._steps = log, settings.log_every, steps
+        total = sum(plan.taken(steps).values())
+        self._progress = Progress(total, "tokens", "ipt train", done=record.tokens) if log else None
         self._pending: list[tuple[int, Any]] = []
         self._model = program.model
         self._peak_flops = peak_flops(program.mesh.devices.flat[0].device_kind, program.mesh.devices.size)
@@ -228,11 +230,11 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, run_dir: Path, record: CheckpointRecord, program: Program, plan: Plan, settings: TrainSettings
+        cls, run_dir: Path, record: CheckpointRecord, program: Program, plan: Plan, settings: TrainSettings, steps: int
     ) -> Self:
-        """The ledger of this process; only the first one writes."""
+        """The ledger of this process, for a run of `steps`; only the first one writes."""
         log = MetricsLog(run_dir, record.step) if jax.process_index() == 0 else None
-        return cls(log, record, program, plan, settings)
+        return cls(log, record, program, plan, settings, steps)
 
     def __enter__(self) -> Self:
         if self._progress:

@@ -25,7 +25,7 @@ PACKAGES = ("instruction-pretraining", "jax", "jaxlib", "flax", "optax", "orbax-
 
 
 def describe(recipe: Recipe, plan: Plan, program: Program, processes: str) -> dict[str, Any]:
-    """The content of run.json."""
+    """The content of run.json, but for its segments."""
     return {
         "recipe": recipe.model_dump(by_alias=True),
         "model": program.model.model_dump(),
@@ -56,6 +56,9 @@ def git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+SEGMENT = ("plan_fingerprint", "git_commit", "versions", "devices", "mesh", "processes")  # what a segment records
 
 
 def write_record(run_dir: Path, described: dict[str, Any]) -> None:

@@ -183,6 +183,10 @@ def learning_rate(settings: OptimizerSettings, step: Array | int, total_steps: i
     """The rate of step `step` (from 0). The first step of a warm-up already moves; the last step has the least rate."""
     done = jnp.asarray(step, jnp.float32)
     warmup = jnp.minimum(1.0, (done + 1) / max(1, settings.warmup_steps))
+    if settings.schedule == "wsd":  # at its peak equal to `constant` in all bits
+        start, stop = settings.decay(total_steps)
+        decayed = jnp.clip((done + 1 - start) / (stop - start), 0.0, 1.0)
+        return settings.learning_rate * warmup * (1.0 - (1.0 - settings.min_ratio) * decayed)
     span = max(1, total_steps - 1 - settings.warmup_steps)
     progress = jnp.clip((done - settings.warmup_steps) / span, 0.0, 1.0)
     shape = {

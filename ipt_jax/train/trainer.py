@@ -28,14 +28,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ipt_jax.config import Recipe, check_schedule, rows_per_step
+from ipt_jax.config import Recipe, check_schedule, last_step, rows_per_step
 from ipt_jax.core.checkpoint_path import resolve_checkpoint
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import lock_directory, writing
 from ipt_jax.core.stage import flatten
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from ipt_jax.data.loader import batches
-from ipt_jax.data.plan import Plan, build_plan
+from ipt_jax.data.plan import Plan, open_mix
 from ipt_jax.hf.config import read_model_config, resolve_model
 from ipt_jax.hf.params import load_params
 from ipt_jax.model.config import ModelConfig
@@ -52,62 +52,90 @@ from ipt_jax.parallel.peers import watch_peers
 from ipt_jax.train.bad_steps import all_finite, write_dump
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
 from ipt_jax.train.metrics import Ledger, last_line
-from ipt_jax.train.resume import find_newest, refuse_changed, set_aside
-from ipt_jax.train.run_info import copy_tokenizer, describe, git_commit, report, report_start, versions, write_record
+from ipt_jax.train.resume import Start, copy_metrics, find_start, set_aside, start_line
+from ipt_jax.train.run_info import (
+    SEGMENT,
+    copy_tokenizer,
+    describe,
+    git_commit,
+    report,
+    report_start,
+    versions,
+    write_record,
+)
+from ipt_jax.train.segments import (
+    Changes,
+    accept_changes,
+    change_lines,
+    continue_run,
+    extend_history,
+    made_with,
+    read_history,
+)
 from ipt_jax.train.state import TrainState, check_layout, fresh_state, state_from_params
-from ipt_jax.train.step import Program, build_program, lower
+from ipt_jax.train.step import Program, build_program, learning_rate, lower
 from ipt_jax.train.validation import Validation, build_validation_plan
 
 SAMPLE = "The quick brown fox jumps over 13 lazy dogs: naïve café, 東京!\n\tdef f(x): return x**2"
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # save, then exit
 
 
-def run_train(recipe: Recipe) -> dict[str, Any]:
-    """Trains to the end of the plan or until a signal: {run_dir, step, steps (of the plan), tokens, loss}."""
+def run_train(recipe: Recipe, *, change: bool = False) -> dict[str, Any]:
+    """Trains to the end of the plan or until a signal: {run_dir, step, steps (of the plan), tokens, loss}.
+
+    `change`: settings that differ from those of the last checkpoint hold from its step on.
+    """
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs with a traceback each error that it raises as well
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # so do its tasks, once for each array of a failed save
     with exit_on_signals():
         processes = initialize_distributed()
         report(f"compile cache: {enable_compile_cache()} (IPT_COMPILE_CACHE)")
         with watch_peers():
-            return run(recipe, processes)
+            return run(recipe, processes, change)
 
 
-def run(recipe: Recipe, processes: str) -> dict[str, Any]:
+def run(recipe: Recipe, processes: str, change: bool) -> dict[str, Any]:
     """`run_train` of one process of several, of which `processes` says how they were found."""
     devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
     run_dir = Path(recipe.run_dir)
 
-    refuse_different_hosts(flatten(recipe.model_dump(by_alias=True)) | versions() | {"git_commit": git_commit()})
-    plan = build_plan(recipe.data, rows_per_step=rows_per_step(recipe))
-    refuse_different_hosts({"plan fingerprint": plan.fingerprint})
-    check_schedule(recipe, plan.steps)
-    model = resolve_model(recipe.model, plan.vocab_size, *control_ids(plan))
+    compared = flatten(recipe.model_dump(by_alias=True)) | versions()
+    refuse_different_hosts(compared | {"git_commit": git_commit(), "--change": change})
+    mix = open_mix(recipe.data)
+    model = resolve_model(recipe.model, mix.vocab_size, *control_ids(mix.tokenizer_dir))
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, devices)
-    program = build_program(recipe, model, mesh, plan.steps)
-    held_out = build_validation_plan(recipe, plan, program.rows // program.shape.accumulation)
+    rows = rows_per_step(recipe)
 
     with claim(run_dir), contextlib.ExitStack() as stack:
         refuse_unshared(run_dir)
-        identity = made_with(recipe, model, plan)
-        found, skipped = find_newest(run_dir)
+        start = find_start(recipe)
+        found, changed = start.record, Changes()
         if found is not None:
-            refuse_changed(run_dir, found, identity)
-        set_aside(run_dir, found, skipped)
-        end = min(plan.steps, recipe.train.stop_at_step or plan.steps)
+            now, consent = made_with(recipe, model, mix.identity(rows)), change or start.branches
+            changed = accept_changes(run_dir, found.step, found.made_with, now, recipe.data, consent=consent)
+        plan = continue_run(mix, recipe, found.made_with, found.step) if found else Plan(mix, rows_per_step=rows)
+        refuse_different_hosts({"plan fingerprint": plan.fingerprint})
+        check_schedule(recipe, plan.steps)
+        program = build_program(recipe, model, mesh, plan.steps)
+        held_out = build_validation_plan(recipe, plan, program.rows // program.shape.accumulation)
+        set_aside(start)
+        steps = last_step(recipe, plan.steps)
+        end = min(steps, recipe.train.stop_at_step or steps)
         if found is not None and found.step >= end:
+            if start.branches:
+                raise UserError(
+                    f"train.branch_from is at step {found.step}, but this run ends at step {end}; raise data.tokens"
+                )
             return result(recipe, end, found, last_line(run_dir))
 
         checkpoints = stack.enter_context(Checkpoints(run_dir, model, recipe.train))
-        start = found or CheckpointRecord(0, 0, plan.fingerprint, identity)
+        record = found or CheckpointRecord(0, 0, plan.fingerprint, {})
+        record.plan_fingerprint, record.made_with = plan.fingerprint, made_with(recipe, model, plan.identity)
         if jax.process_index() == 0:
-            described = describe(recipe, plan, program, processes)
-            report_start(described, run_dir, start.step, plan.steps)
-            write_record(run_dir, described)
-            copy_tokenizer(plan, run_dir)
+            begin(recipe, start, changed, plan, describe(recipe, plan, program, processes))
         step = compile_step(program, recipe.train.on_spike == "skip")
         if found is not None:
-            state = checkpoints.restore(found.step, program.state, program.shardings)
+            state = checkpoints.restore(start.checkpoint, program.state, program.shardings)
         else:
             state = initial_state(recipe, plan, program)
         layout = check_layout(state, program.shardings)
@@ -115,9 +143,28 @@ def run(recipe: Recipe, processes: str) -> dict[str, Any]:
             for line in layout:
                 report(line)
         validation = Validation(recipe.validation, held_out, program) if recipe.validation and held_out else None
-        with Ledger.open(run_dir, start, program, plan, recipe.train) as ledger:
+        with Ledger.open(run_dir, record, program, plan, recipe.train, steps) as ledger:
             train(recipe, plan, end, program, step, state, ledger, checkpoints, validation)
         return result(recipe, end, ledger.record, ledger.last)
+
+
+def begin(recipe: Recipe, start: Start, changed: Changes, plan: Plan, described: dict[str, Any]) -> None:
+    """What the first process prints and writes before the first step."""
+    run_dir, step = Path(recipe.run_dir), start.record.step if start.record else 0
+    entry = {"step": step, "tokens": start.record.tokens if start.record else 0, "changed": changed}
+    entry |= {name: described[name] for name in SEGMENT}
+    if start.branches:
+        entry["branched_from"] = str(start.checkpoint)
+    report(start_line(start, recipe))
+    for line in change_lines(step, changed):
+        report(line)
+    if changed:
+        rate = float(learning_rate(recipe.optimizer, step, plan.steps))
+        report(f"step {step + 1} has learning rate {rate:.4g}; the run ends at step {last_step(recipe, plan.steps)}")
+    report_start(described, run_dir, step, plan.steps)
+    write_record(run_dir, described | {"segments": extend_history(read_history(start.run_dir), entry)})
+    copy_metrics(start, run_dir)
+    copy_tokenizer(plan, run_dir)
 
 
 def train(
@@ -172,16 +219,6 @@ def bad_steps(run_dir: Path, steps: list[int], state: TrainState, plan: Plan, pr
     )
 
 
-def made_with(recipe: Recipe, model: ModelConfig, plan: Plan) -> dict[str, Any]:
-    """What must be equal for a run to resume, in the recipe's names."""
-    return {
-        "data": plan.identity | {"cross_document": recipe.data.cross_document},
-        "model": model.model_dump(),
-        "optimizer": recipe.optimizer.model_dump(exclude={"moments_dtype"}),
-        "train": {"seed": recipe.train.seed, "z_loss": recipe.train.z_loss},
-    }
-
-
 def result(recipe: Recipe, end: int, record: CheckpointRecord, last: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "run_dir": recipe.run_dir,
@@ -192,11 +229,11 @@ def result(recipe: Recipe, end: int, record: CheckpointRecord, last: dict[str, A
     }
 
 
-def control_ids(plan: Plan) -> tuple[int | None, int | None]:
+def control_ids(tokenizer_dir: Path) -> tuple[int | None, int | None]:
     """BOS and EOS of the sources' tokenizer."""
-    if not plan.tokenizer_dir.is_dir():
+    if not tokenizer_dir.is_dir():
         return None, None
-    tokenizer = load_tokenizer(plan.tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     return tokenizer.bos_id, tokenizer.eos_id
 
 

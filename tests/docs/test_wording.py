@@ -185,7 +185,7 @@ def test_help_of_a_recipe_lists_its_fields(name: str) -> None:
         text = " ".join(help_of(name).split())
         assert "data.seq_len Tokens per row. [int; required]" in text
         assert "data.sources.N.epochs Amount in epochs. [float | null; default: null]" in text
-        assert "[cosine | linear | constant; default: cosine]" in text
+        assert "[cosine | linear | constant | wsd; default: cosine]" in text
 
 
 def test_help_imports_no_jax() -> None:

@@ -88,6 +88,7 @@ def test_chunks_divide_the_tokens_and_keep_the_limit(tokens: int, limit: int) ->
         ("constant", [0.5, 1, 1, 1, 1, 1]),
         ("linear", [0.5, 1, 1, 0.7, 0.4, 0.1]),
         ("cosine", [0.5, 1, 1, 0.775, 0.325, 0.1]),
+        ("wsd", [0.5, 1, 1, 1, 1, 0.1]),
     ],
 )
 def test_schedule(schedule: str, rates: list[float]) -> None:

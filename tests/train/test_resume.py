@@ -32,9 +32,8 @@ from ipt_jax.data.plan import build_plan
 from ipt_jax.data.token_shards import read_token_documents
 from ipt_jax.train import step as train_step
 from ipt_jax.train import trainer
-from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
+from ipt_jax.train.checkpoint import Checkpoints
 from ipt_jax.train.metrics import MetricsLog, last_line
-from ipt_jax.train.resume import refuse_changed
 from ipt_jax.train.state import TrainState
 from ipt_jax.train.step import Program
 from ipt_jax.train.trainer import run_train
@@ -206,10 +205,8 @@ def test_a_finished_run_says_so_and_touches_nothing(finished: Path) -> None:
     [
         ({"data": {"seed": 1}}, "data.seed=0, now 1"),
         ({"data": {"packing": "best_fit"}}, "data.packing='concat', now 'best_fit'"),
-        ({"train": {"batch_tokens": 8 * 32}}, "data.rows_per_step=16, now 8"),
         ({"train": {"seed": 3}}, "train.seed=0, now 3"),
         ({"model": {"layers": 1}}, "model.layers=2, now 1"),
-        ({"optimizer": {"learning_rate": 0.02}}, "optimizer.learning_rate=0.01, now 0.02"),
         ({"optimizer": {"name": "sgd"}}, "optimizer.name='adamw', now 'sgd'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -237,14 +234,8 @@ def test_any_character_in_the_path_of_a_run(straight: Path, folder: Path) -> Non
 def test_another_corpus_is_refused(finished: Path) -> None:
     shutil.rmtree(finished / "raw")
     write_corpus(finished, documents=89)
-    with pytest.raises(UserError, match=r"made with data.sources.0.contents="):
+    with pytest.raises(UserError, match=r"made with contents of source 'raw'="):
         run(finished)
-
-
-def test_a_change_is_named_before_what_follows_from_it(tmp_path: Path) -> None:
-    before, now = ({"data": {"tokenizer": name, "sources": [{"contents": name}]}} for name in "ab")
-    with pytest.raises(UserError, match=r"made with data.tokenizer='a', now 'b'"):
-        refuse_changed(tmp_path, CheckpointRecord(11, 0, "plan", before), now)
 
 
 def test_a_half_written_checkpoint_is_never_picked(straight: Path, finished: Path) -> None:
