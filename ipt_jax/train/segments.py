@@ -58,6 +58,8 @@ def find_changes(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     old, new = run_settings(before), run_settings(json.loads(json.dumps(now)))
     names, others = ([source["name"] for source in one["data"]["sources"]] for one in (before, now))
     kept = [name for name in others if name in names]
+    if before["data"].get("held_out_share"):
+        kept = others  # a new source would change which documents of the others are held out
     changed: Changes = {} if kept == names else {"data.sources": [names, kept]}  # removed, or in another order
     for field in dict.fromkeys([*new, *old]):
         added = field not in old and field.startswith(("contents", "converted"))
