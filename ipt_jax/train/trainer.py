@@ -57,6 +57,7 @@ from ipt_jax.train.run_info import (
     SEGMENT,
     copy_tokenizer,
     describe,
+    first_start,
     git_commit,
     report,
     report_start,
@@ -162,6 +163,7 @@ def begin(recipe: Recipe, start: Start, changed: Changes, plan: Plan, described:
         rate = float(learning_rate(recipe.optimizer, step, plan.steps))
         report(f"step {step + 1} has learning rate {rate:.4g}; the run ends at step {last_step(recipe, plan.steps)}")
     report_start(described, run_dir, step, plan.steps)
+    described["started_unix_seconds"] = first_start(start.run_dir)  # of a branch: that of its run, as metrics.jsonl
     write_record(run_dir, described | {"segments": extend_history(read_history(start.run_dir), entry)})
     copy_metrics(start, run_dir)
     copy_tokenizer(plan, run_dir)
