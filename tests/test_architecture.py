@@ -47,7 +47,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "ipt_jax.evaluate": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.load"),
     "ipt_jax.report": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.data.plan"),
     "ipt_jax.cli": ("ipt_jax",),
-    "synth": ("ipt_jax.core", "ipt_jax.corpus"),
+    "synth": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.evaluate.tasks"),  # answers are scored in one place
     "synth.engine.jax_": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.inference", "ipt_jax.load", "synth"),
 }
 # Packages outside the core -> the only modules that may import them, and there inside a function.

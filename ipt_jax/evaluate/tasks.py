@@ -19,13 +19,12 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.overlap import token_f1
 from ipt_jax.corpus.sources import read_jsonl
 from ipt_jax.evaluate.perplexity import read_text
 
@@ -145,6 +144,13 @@ def _is_text(value: Any) -> bool:
 def normalise(text: str) -> str:
     """`' The  Guild. '` -> `'the guild'`"""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def token_f1(predicted: Iterable[str], expected: Iterable[str]) -> float:
+    """Harmonic mean of precision and recall over words, with repeats. 0 if no word is shared."""
+    first, second = Counter(predicted), Counter(expected)
+    shared = (first & second).total()
+    return 2 * shared / (first.total() + second.total()) if shared else 0.0
 
 
 def answer_f1(prediction: str, answer: str) -> float:

@@ -18,10 +18,10 @@ from typing import Any
 import msgspec
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.overlap import token_f1
 from ipt_jax.core.seeding import draw
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer
+from ipt_jax.evaluate.tasks import token_f1
 from synth.config import BETTER_WITH_ENGINE, ENGINE_SCORES, SynthesizerSettings
 from synth.engine import synthesizer_tokenizer
 from synth.engine.base import Engine, GenerationRequest, RequestFailed, with_retries
