@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tune SmolLM2-135M to write question-answer pairs for a text.
 #
-#   launch/tune_synthesizer.sh [TRAIN]    less than two hours on two CPU cores, 10 GB of free memory
+#   launch/tune_synthesizer.sh [TRAIN]    estimated an hour on two free CPU cores; 10 GB of free memory
 #
 # TRAIN is a JSON Lines file of rows {id, context, qa: [{question, answer, options, rationale}]}.
 # Default: the training split of FairytaleQA in ../shared/data.
