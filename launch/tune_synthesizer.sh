@@ -6,7 +6,7 @@
 # TRAIN is a JSON Lines file of rows {id, context, qa: [{question, answer, options, rationale}]}.
 # Default: the training split of FairytaleQA in ../shared/data.
 # A small synthetic world is added, whose pairs have options and chains of thought. Writes to out/tune_synthesizer.
-# Rerun to resume; finished steps are skipped, and a killed step goes on. Remove out/tune_synthesizer for other rows.
+# Rerun to resume; finished steps are skipped, and a killed step resumes. Remove out/tune_synthesizer for other rows.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

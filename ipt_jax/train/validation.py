@@ -1,7 +1,7 @@
 """Validation: the loss on documents that training leaves out, by kind, from a plan of its own.
 
 The batches are micro-batches of the train step, on its mesh, with its parameters: there is no second copy. A document
-has `answers` where its kind is not raw and some of its tokens are no targets, as `loss` of `ipt tokenize` sets: the
+has `answers` where its kind is not raw and not all of its tokens are targets, as `loss` of `ipt tokenize` sets: the
 tokens that remain are the answers of pairs. `answer_loss` is the mean over them.
 
 Guarantees: every planned token is counted once, and the counts are exact; any mesh and any number of hosts measures the
