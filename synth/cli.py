@@ -1,4 +1,4 @@
-"""The `synth` command: collect, run, mine, verify, decontaminate, render, miniworld, inspect.
+"""The `synth` command: collect, run, eval, mine, verify, decontaminate, render, miniworld, inspect.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `synth collect` starts without an engine.
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from synth.collect.run import CollectSettings
     from synth.config import RunSettings
     from synth.decontaminate.run import DecontaminateSettings
+    from synth.evaluate.run import EvalSettings
     from synth.mine.run import MineSettings
     from synth.render.documents import RenderSettings
     from synth.verify.run import VerifySettings
@@ -146,6 +147,21 @@ def verify(settings: "VerifySettings") -> Result:
     from synth.verify.run import run_verify
 
     return run_verify(settings)
+
+
+@command(app, "eval", recipe="synth.evaluate.run:EvalSettings")
+def evaluate(settings: "EvalSettings") -> Result:
+    """Score a synthesizer on held-out questions.
+
+    Measures its answers to gold questions, its pairs against gold pairs, their diversity, and how much they help
+    another model. Existing groups or the rules of `synth mine` can be scored instead. Writes results.json, report.html
+    and the scored groups to `output`. Rerun the same command to resume.
+    """
+    from synth.evaluate.quality import show_results
+    from synth.evaluate.run import run_evaluate
+
+    result = run_evaluate(settings)
+    return Shown(result, view=lambda: show_results(result))
 
 
 @command(app)

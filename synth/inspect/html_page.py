@@ -4,6 +4,7 @@ Guarantees: records are escaped; the words that ground an answer are marked. The
 format, reason and words, and keeps the choice in the address (`#verdict=rejected`). Without scripts all pairs show.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,15 +15,18 @@ from ipt_jax.core.html import Markup, render_page
 from ipt_jax.core.svg import Column, bar_chart, column_chart
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from synth.format.parser import REASONS
-from synth.format.wire import question_stem
+from synth.format.wire import final_answer, question_stem
 from synth.groups import contaminated_places
-from synth.inspect.grounding import HighlightedSpan, highlighted_spans
 from synth.inspect.statistics import GroupStatistics
+from synth.text.words import sentence_spans
 
 MOST_PAIRS = 24  # texts with more share a column
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 21, 31, 51, 101)  # a column of answer lengths begins at each
 NAMES = 10  # rows of a bar chart
 BINS = 20
+SHORTEST = 3  # characters of an answer
+LONG_WORD = re.compile(r"\w{4,}|\d+")
+SHARED = 0.5  # of an answer's words that a sentence must have
 
 
 class ChartCard(NamedTuple):
@@ -109,6 +113,66 @@ def score_chart(name: str, scores: Sequence[float]) -> Markup:
     edges = [low + place * width for place in range(BINS + 1)]
     columns = [Column(f"{edges[i]:.2g}", f"{edges[i]:.2g} to {edges[i + 1]:.2g}", bins[i]) for i in range(BINS)]
     return column_chart(name, columns, colour="c1")
+
+
+# ---- evidence: for highlighting only, `synth verify` scores grounding
+
+
+class Evidence(NamedTuple):
+    start: int
+    end: int
+    exact: bool
+
+
+class HighlightedSpan(NamedTuple):
+    """A span of text inside the evidence of the pairs `numbers`; `ends` are those whose evidence ends with it."""
+
+    start: int
+    end: int
+    numbers: list[int]
+    ends: list[int]
+    exact: bool
+
+
+def evidence(text: str, pair: Pair) -> Evidence | None:
+    """Of several occurrences of the answer, the one whose sentence shares most words with the question."""
+    answer = final_answer(pair).strip().removesuffix(".")
+    if not pair.accepted or len(answer) < SHORTEST:
+        return None
+    spaced = r"\s+".join(map(re.escape, answer.split()))
+    found = list(re.finditer(rf"(?<!\w){spaced}(?!\w)", text, re.IGNORECASE))
+    if len(found) == 1:
+        return Evidence(*found[0].span(), exact=True)
+    spans = sentence_spans(text)
+    shared_with = long_words(question_stem(pair) if found else answer)
+    if found:
+
+        def shared(match: re.Match[str]) -> int:
+            around = (text[start:end] for start, end in spans if start <= match.start() < end)
+            return len(shared_with & long_words(next(around, "")))
+
+        return Evidence(*max(found, key=shared).span(), exact=True)
+    shares = [len(shared_with & long_words(text[start:end])) for start, end in spans]
+    if not shared_with or max(shares, default=0) < SHARED * len(shared_with):
+        return None
+    return Evidence(*spans[shares.index(max(shares))], exact=False)
+
+
+def long_words(text: str) -> set[str]:
+    return set(LONG_WORD.findall(text.casefold()))
+
+
+def highlighted_spans(text: str, pairs: Sequence[Pair]) -> list[HighlightedSpan]:
+    """The evidence of all pairs, cut wherever one begins or ends, in order and without overlap."""
+    every = {number: found for number, pair in enumerate(pairs, 1) if (found := evidence(text, pair))}
+    edges = sorted({edge for found in every.values() for edge in (found.start, found.end)})
+    spans = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        inside = {number: found for number, found in every.items() if found.start <= start and end <= found.end}
+        if inside:
+            ends = [number for number, found in inside.items() if found.end == end]
+            spans.append(HighlightedSpan(start, end, list(inside), ends, any(found.exact for found in inside.values())))
+    return spans
 
 
 # ---- texts

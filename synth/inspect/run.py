@@ -23,8 +23,7 @@ from ipt_jax.core.html import write_page
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup
 from ipt_jax.corpus.shards import Shards
 from synth.groups import decode_group
-from synth.inspect.grounding import highlighted_spans
-from synth.inspect.html_page import html_page
+from synth.inspect.html_page import highlighted_spans, html_page
 from synth.inspect.statistics import count_groups
 
 EXCERPT = 1200  # characters of a text in the terminal

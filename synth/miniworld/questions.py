@@ -13,8 +13,7 @@ from typing import Any, Literal, NamedTuple
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.seeding import draw
 from synth.format.wire import ANSWER_CUE, COT_CUE, OPTION_MARK, OPTIONS_CUE
-from synth.miniworld.articles import write_article
-from synth.miniworld.world import Fact, Split, World, attributes, values, words
+from synth.miniworld.world import Fact, Split, World, attributes, values, words, write_article
 
 Judgement = Literal["right", "wrong", "unknown_question"]
 TUNING_CHOICES, HELD_OUT_CHOICES = 3, 10

@@ -1,25 +1,32 @@
-"""People of the mini-world and the facts about them, computed from (seed, person).
+"""People of the mini-world, the facts about them and the articles that state these, computed from (seed, person).
 
 Raw people are numbered from zero; some of them are held out, and no pair asks about these. Each tuning article is about
 a person of its own, numbered below zero.
 
 Guarantees: no two raw people share a name. Tuning people have names that no raw person has, with other facts in every
-article, so a synthesizer can learn an answer from the text only. No fact determines another.
+article, so a synthesizer can learn an answer from the text only. No fact determines another. An article states all
+facts of one person in an order of its own, each sentence with the full name in one of nine wordings. Instructions need
+no facts and contain no name; they replace the instruction data of domain recipes (OpenOrca in the paper).
 """
 
+import random
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.seeding import draw
 
 NAME_WORDS = 128  # first names, and last names
 INVENTED = ("town", "guild", "master")  # lists of values that are invented words
 VALUES = 32  # in each list of values
 TUNING_NAMES = 8192  # that only tuning people have
 _MASK = (1 << 64) - 1
+OPENING_SHARE = 0.5
+OWN_GENRE_SHARE = 0.75  # of a tuning data set's contexts; the rest keeps few-shot examples stronger than the genre
 
 Split = Literal["article", "tuning"]
 
@@ -139,3 +146,72 @@ def answer_words() -> list[str]:
     """Every word that a name or an answer may contain. The tokenizer learns each as one id."""
     closed = [value for listed in words()["values"].values() for value in listed]
     return list(dict.fromkeys([*invented_words(), *closed]))
+
+
+# ---- articles and instructions
+
+
+class Sentence(NamedTuple):
+    fact: Fact
+    text: str
+
+
+class Article(NamedTuple):
+    id: str
+    genre: str
+    text: str
+    sentences: list[Sentence]  # those that state a fact, in the order of the text
+
+
+def write_article(world: World, split: Split, index: int, genre: str | None = None) -> Article:
+    """Article `index`. `genre`: the genre of most articles of its tuning data set."""
+    rng = draw(world.seed, "article", split, index)
+    genres = words()["genres"]
+    if genre is None or rng.random() >= OWN_GENRE_SHARE:
+        genre = rng.choice(list(genres))
+    person = world.person(split, index)
+    facts = [Fact(person, name) for name in rng.sample(attributes(), len(attributes()))]
+    sentences = [Sentence(fact, _say(world, fact, rng)) for fact in facts]
+    parts = [sentence.text for sentence in sentences]
+    if rng.random() < OPENING_SHARE:
+        parts.insert(0, rng.choice(genres[genre]))
+    return Article(f"{split}-{index:06d}", genre, " ".join(parts), sentences)
+
+
+def _say(world: World, fact: Fact, rng: random.Random) -> str:
+    wording = rng.choice(words()["facts"][fact.attribute]["say"])
+    clause = wording.format(e=world.name(fact.person), v=world.value(fact))
+    return f"{clause[0].upper()}{clause[1:]}."
+
+
+# Tasks on a few different words: the fewest and the most words, and the response.
+WORD_TASKS: dict[str, tuple[int, int, Callable[[list[str]], str]]] = {
+    "repeat": (2, 5, " ".join),
+    "reverse": (2, 4, lambda chosen: " ".join(reversed(chosen))),
+    "sort": (2, 4, lambda chosen: " ".join(sorted(chosen))),
+    "count": (2, 7, lambda chosen: str(len(chosen))),
+    "first": (2, 5, lambda chosen: chosen[0]),
+    "last": (2, 5, lambda chosen: chosen[-1]),
+}
+
+
+def write_instruction(seed: int, index: int) -> dict[str, Any]:
+    """Row {id, task, prompt, response}."""
+    rng = draw(seed, "instruction", index)
+    prompts, values = words()["instructions"], words()["values"]
+    task = list(prompts)[index % len(prompts)]
+    if task in WORD_TASKS:
+        fewest, most, respond = WORD_TASKS[task]
+        plain = [*values["trade"], *values["product"], *values["animal"], *values["prize"]]
+        chosen = rng.sample(plain, rng.randint(fewest, most))
+        asked, response = " ".join(chosen), respond(chosen)
+    elif task == "add":
+        left, right = rng.randint(1, 20), rng.randint(1, 20)
+        asked, response = f"{left} plus {right}", str(left + right)
+    else:  # odd_one_out
+        chosen = rng.sample(values["animal"], 3)
+        response = rng.choice([word for word in values["product"] if word not in values["animal"]])
+        chosen.append(response)
+        rng.shuffle(chosen)
+        asked = ", ".join(chosen)
+    return {"id": f"instruction-{index:06d}", "task": task, "prompt": prompts[task].format(asked), "response": response}

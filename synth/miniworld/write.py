@@ -28,9 +28,8 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import lock_directory, write_whole, writing
 from ipt_jax.core.progress import Progress
 from synth.format.wire import context_block, pairs_text, wire_pair
-from synth.miniworld.articles import write_article, write_instruction
 from synth.miniworld.questions import TASKS, TUNING_SETS, held_out_tasks, paired_row, tuning_row
-from synth.miniworld.world import World, answer_words
+from synth.miniworld.world import World, answer_words, write_article, write_instruction
 
 SCHEMA = 2
 OURS = {"raw", "tuning", "gold", "heldout", "tokenizer", "instructions.jsonl", "world.json", "world.json.tmp", ".lock"}

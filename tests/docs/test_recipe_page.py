@@ -18,6 +18,7 @@ from ipt_jax.data.tokenize import TokenizeSettings
 from synth.collect.run import CollectSettings
 from synth.config import RunSettings, SynthesizerSettings
 from synth.decontaminate.run import DecontaminateSettings
+from synth.evaluate.run import EvalSettings
 from synth.mine.run import MineSettings
 from synth.render.documents import RenderSettings
 from synth.verify.run import VerifySettings
@@ -33,6 +34,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`synth run`": RunSettings,
     "`synth mine`": MineSettings,
     "`synth verify`": VerifySettings,
+    "`synth eval`": EvalSettings,
     "`synth render`": RenderSettings,
     "`synth decontaminate`": DecontaminateSettings,
 }

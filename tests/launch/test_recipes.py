@@ -15,6 +15,7 @@ from ipt_jax.data.tokenize import TokenizeSettings
 from synth.collect.run import CollectSettings
 from synth.config import RunSettings
 from synth.decontaminate.run import DecontaminateSettings
+from synth.evaluate.run import EvalSettings
 from synth.mine.run import MineSettings
 from synth.render.documents import RenderSettings
 from synth.verify.run import VerifySettings
@@ -22,6 +23,7 @@ from synth.verify.run import VerifySettings
 # The first of these keys that a file has tells its kind; `tokenizer` may stand in a recipe of synth render too.
 KINDS: dict[str, type[Settings]] = {
     "run_dir": Recipe,
+    "tasks": EvalSettings,
     "scores": VerifySettings,
     "synthesizer": RunSettings,
     "groups": RenderSettings,

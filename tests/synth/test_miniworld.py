@@ -17,9 +17,18 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.format.wire import ANSWER_CUE, wire_pair
 from synth.miniworld import World, judge, open_world, run_miniworld
-from synth.miniworld.articles import write_article
 from synth.miniworld.questions import TASKS, parse_question
-from synth.miniworld.world import NAME_WORDS, Fact, answer_words, attributes, invented_words, scramble, values, words
+from synth.miniworld.world import (
+    NAME_WORDS,
+    Fact,
+    answer_words,
+    attributes,
+    invented_words,
+    scramble,
+    values,
+    words,
+    write_article,
+)
 
 SMALL = {
     "articles": 120,

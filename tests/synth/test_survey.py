@@ -16,8 +16,15 @@ from ipt_jax.corpus.records import Pair, encode
 from ipt_jax.corpus.shards import Shards
 from synth.format.parser import reject
 from synth.format.wire import wire_pair
-from synth.inspect.grounding import HighlightedSpan, evidence, highlighted_spans
-from synth.inspect.html_page import distribution_cards, length_chart, pairs_chart, score_chart
+from synth.inspect.html_page import (
+    HighlightedSpan,
+    distribution_cards,
+    evidence,
+    highlighted_spans,
+    length_chart,
+    pairs_chart,
+    score_chart,
+)
 from synth.inspect.statistics import GroupStatistics, category, count_groups, first_word, spread
 
 # ---- grounds
