@@ -75,8 +75,7 @@ class SynthesizerSettings(Settings):
     """
 
     model: str
-    """Hugging Face directory, or `hf:NAME` of the hub. jax also reads a checkpoint. openai and scripted read only its
-    tokenizer."""
+    """Hugging Face directory or `hf:NAME`. jax also reads a checkpoint. openai and scripted read only the tokenizer."""
     engine: Literal["vllm", "openai", "jax", "scripted"] = "vllm"
     """openai: an OpenAI-compatible server. scripted: no model, pairs that quote the text, for rehearsals."""
     server: str | None = Field(default=None, validate_default=True, pattern=r"^https?://")
