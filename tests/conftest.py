@@ -7,6 +7,7 @@ test starts sees one CPU device, as a reader's does, unless the test sets JAX_NU
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,9 @@ settings.load_profile("any machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored under nohup and by background jobs; children inherit that
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     if jax.device_count() != 8:
         raise pytest.UsageError(f"eight virtual CPU devices were asked for, jax sees {jax.devices()}")
 

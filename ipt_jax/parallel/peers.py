@@ -29,7 +29,7 @@ from jax._src import distributed  # the key-value store has no public name; Orba
 from ipt_jax.core.errors import UserError
 
 BEAT_SECONDS = 3.0
-SILENT_SECONDS = 30.0  # without a beat, a process is lost
+SILENT_SECONDS = 45.0  # without a beat, a process is lost
 FAILING_SECONDS = 12.0  # the same, after a collective has failed
 GRACE_SECONDS = 10.0  # after the end of a peer, in which a cause that all share is reported by each process itself
 LOST = re.compile(rb"^(W\d{4} .*preemption_sync_manager|[EF]\d{4} .*(coordination|distributed service))")
@@ -39,7 +39,7 @@ PREFIX = "ipt/beat/"
 @contextlib.contextmanager
 def watch_peers() -> Iterator[None]:
     """Ends this process when another one ends, until the block is left. Reports to the others how it is left."""
-    if jax.process_count() == 1:
+    if (distributed.global_state.num_processes or 1) == 1:  # jax.process_count would start the backends
         yield
         return
     peers = Peers()
@@ -63,7 +63,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._client: Any = distributed.global_state.client
-        self._me, self._number = jax.process_index(), jax.process_count()
+        self._me, self._number = distributed.global_state.process_id, distributed.global_state.num_processes
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}  # the last beat of each, and when it was new
         self._beat: dict[str, Any] = {"host": socket.gethostname(), "count": 0, "ended": False, "why": None}
         self._ending, self._stopped = threading.Lock(), threading.Event()

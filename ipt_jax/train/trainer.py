@@ -90,7 +90,7 @@ def run_train(recipe: Recipe, *, change: bool = False) -> dict[str, Any]:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # so do its tasks, once for each array of a failed save
     with exit_on_signals():
         processes = initialize_distributed()
-        report(f"compile cache: {enable_compile_cache()} (IPT_COMPILE_CACHE)")
+        enable_compile_cache()
         with watch_peers():
             return run(recipe, processes, change)
 

@@ -367,11 +367,9 @@ def test_texts_that_cannot_be_scored(tmp_path: Path, model: FakeModel) -> None:
 @pytest.mark.extra
 def test_rolling_log_likelihood_is_that_of_the_harness(tmp_path: Path) -> None:
     """Texts shorter and longer than the context of 48, and one of exactly 48 tokens."""
-    need("lm_eval", extra="evals")
+    Instance = need("lm_eval.api.instance", extra="evals").Instance
+    HFLM = need("lm_eval.models.huggingface", extra="evals").HFLM
     torch, transformers = need("torch", extra="test"), need("transformers", extra="test")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
     directory = save_tokenizer(tmp_path / "model")
     controls = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (directory / "tokenizer_config.json").write_text(

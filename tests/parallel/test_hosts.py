@@ -64,13 +64,13 @@ def start(
         names = dict(zip(ADDRESSES, (address, str(number), "2"), strict=True))
         (folder / cwd).mkdir(exist_ok=True)
         arguments = (str(folder / cwd), str(seconds), "train", str(folder / "run.yaml"), *words)
-        names |= {"JAX_NUM_CPU_DEVICES": "4", "IPT_JOIN_SECONDS": "15"} | of_both | (of_second or {} if number else {})
+        names |= {"JAX_NUM_CPU_DEVICES": "4", "IPT_JOIN_SECONDS": "60"} | of_both | (of_second or {} if number else {})
         children.append(run_python(TRAIN, *arguments, **names))
     return children
 
 
-def ended(children: list[subprocess.Popen[str]], seconds: float = 90) -> list[tuple[int, str]]:
-    """(exit code, stderr) of each; all end within `seconds`."""
+def ended(children: list[subprocess.Popen[str]], seconds: float = 180) -> list[tuple[int, str]]:
+    """(exit code, stderr) of each; all end within `seconds`, which allow for busy cores."""
     try:
         found = [(child, child.communicate(timeout=seconds)[1]) for child in children]
     finally:
@@ -96,7 +96,7 @@ def test_other_recipe(folder: Path, override: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        ("loop.versions = lambda: {'jax': '9.9'}", "has jax='9.9', process 0"),
+        ("real = loop.versions(); loop.versions = lambda: real | {'jax': '9.9'}", "has jax='9.9', process 0"),
         ("from ipt_jax.data.plan import Plan; Plan.fingerprint = 'f00'", "has plan fingerprint='f00', process 0"),
     ],
     ids=["version", "plan"],
@@ -115,9 +115,9 @@ def test_run_dir_that_is_not_shared(folder: Path) -> None:
 
 @pytest.mark.parametrize("present", [0, 1])
 def test_absent_peer(folder: Path, present: int) -> None:
-    children = start(folder, ["run_dir=absent"], ["run_dir=absent"])
+    children = start(folder, ["run_dir=absent"], ["run_dir=absent"], IPT_JOIN_SECONDS="15")
     children[1 - present].kill()
-    ((code, error),) = ended([children[present]], 60)
+    ((code, error),) = ended([children[present]])
     assert code == 1
     assert "other processes did not join within 15 s (IPT_JOIN_SECONDS)" in error.splitlines()[-1]
     assert error.splitlines()[-1].endswith(f"unset {' '.join(ADDRESSES)}")
@@ -146,7 +146,7 @@ def test_a_peer_that_is_killed_ends_the_run_which_then_resumes(folder: Path, str
     while not (run_dir / "checkpoints" / "3").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     children[killed].kill()
-    ((code, error),) = ended([children[1 - killed]], 60)
+    ((code, error),) = ended([children[1 - killed]])
     (line,) = said_of_peer(error)
     gone = f"error: process {killed} ({socket.gethostname()}) is gone; rerun the same command on all hosts to resume"
     assert (code, line) == (1, gone)
@@ -157,7 +157,7 @@ def test_a_peer_that_is_killed_ends_the_run_which_then_resumes(folder: Path, str
 @pytest.mark.parametrize("early", [0, 1])
 def test_a_process_that_ends_early_ends_the_others_with_its_reason(folder: Path, early: int) -> None:
     fault = {"FAULT_OF": str(early), "FAULT": "raise RuntimeError('the disk is on fire')"}
-    found = ended(start(folder, [f"run_dir=early{early}"], [f"run_dir=early{early}"], **fault), 60)
+    found = ended(start(folder, [f"run_dir=early{early}"], [f"run_dir=early{early}"], **fault))
     assert found[early][0] == 1 and "the disk is on fire" in found[early][1].splitlines()[-1]
     code, error = found[1 - early]
     (line,) = said_of_peer(error)
@@ -180,7 +180,8 @@ def test_steps_that_are_not_finite_name_the_documents_of_all_hosts(folder: Path)
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> Path:
     """An undisturbed run of both processes."""
-    assert [code for code, _ in ended(start(folder, ["run_dir=straight"], ["run_dir=straight"]))] == [0, 0]
+    for code, error in ended(start(folder, ["run_dir=straight"], ["run_dir=straight"])):
+        assert code == 0, error
     return folder / "straight"
 
 
@@ -230,7 +231,7 @@ def test_variables_of_another_job_that_look_right(
 ) -> None:
     answer_scontrol(tmp_path, monkeypatch, "echo StepId=7.0")
     arguments = (str(folder), "0", "train", str(folder / "run.yaml"))
-    ((code, error),) = ended([run_python(TRAIN, *arguments, IPT_JOIN_SECONDS="3", **variables)], 60)
+    ((code, error),) = ended([run_python(TRAIN, *arguments, IPT_JOIN_SECONDS="3", **variables)])
     (line,) = said_of_peer(error)
     assert code == 1 and line.startswith("error: ") and said in line
 
