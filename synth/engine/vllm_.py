@@ -62,7 +62,7 @@ class VllmEngine:
             cause = self._log.cause() or f"{type(error).__name__}: {error}"
             raise EngineNotStarted(f"vLLM did not start: {cause}; its log is {self._log.path}") from error
         for handler in logging.getLogger("vllm").handlers:  # of this process
-            if isinstance(handler, logging.StreamHandler):
+            if type(handler) is logging.StreamHandler:
                 handler.setStream(self._log.file)
         self._lora = lora_request(settings.lora) if settings.lora else None
         cache = self.engine.vllm_config.cache_config

@@ -221,7 +221,10 @@ def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer, prompt: Prom
         return []
     path, count = settings.seed_examples.path, settings.seed_examples.count
     share = settings.synthesizer.max_prompt_tokens // (count + 1)
-    rows = merge_examples(read_examples(DataSet("seeds", "generic", [Path(path)]), RowTally()))
+    tally = RowTally()
+    rows = merge_examples(read_examples(DataSet("seeds", "generic", [Path(path)]), tally))
+    if not rows:
+        raise UserError(f"seed_examples {path}: no row has pairs ({tally.misfit or format_counts(tally.dropped)})")
     rows.sort(key=lambda one: (-min(len(one.pairs), ENOUGH_PAIRS), uniform(settings.seed, "seed_examples", one.id)))
     examples = (prompt.sized_example(row.context, row.pairs) for row in rows)
     fitting = list(islice((example for example, size in examples if size <= share), count))

@@ -150,7 +150,7 @@ def test_stages_add_up_to_one_reduce_scatter(dim: int) -> None:
 
     def scattered(stages: Any) -> np.ndarray:
         run = jax.shard_map(
-            lambda grad: _gathered_backward(dim, stages, None, grad[0])[0],
+            lambda grad: _gathered_backward(dim, stages, ("float32",) * 3, None, grad[0])[0],
             mesh=mesh, in_specs=split, out_specs=out, check_vma=False,
         )  # fmt: skip
         return np.asarray(run(grads))

@@ -279,7 +279,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"corpus__path": "/nowhere.jsonl"}, "no such file"),
     ({"corpus__fraction": 1e-9}, "no text to convert"),
     ({"seed_examples": {"path": "/nowhere.jsonl"}}, "seed_examples /nowhere.jsonl: no such file"),
-    ({"seed_examples": {"path": "corpus.jsonl"}}, "line 1: Object missing required field `context`"),
+    ({"seed_examples": {"path": "corpus.jsonl"}}, "no row has pairs .* line 1: missing question"),
 ]
 
 
