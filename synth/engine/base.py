@@ -162,7 +162,7 @@ def without_eos(ids: list[int], eos_id: int | None) -> list[int]:
 
 def cut_at_stop(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> list[int]:
     """The ids up to the first stop string. What a token holds before it is encoded again."""
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(ids) if stop else ""
     found = [place for place in map(text.find, stop) if place >= 0]
     if not found:
         return ids
