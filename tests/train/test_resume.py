@@ -1,4 +1,4 @@
-"""Kills, stops, changed recipes: a run goes on from its newest whole checkpoint bit by bit, or says why it cannot."""
+"""Kills, stops, changed recipes: a run resumes bit-equal from its newest complete checkpoint, or says why it cannot."""
 
 from __future__ import annotations
 
