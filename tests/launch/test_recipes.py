@@ -32,7 +32,8 @@ KINDS: dict[str, type[Settings]] = {
     "patterns": MineSettings,
     "tokenizer": TokenizeSettings,
 }
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+# configs/evals holds task files of lm-evaluation-harness (tests/evaluate/test_domain_tasks.py).
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "evals")
 SOURCES = [*(ROOT / "ipt_jax").rglob("*.py"), *(ROOT / "synth").rglob("*.py")]
 
 
