@@ -119,14 +119,13 @@ def _export(source: ModelSource, output: Path, dtype: str | None) -> dict[str, A
     config = read_model_config(source)
     stored, parameters = open_parameters(source, config)
     dtype = dtype or stored
-    raw = config_to_hf(config, dtype)
-    refuse_unrelated(output, _is_export(output, raw), "export")
+    refuse_unrelated(output, _is_export(output, config), "export")
     planned = [Planned(name, leaf.hf_shape, dtype) for leaf in leaves(config) for name in leaf.names]
     size = sum(tensor.bytes for tensor in planned)
     with whole_directory(output, size) as directory:
         with Progress(size / 1e6, "MB", "ipt export") as progress:
             write_tensors(directory, planned, _hf_tensors(parameters, dtype, progress))
-        _write_json(directory / "config.json", raw)
+        _write_json(directory / "config.json", config_to_hf(config, dtype))
         _write_json(directory / "generation_config.json", _generation(config))
         export_tokenizer(source, directory)
         (directory / "README.md").write_text(_card(source, config, dtype, output), encoding="utf-8")
@@ -141,9 +140,10 @@ def _hf_tensors(parameters: Parameters, dtype: str, progress: Progress) -> Itera
             yield tensor
 
 
-def _is_export(path: Path, raw: dict[str, Any]) -> bool:
-    config = path / "config.json"
-    return config.is_file() and written_here(path) and json.loads(config.read_text(encoding="utf-8")) == raw
+def _is_export(path: Path, config: ModelConfig) -> bool:
+    """Whether `path` is an earlier export of this model, of whatever dtype."""
+    written = _read_json(path / "config.json")
+    return written_here(path) and written in [config_to_hf(config, dtype) for dtype in CODES]
 
 
 def _generation(config: ModelConfig) -> dict[str, Any]:

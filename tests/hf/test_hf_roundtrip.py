@@ -305,6 +305,9 @@ def test_an_export_converts_its_weights(tmp_path: Path, capsys: pytest.CaptureFi
     assert load_file(tmp_path / "half/model.safetensors")["model.norm.weight"].dtype == jnp.bfloat16
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
     assert "ipt export: " in capsys.readouterr().err
+    for dtype in ("float32", "bfloat16"):  # an export of the same model is replaced, whatever its dtype
+        run_export(run, tmp_path / "half", dtype)
+        assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == dtype
     with pytest.raises(UserError, match="dtype is 'int8'; expected float32 or bfloat16"):
         run_export(run, tmp_path / "hf", "int8")
 
