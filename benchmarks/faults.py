@@ -4,10 +4,12 @@
     python benchmarks/faults.py stop --count 50                     SIGKILL at random moments, saves included
     python benchmarks/faults.py stop --count 50 --processes 2       two processes of four devices; one is killed first
     python benchmarks/faults.py stop --signal SIGTERM --count 12    a signal that saves and ends the run
+    python benchmarks/faults.py stop --change --count 12            within a run whose mix, batch and rate change
 
 `damage` changes one bit of one file of the newest checkpoint, or truncates a file. All files are drawn alike. Then it
 trains on: the damaged file has to be named, the checkpoint before it used, and the final state equal. `stop` strikes
 one run ten times, each time at the start (SIGKILL only), after some progress or within a save, then lets it finish.
+With `--change`, runs continue a finished one of 9 steps with other settings.
 Prints counts, and exits with code 1 if anything is wrong. The model has 1M parameters, on eight virtual CPU devices.
 """
 
@@ -50,7 +52,8 @@ ROWS, LENGTH = 16, 32
 SHORT, LONG = 11, 40  # steps of a damaged run, and of one that is stopped
 STRIKES = 10  # a run, before it may finish
 LONGEST_WAIT = 2.0  # seconds from progress to the strike
-CLOCKS = ("tokens_per_second", "step_seconds", "data_seconds", "unix_seconds", "mfu")
+CLOCKS = "tokens_per_second step_seconds data_seconds train_seconds goodput unix_seconds mfu".split()
+BEFORE = ("train.batch_tokens=1024", f"data.sources.0.tokens={9 * 1024}", "optimizer.learning_rate=0.001")
 COMMAND = [sys.executable, "-c", "from ipt_jax.cli import main; main()", "train"]
 
 
@@ -135,8 +138,8 @@ def hurt(file: Path, kind: str, rng: Random) -> None:
 # ---- killed and stopped runs
 
 
-def start(folder: Path, processes: int, run_dir: Path) -> list[subprocess.Popen[bytes]]:
-    """All processes of a run; their output goes to a file."""
+def start(folder: Path, processes: int, run_dir: Path, *words: str) -> list[subprocess.Popen[bytes]]:
+    """All processes of a run with these overrides; their output goes to a file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -148,15 +151,15 @@ def start(folder: Path, processes: int, run_dir: Path) -> list[subprocess.Popen[
         with (folder / f"log-{process}.txt").open("wb") as log:
             children.append(
                 subprocess.Popen(
-                    [*COMMAND, str(folder / "run.yaml"), f"run_dir={run_dir}"],
+                    [*COMMAND, str(folder / "run.yaml"), f"run_dir={run_dir}", "--change", *words],
                     env=os.environ | fixed | names, stdout=log, stderr=log,
                 )
             )  # fmt: skip
     return children
 
 
-def finish(folder: Path, processes: int, run_dir: Path) -> None:
-    children = start(folder, processes, run_dir)
+def finish(folder: Path, processes: int, run_dir: Path, *words: str) -> None:
+    children = start(folder, processes, run_dir, *words)
     if any([child.wait(timeout=600) for child in children]):
         print("".join((folder / f"log-{process}.txt").read_text()[-3000:] for process in range(processes)))
         sys.exit(f"{run_dir} does not finish")
@@ -193,17 +196,25 @@ def strike(children: list[subprocess.Popen[bytes]], number: signal.Signals, rng:
 
 
 def stop_runs(
-    folder: Path, count: int, processes: int, number: signal.Signals, rng: Random, deadline: float
+    folder: Path, count: int, processes: int, number: signal.Signals, change: bool, rng: Random, deadline: float
 ) -> Counter[str]:
     recipe = recipe_of(folder, LONG, every=3)
     (folder / "run.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_unset=True))
     finish(folder, processes, folder / "warm-up")  # compiles
+
+    def begin(run_dir: Path) -> Path:
+        if change:
+            shutil.copytree(folder / "before", run_dir)
+        return run_dir
+
+    if change:
+        finish(folder, processes, folder / "before", *BEFORE)
     started = time.monotonic()
-    finish(folder, processes, folder / "straight")
+    finish(folder, processes, begin(folder / "straight"))
     seconds = (time.monotonic() - started) / 2 if number == signal.SIGKILL else 0.0
     state, lines, found = state_of(folder / "straight"), lines_of(folder / "straight"), Counter[str]()
     while found["strikes"] < count and time.monotonic() < deadline:
-        run_dir = folder / f"run-{found['runs']}"
+        run_dir = begin(folder / f"run-{found['runs']}")
         for _ in range(min(STRIKES, count - found["strikes"])):
             if time.monotonic() > deadline:
                 break
@@ -239,6 +250,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--signal", type=signal.Signals.__getitem__, default=signal.SIGKILL, help="default SIGKILL")
+    parser.add_argument("--change", action="store_true", help="strike runs whose settings have changed")
     parser.add_argument("--seed", type=int, default=0, help="of files, bits and moments")
     parser.add_argument("--minutes", type=float, default=1e9, help="strike no more after this time")
     arguments = parser.parse_args()
@@ -254,8 +266,9 @@ def main() -> None:
             found = damage_checkpoints(folder, arguments.count, rng)
         else:
             found = stop_runs(
-                folder, arguments.count, arguments.processes, arguments.signal, rng, begun + 60 * arguments.minutes
-            )
+                folder, arguments.count, arguments.processes, arguments.signal, arguments.change, rng,
+                begun + 60 * arguments.minutes,
+            )  # fmt: skip
     where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{' '.join(sys.argv[1:])}: {time.monotonic() - begun:.0f} s ({where})")
     for what, number in found.items():

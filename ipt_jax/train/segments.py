@@ -76,7 +76,10 @@ def accept_changes(
     changed = find_changes(before, now)
     where = f"run_dir {run_dir}: its checkpoint at step {step} was made with"
     for field, values in changed.items():
-        if reason := next((why for begin, why in FIXED.items() if field.startswith(begin)), None):
+        reason = next((why for begin, why in FIXED.items() if field.startswith(begin)), None)
+        if field == "data.sources" and set(values[0]) < set(values[1]):
+            reason = "data.held_out_share: which documents are held out would change with a new source"
+        if reason:
             raise UserError(
                 f"{where} {field}={difference(*values)}; set another run_dir, or restore the old value ({reason})"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -123,14 +124,19 @@ def test_absent_peer(folder: Path, present: int) -> None:
     assert error.splitlines()[-1].endswith(f"unset {' '.join(ADDRESSES)}")
 
 
-def test_port_that_is_taken(folder: Path) -> None:
+def test_port_that_is_taken_and_the_same_command_again(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         names = dict(zip(ADDRESSES, (f"127.0.0.1:{taken.getsockname()[1]}", "0", "2"), strict=True))
-        arguments = (str(folder), "0", "train", str(folder / "run.yaml"))
+        arguments = (str(folder), "0", "train", str(folder / "run.yaml"), "run_dir=port", "train.stop_at_step=1")
         ((code, error),) = ended([run_python(TRAIN, *arguments, IPT_JOIN_SECONDS="15", **names)])
-    assert code == 2 and "cannot listen on port" in error.splitlines()[-1]
+        assert code == 2 and "cannot listen on port" in error.splitlines()[-1]
+    children = [run_python(TRAIN, *arguments, **(names | both)) for both in PLACES]  # the same command, the port free
+    assert [code for code, _ in ended(children)] == [0, 0]
+
+
+PLACES = [{"IPT_PROCESS_ID": str(process), "JAX_NUM_CPU_DEVICES": "4"} for process in (0, 1)]
 
 
 def said_of_peer(error: str) -> list[str]:
@@ -154,6 +160,20 @@ def test_a_peer_that_is_killed_ends_the_run_which_then_resumes(folder: Path, str
     assert (code, line) == (1, gone)
     assert [code for code, _ in ended(start(folder, [f"run_dir={run_dir}"], [f"run_dir={run_dir}"]))] == [0, 0]
     assert losses(run_dir) == losses(straight)
+
+
+def test_a_signal_to_one_process_stops_and_saves_both(folder: Path, straight: Path) -> None:
+    run_dir = folder / "stopped"
+    children = start(folder, [f"run_dir={run_dir}"], [f"run_dir={run_dir}"], seconds=0.3)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "3").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children[1].send_signal(signal.SIGUSR1)
+    for code, error in ended(children):
+        assert code == 143, error
+        assert "Traceback" not in error
+    saved = max(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+    assert 3 < saved < 11 and losses(run_dir)[:-1] == losses(straight)[: len(losses(run_dir)) - 1]
 
 
 @pytest.mark.parametrize("early", [0, 1])
@@ -206,8 +226,10 @@ SLURM_STEP = {
             "is set, but SLURM has no step 7.0: left over from another job; to train in one process, run: uns",
         ),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "has no TPU; to train in one process, run: unset TPU_WORKER_HOSTNAMES"),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "has no TPU; to train in one process, run: unset MEGASCALE_COORDI"),
+        ({"IPT_COORDINATOR": "a:1"}, "IPT_PROCESS_ID, IPT_NUM_PROCESSES is not set, but others of IPT_COORDINATOR, "),
     ],
-    ids=["slurm_part", "slurm_finished", "tpu"],
+    ids=["slurm_part", "slurm_finished", "tpu", "tpu_slices", "address_part"],
 )
 def test_variables_of_another_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
@@ -218,6 +240,21 @@ def test_variables_of_another_job(
     with pytest.raises(UserError) as error:
         initialize_distributed()
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"},  # a shell in an allocation, not a step
+        SLURM_STEP | {"SLURM_STEP_NUM_TASKS": "1"},
+        {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"},
+    ],
+    ids=["slurm_shell", "slurm_one_task", "tpu_one_host"],
+)
+def test_variables_of_one_process(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert initialize_distributed() == "one process"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from token_shards import random_documents, row_pieces, write_tokens
-from trainkit import recipe_of, write_corpus
+from trainkit import recipe_of, run_python, write_corpus
 
 from ipt_jax.config import Recipe
 from ipt_jax.core.checkpoint_path import LiteralPath
@@ -27,7 +28,7 @@ from ipt_jax.data.plan import Plan, build_plan, continue_plan, open_mix, repeats
 from ipt_jax.train import trainer
 from ipt_jax.train.checkpoint import CheckpointRecord
 from ipt_jax.train.resume import Start, start_line
-from ipt_jax.train.segments import change_lines, find_changes, plan_of_run
+from ipt_jax.train.segments import accept_changes, change_lines, find_changes, plan_of_run
 from ipt_jax.train.trainer import run_train
 
 LENGTHS = {"a": [5, 9, 2, 30, 7, 12, 2], "b": [3] * 25, "c": [40, 2, 2, 11]}  # 67, 75 and 55 tokens
@@ -237,6 +238,40 @@ def test_a_finished_run_is_extended(folder: Path, capfd: pytest.CaptureFixture[s
     assert [one["step"] for one in history(folder / "run")] == [0, 11]
 
 
+CHILD = """
+import sys, time
+import ipt_jax.train.trainer as loop
+from ipt_jax.config import Recipe
+place = loop.place_batch
+def slow(*arguments):
+    time.sleep(0.3)
+    return place(*arguments)
+loop.place_batch = slow  # time for the parent to kill it
+loop.run_train(Recipe.model_validate_json(sys.argv[1]), change=True)
+"""
+
+
+def test_a_changed_run_that_is_killed_equals_an_undisturbed_one(folder: Path) -> None:
+    """Another mix, rate and batch size from step 6 on; SIGKILL after the first checkpoint of the changed run."""
+    forget(folder / "run", 6)
+    shutil.copytree(folder / "run", folder / "whole")
+    changed = {"data": epochs(folder, 3), "train": {"batch_tokens": 256}, "optimizer": {"learning_rate": 0.002}}
+    asked = recipe(folder, **changed)
+    process = run_python(CHILD, asked.model_dump_json(by_alias=True, exclude_unset=True), JAX_NUM_CPU_DEVICES="8")
+    deadline = time.monotonic() + 200
+    while not (folder / "run" / "checkpoints" / "9").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert not (folder / "run" / "checkpoints" / "21").exists()
+    assert run_train(asked)["step"] == 26, "no further consent; 249 rows less 6 batches of 16, in batches of 8"
+    assert run_train(recipe(folder, "whole", **changed), change=True)["step"] == 26
+    same_weights(folder / "run", folder / "whole", 26)
+    assert metrics(folder / "run") == metrics(folder / "whole")
+    assert [one["step"] for one in history(folder / "run")] == [0, 6]
+
+
 def test_decay_from_a_checkpoint_equals_the_planned_decay(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In the run itself, and in a branch of it, which leaves the run as it is."""
     decay = {"optimizer": {"schedule": "wsd", "decay_start": 6, "decay_steps": 3}}
@@ -329,6 +364,19 @@ def test_a_new_source_is_a_change_of_its_tokens_alone(corpora: Path) -> None:
     assert changed == {"tokens of source 'b'": [0, 1000]}
     assert change_lines(3, changed) == ["from step 3: tokens of source 'b' 0 -> 1,000"]
     assert list(find_changes(now, before))[0] == "data.sources"
+
+
+def test_a_new_source_is_refused_where_documents_are_held_out(corpora: Path) -> None:
+    """A new source may hold copies of texts that are trained on, so another document would be held out."""
+    before, now = (
+        {"data": plan_of(corpora, "concat", 2, asked).identity | {"held_out_share": 0.1}, "model": {}}
+        for asked in ({"a": 50}, {"a": 50, "b": 1000})
+    )
+    data = DataSettings.model_validate({"seq_len": 16, "sources": [{"name": "a", "path": "a", "tokens": 50}]})
+    with pytest.raises(UserError) as refused:
+        accept_changes(corpora, 3, before, now, data, consent=True)
+    assert "data.sources=['a'], now ['a', 'b']; set another run_dir, or restore the old value" in str(refused.value)
+    assert "data.held_out_share: which documents are held out would change with a new source" in str(refused.value)
 
 
 @pytest.mark.parametrize(
