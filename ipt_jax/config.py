@@ -20,6 +20,15 @@ from ipt_jax.model.config import ModelSettings
 Saved = Literal["query", "key", "value", "output", "gate", "up"]
 
 
+class ProfileSettings(Settings):
+    """A window of steps to trace."""
+
+    start: int = Field(gt=0)
+    """First step of the window. A run that resumes after it writes no trace."""
+    steps: int = Field(default=3, gt=0)
+    """Number of steps."""
+
+
 class TrainSettings(Settings):
     """The train step, and how often a run logs and saves."""
 
@@ -69,6 +78,10 @@ class TrainSettings(Settings):
     """Run, or step in its `checkpoints`, that a new `run_dir` continues: weights, optimizer state, step and data."""
     stall_minutes: float | None = Field(default=60.0, gt=0)
     """Minutes without a finished step after which training exits with the stack traces. null: no limit."""
+    profile: ProfileSettings | None = None
+    """Steps of which the first process writes an XPlane trace to `profile` in `run_dir`. null: none."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases that gets the logged metrics too. Needs the package wandb. null: none."""
 
 
 class OptimizerSettings(Settings):

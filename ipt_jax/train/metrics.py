@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, and the ledger of steps that are started but not yet fetched.
+"""Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the ledger of steps that are not yet fetched.
 
 Guarantees: metrics.jsonl has each step at most once, also after a kill and a resume, since lines after the step that a
 run resumes from are removed first. A last line that a kill or a power cut damaged is removed and reported; any other
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,7 +48,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of one run, from `step` on. A full disk delays lines, it loses none."""
 
-    def __init__(self, run_dir: Path, step: int):
+    def __init__(self, run_dir: Path, step: int, wandb_project: str | None = None):
         self._path = run_dir / "metrics.jsonl"
         lines, cut = read_lines(self._path)
         if cut:
@@ -63,6 +64,7 @@ class MetricsLog:
         self._held = b""  # lines that the disk had no room for
         self._events = run_dir / "tensorboard"
         self._board: Board | None = Board(self._events, step)
+        self._wandb = WandbRun(wandb_project, run_dir) if wandb_project else None
 
     def write(self, line: dict[str, Any]) -> None:
         """One logged step; on disk when this returns, as far as a killed process is concerned."""
@@ -71,6 +73,8 @@ class MetricsLog:
         if found and (self.best is None or found < self.best):
             self.best = found
             write_best(self._run_dir, *found)
+        if self._wandb is not None:
+            self._wandb.write(line)
         first = not self._held
         self._held += (json.dumps(line) + "\n").encode()
         try:
@@ -104,6 +108,8 @@ class MetricsLog:
             self._file.close()
             if self._board is not None:
                 self._board.close()
+            if self._wandb is not None:
+                self._wandb.close()
 
 
 def best_of(line: dict[str, Any]) -> tuple[float, int] | None:
@@ -123,15 +129,67 @@ class Board:
 
     def write(self, line: dict[str, Any]) -> None:
         values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in flatten(line, "/").items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
+            Summary.Value(tag=name, simple_value=value) for name, value in _numbers(line).items() if name != "step"
         ]
         self._events.write_event(Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values)))
         self._events.flush()
 
     def close(self) -> None:
         self._events.close()
+
+
+class WandbRun:
+    """The same metrics at Weights & Biases. An error of wandb is reported once and never ends the training.
+
+    The run's id is kept in `run_dir`, so that a resume continues it. Steps that are trained again have equal values.
+    """
+
+    def __init__(self, project: str, run_dir: Path):
+        self._off, kept = False, run_dir / "wandb_id"
+        known = kept.read_text() if kept.is_file() else None
+        recipe = json.loads((run_dir / "run.json").read_bytes())["recipe"]
+        self._run = self._try(
+            importlib.import_module("wandb").init, project=project, name=run_dir.name, dir=str(run_dir), id=known,
+            resume="allow" if known else None, config=recipe, settings={"console": "off"},
+        )  # fmt: skip
+        if not self._off:
+            kept.write_text(self._run.id)
+            self._try(self._run.define_metric, "*", step_metric="step")  # its own count of steps cannot go back
+
+    def write(self, line: dict[str, Any]) -> None:
+        if not self._off:
+            self._try(self._run.log, _numbers(line))
+
+    def close(self) -> None:
+        if not self._off:
+            self._try(self._run.finish)
+
+    def _try(self, call: Callable[..., Any], *arguments: Any, **fields: Any) -> Any:
+        try:
+            return call(*arguments, **fields)
+        except Exception as error:  # of whatever kind: its login, its network, its version
+            self._off = True
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            report(f"warning: train.wandb: no more metrics are sent ({reason}); WANDB_MODE=offline needs no network")
+            return None
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises UserError when a run cannot log to `project`."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"train.wandb is {project!r}, but the package wandb is not installed; run pip install wandb, or set "
+            "train.wandb to null"
+        )
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, int | float]:
+    """The numbers of a logged step, by name."""
+    return {
+        name: value
+        for name, value in flatten(line, "/").items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -167,7 +225,7 @@ def last_line(run_dir: Path) -> dict[str, Any] | None:
 
 
 def loss_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Loss, loss by document kind and gradient norm of one step, from its sums on the host. None: not finite, or no
+    """Loss, loss by document kind and gradient norms of one step, from its sums on the host. None: not finite, or no
     targets."""
     losses, targets = metrics["loss_sums"].astype(float), metrics["targets"].astype(float)
     return {
@@ -176,6 +234,7 @@ def loss_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
             kind: _finite(losses[code] / targets[code]) for code, kind in enumerate(KINDS, start=1) if targets[code]
         },
         "grad_norm": _finite(metrics["grad_norm"]),
+        "grad_norms": {group: _finite(norm) for group, norm in metrics["grad_norms"].items()},
         "learning_rate": float(metrics["learning_rate"]),
     }
 
@@ -233,7 +292,7 @@ class Ledger:
         cls, run_dir: Path, record: CheckpointRecord, program: Program, plan: Plan, settings: TrainSettings, steps: int
     ) -> Self:
         """The ledger of this process, for a run of `steps`; only the first one writes."""
-        log = MetricsLog(run_dir, record.step) if jax.process_index() == 0 else None
+        log = MetricsLog(run_dir, record.step, settings.wandb) if jax.process_index() == 0 else None
         return cls(log, record, program, plan, settings, steps)
 
     def __enter__(self) -> Self:

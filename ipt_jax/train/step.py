@@ -36,7 +36,7 @@ from ipt_jax.train.loss import chunk_size, cross_entropy, no_sums
 from ipt_jax.train.state import TrainState, abstract_state, state_shardings
 
 Batch = dict[str, Array]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]  # arrays, and dicts of arrays
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ def make_step(
     def train_step(state: TrainState, batch: Batch, loss_limit: Array | None = None) -> tuple[TrainState, Metrics]:
         grads, sums = gradients(state.params, batch, config=config, shape=shape, mesh=mesh, shardings=shardings.params)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
+            squares = jax.tree.map(lambda grad: jnp.square(grad).sum(), grads)
+            norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
             grads = clip(grads, norm, settings.clip_norm)
             directions, moments = optimizer.update(grads, state.optimizer, state.params)
             rate = learning_rate(settings, state.step, total_steps)
@@ -169,6 +170,7 @@ def make_step(
             "loss_sums": sums["loss"],
             "targets": sums["targets"],
             "grad_norm": norm,
+            "grad_norms": norms_by_group(squares),
             "applied": applied,
             "learning_rate": rate,
             "tokens": (batch["segment_ids"] > 0).sum(),
@@ -177,6 +179,24 @@ def make_step(
         return TrainState(state.step + 1, params, moments), metrics
 
     return train_step
+
+
+GROUPS = {
+    "attention": ("query", "key", "value", "output"),
+    "feed_forward": ("gate", "up", "down"),
+    "norms": ("attention_norm", "mlp_norm", "norm"),
+}  # of parameters; `embedding` and `head` are groups of their own
+
+
+def norms_by_group(squares: Params) -> dict[str, Array]:
+    """The norm of each group of tensors, from each tensor's sum of squares."""
+    groups = {name: group for group, names in GROUPS.items() for name in names}
+    sums: dict[str, Array] = {}
+    for path, square in jax.tree_util.tree_leaves_with_path(squares):
+        name = path[-1].key
+        group = groups.get(name, name)
+        sums[group] = sums[group] + square if group in sums else square
+    return {group: jnp.sqrt(total) for group, total in sums.items()}
 
 
 def learning_rate(settings: OptimizerSettings, step: Array | int, total_steps: int) -> Array:

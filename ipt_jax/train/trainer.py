@@ -16,6 +16,7 @@ import logging
 import operator
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ipt_jax.config import Recipe, check_schedule, last_step, rows_per_step
+from ipt_jax.config import ProfileSettings, Recipe, check_schedule, last_step, rows_per_step
 from ipt_jax.core.checkpoint_path import resolve_checkpoint
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import lock_directory, writing
@@ -51,7 +52,7 @@ from ipt_jax.parallel.mesh import batch_sharding, host_slot, make_mesh, place_ba
 from ipt_jax.parallel.peers import watch_peers
 from ipt_jax.train.bad_steps import all_finite, write_dump
 from ipt_jax.train.checkpoint import CheckpointRecord, Checkpoints
-from ipt_jax.train.metrics import Ledger, last_line
+from ipt_jax.train.metrics import Ledger, check_wandb, last_line
 from ipt_jax.train.resume import Start, copy_metrics, find_start, set_aside, start_line
 from ipt_jax.train.run_info import (
     SEGMENT,
@@ -99,6 +100,7 @@ def run(recipe: Recipe, processes: str, change: bool) -> dict[str, Any]:
     """`run_train` of one process of several, of which `processes` says how they were found."""
     devices = training_devices(recipe.mesh.devices)  # before a plan that may take minutes
     run_dir = Path(recipe.run_dir)
+    check_wandb(recipe.train.wandb)
 
     compared = flatten(recipe.model_dump(by_alias=True)) | versions()
     refuse_different_hosts(compared | {"git_commit": git_commit(), "--change": change})
@@ -178,7 +180,10 @@ def train(
     host, hosts = host_slot(program.mesh)
     source = batches(plan, start_step=done, rows_per_step=program.rows, host=host, hosts=hosts)
     sharding = batch_sharding(program.mesh)
-    with stop_signal() as stop_asked, stall_limit(settings.stall_minutes) as alive:
+    with (
+        stop_signal() as stop_asked, stall_limit(settings.stall_minutes) as alive,
+        traced(step, settings.profile, Path(recipe.run_dir), done) as step,
+    ):  # fmt: skip
         while done < end:
             with ledger.waiting_for_data():
                 rows = next(source)
@@ -359,13 +364,55 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
 @contextlib.contextmanager
 def stall_limit(minutes: float | None) -> Iterator[Callable[[], None]]:
     """Ends the process with the stack traces of all threads when the function it yields is not called in time."""
+    try:
+        file = sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # None, or not a file of the system, as in a notebook
+        file = 2
 
     def restart() -> None:
         if minutes is not None:
-            faulthandler.dump_traceback_later(60 * minutes, exit=True)
+            faulthandler.dump_traceback_later(60 * minutes, exit=True, file=file)
 
     restart()
     try:
         yield restart
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def traced(
+    step: Callable[..., Any], window: ProfileSettings | None, run_dir: Path, done: int
+) -> Iterator[Callable[..., Any]]:
+    """Yields `step`, which writes an XPlane trace of the steps of `window` (the first process alone)."""
+    if window is None or jax.process_index() != 0:
+        yield step
+        return
+    number, tracing, directory = done, False, run_dir / "profile"
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's own calls would slow the steps down
+
+    def end() -> None:
+        nonlocal tracing
+        tracing = False
+        jax.profiler.stop_trace()
+        report(f"trace of the steps from {window.start} to {number} in {directory}")
+
+    def run(*arguments: Any) -> Any:
+        nonlocal number, tracing
+        number += 1
+        if number == window.start:
+            jax.profiler.start_trace(directory, profiler_options=options)
+            tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            result = step(*arguments)
+        if tracing and number == window.start + window.steps - 1:
+            jax.block_until_ready(result)
+            end()
+        return result
+
+    try:
+        yield run
+    finally:
+        if tracing:
+            end()

@@ -125,7 +125,7 @@ def test_parts_lie_where_the_rules_say(monkeypatch: pytest.MonkeyPatch) -> None:
         "layers.down [6, 48, 32]: 8 parts (tensor x fsdp), 0.0 MiB a device",
         "layers.gate [6, 32, 48]: 8 parts (fsdp x tensor), 0.0 MiB a device",
         "layers.up [6, 32, 48]: 8 parts (fsdp x tensor), 0.0 MiB a device",
-        "state: 0.0 MiB of 0.2 MiB of parameters a device, 0.1 MiB of moments",
+        "a device holds 0.0 MiB of 0.2 MiB of parameters, 0.1 MiB of moments",
     ]
     copied = jax.device_put(state.params["layers"]["up"], NamedSharding(program.mesh, P()))
     state.params["layers"]["up"] = copied
