@@ -1,4 +1,4 @@
-"""The `ipt` command: tokenize, plan, show, train, compile, import, export, eval, report.
+"""The `ipt` command: tokenize, plan, show, train, compile, import, export, eval, ablate, report.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `ipt plan` starts without jax.
@@ -13,6 +13,7 @@ import typer
 from ipt_jax.core.cli_support import Result, Shown, command, run_app, show
 
 if TYPE_CHECKING:
+    from ipt_jax.ablate.run import AblateSettings
     from ipt_jax.config import Recipe
     from ipt_jax.data.tokenize import TokenizeSettings
 
@@ -192,6 +193,21 @@ def evaluate(
     result = run_eval(str(model), tasks.split(","), output=output, limit=limit)
     scores = {name: _score(task) for name, task in result["tasks"].items()}
     return Shown(result, view=lambda: show(scores, as_json=False))
+
+
+@command(app, recipe="ipt_jax.ablate.run:AblateSettings")
+def ablate(settings: "AblateSettings") -> Result:
+    """Train and compare arms at equal tokens.
+
+    Trains each arm once per seed, evaluates all, and prints the difference per task with an interval. Writes runs,
+    evaluations, ablation.json and ablation.html to `output`. Rerun the same command to resume. SIGTERM and SIGINT
+    save a checkpoint and exit with code 143.
+    """
+    from ipt_jax.ablate.comparison import print_results
+    from ipt_jax.ablate.run import run_ablate
+
+    results, finished = run_ablate(settings)
+    return Shown(results, view=lambda: print_results(results)) if finished else Shown(results, exit_code=STOPPED)
 
 
 @command(app)

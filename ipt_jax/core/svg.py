@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines over one x axis, scores, shares, and counts as bars or columns.
+"""Charts as inline SVG: lines over one x axis, scores, intervals, shares, and counts as bars or columns.
 
 Each chart states its numbers in its label, for a screen reader, and under the pointer, without a script. Values that
 are not finite break a line. Long lines are thinned to POINTS points, each the mean of its neighbours, after smoothing.
@@ -41,6 +41,17 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Interval:
+    name: str
+    colour: int
+    value: float
+    low: float
+    high: float
+    points: list[float]  # single values, such as those of seeds
+    words: str
+
+
+@dataclass(frozen=True)
 class Column:
     label: str  # below the column, where there is room
     words: str  # what it counts
@@ -68,16 +79,23 @@ class Scale:
 
 
 def line_chart(
-    lines: list[Line], *, title: str, x_label: str, y_label: str, smooth: bool = True, zero: bool = False
+    lines: list[Line],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    smooth: bool = True,
+    zero: bool = False,
+    thin_lines: Sequence[Line] = (),
 ) -> Markup:
     """Lines with axes and a read-out under the pointer. `zero` starts the y axis at 0.
 
-    `smooth` draws a thick smoothed line over the thin logged one.
+    `smooth` draws a thick smoothed line over the thin logged one. `thin_lines` are drawn thin, without a read-out.
     """
     drawn = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
     assert drawn, "a chart needs a finite point"
     smoothed = [Line(one.name, one.colour, smooth_points(one.points) if smooth else one.points) for one in drawn]
-    x, y = _scales(drawn + smoothed, zero)
+    x, y = _scales([*drawn, *smoothed, *thin_lines], zero)
     ends = []
     for line in smoothed:
         values = [value for _, value in line.points if math.isfinite(value)]
@@ -92,7 +110,9 @@ def line_chart(
         y=y,
         x_label=x_label,
         y_label=y_label,
-        paths=[("logged", line.colour, _path(thin(line.points), x, y)) for line in drawn if smooth]
+        paths=[
+            ("logged", one.colour, _path(thin(one.points), x, y)) for one in [*thin_lines, *(drawn if smooth else ())]
+        ]
         + [("line", line.colour, _path(line.points, x, y)) for line in thinned],
         bins=_bins(thinned, x, y),
     )
@@ -253,6 +273,20 @@ def score_bars(title: str, bars: Sequence[Bar], *, chance: float | None) -> Mark
         chance=chance,
         chance_at=x(100 * chance) if chance is not None and chance <= high else None,
     )
+
+
+def interval_chart(title: str, intervals: Sequence[Interval]) -> Markup:
+    """Values as dots with their intervals and single points, over one axis with a line at zero."""
+    ends = [0.0, *(end for one in intervals for end in (one.low, one.high, *one.points))]
+    margin = (max(ends) - min(ends)) * 0.03 or 1.0
+    x = Scale(min(ends) - margin, max(ends) + margin, 0, PLOT_WIDTH)
+    rows = []
+    for place, one in enumerate(intervals):
+        y, low, high = 4 + place * SCORE_ROW, x(one.low), x(one.high)
+        whisker = f"M{low:.1f} {y + 22:.1f}H{high:.1f}M{low:.1f} {y + 18:.1f}v8M{high:.1f} {y + 18:.1f}v8"
+        rows.append((y, one, x(one.value), whisker, [x(point) for point in one.points]))
+    label = _label(title, [f"{one.name} {one.words}" for one in intervals])
+    return draw("interval_chart", label=label, x=x, bottom=4 + SCORE_ROW * len(rows), rows=rows)
 
 
 def share_bar(title: str, segments: Sequence[tuple[str, float, str]]) -> Markup:

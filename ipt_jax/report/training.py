@@ -143,7 +143,7 @@ def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
         return []
     per_token = "nats per token"
     zero, plain, drawn = {"zero": True}, {"zero": True, "smooth": False}, {"smooth": False}
-    charts: list[tuple[str, str | None, str, Callable[[Run], list[Point]], dict[str, bool]]] = [
+    charts: list[tuple[str, str | None, str, Callable[[Run], list[Point]], dict[str, Any]]] = [
         ("Loss", "all target tokens", per_token, lambda run: run.series("loss"), {}),
         ("Held-out loss", "documents that training leaves out", per_token, lambda run: run.held_out("loss"), drawn),
         ("Held-out loss on answers", "targets that answer", per_token, lambda run: run.held_out("answer_loss"), drawn),

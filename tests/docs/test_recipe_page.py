@@ -11,6 +11,7 @@ import pytest
 from extras import ROOT
 from pydantic import BaseModel
 
+from ipt_jax.ablate.run import AblateSettings
 from ipt_jax.config import Recipe
 from ipt_jax.core.settings import FieldLine, list_fields
 from ipt_jax.corpus.row_reader import SourceSettings
@@ -30,6 +31,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     **SHARED,
     "`ipt tokenize`": TokenizeSettings,
     "`ipt plan`, `show`, `train`, `compile`": Recipe,
+    "`ipt ablate`": AblateSettings,
     "`synth collect`": CollectSettings,
     "`synth run`": RunSettings,
     "`synth mine`": MineSettings,

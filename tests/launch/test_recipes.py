@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from extras import ROOT
 
+from ipt_jax.ablate.run import AblateSettings
 from ipt_jax.config import Recipe
 from ipt_jax.core.settings import Settings, load_settings, parse_yaml
 from ipt_jax.data.tokenize import TokenizeSettings
@@ -23,6 +24,7 @@ from synth.verify.run import VerifySettings
 # The first of these keys that a file has tells its kind; `tokenizer` may stand in a recipe of synth render too.
 KINDS: dict[str, type[Settings]] = {
     "run_dir": Recipe,
+    "arms": AblateSettings,
     "tasks": EvalSettings,
     "scores": VerifySettings,
     "synthesizer": RunSettings,
