@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
@@ -231,7 +230,7 @@ class Checkpoints:
                 optimizer=ocp.args.StandardRestore(wanted.optimizer),
             ),
         )
-        step = jnp.int32(int(checkpoint.name))
+        step = np.int32(int(checkpoint.name))  # a JAX scalar is put wrongly where each process has one device
         return TrainState(jax.device_put(step, shardings.step), restored["params"], restored["optimizer"])
 
     def _wait(self) -> None:

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +26,6 @@ import jax
 import msgspec
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import Summary
 
 from ipt_jax.config import TrainSettings
 from ipt_jax.core.errors import UserError
@@ -122,16 +120,23 @@ class Board:
     """TensorBoard events, written in this thread: in its own, tensorboardX loses the errors of a full disk."""
 
     def __init__(self, directory: Path, step: int):
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # tensorboardX would import it, for seconds
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        if sys.modules["torch"] is None:
+            del sys.modules["torch"]
         directory.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(directory / "events"))
+        self._events, self._event = EventsWriter(str(directory / "events")), Event
         start = SessionLog(status=SessionLog.START)  # makes TensorBoard forget what an earlier session wrote beyond it
         self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, line: dict[str, Any]) -> None:
-        values = [
-            Summary.Value(tag=name, simple_value=value) for name, value in _numbers(line).items() if name != "step"
-        ]
-        self._events.write_event(Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values)))
+        event = self._event(wall_time=time.time(), step=line["step"])
+        for name, value in _numbers(line).items():
+            if name != "step":
+                event.summary.value.add(tag=name, simple_value=value)
+        self._events.write_event(event)
         self._events.flush()
 
     def close(self) -> None:

@@ -112,13 +112,14 @@ def test_checkpoints_by_minutes(folder: Path, minutes: float, saved: list[int]) 
 
 
 def test_another_mesh_and_host_count(folder: Path) -> None:
-    """fsdp 8, then fsdp 2 x tensor 2, then one device, then two processes: the losses of an undisturbed run."""
+    """fsdp 8, then fsdp 2 x tensor 2, then one device, then two processes of one device each, as under SLURM: the
+    losses of an undisturbed run."""
     every = {"log_every": 1, "checkpoint_every": 100}
     run(folder, train=every | {"stop_at_step": 2})
     (folder / "run").rename(folder / "moved")
     run(folder, train=every)
     legs: tuple[tuple[int, dict[str, int], list[int]], ...] = (
-        (5, {"fsdp": 2, "tensor": 2}, [4]), (8, {"fsdp": 1}, [1]), (STEPS, {"fsdp": 8}, [4, 4]),
+        (5, {"fsdp": 2, "tensor": 2}, [4]), (8, {"fsdp": 1}, [1]), (STEPS, {"fsdp": 2}, [1, 1]),
     )  # fmt: skip
     for stop, mesh, devices in legs:
         recipe = recipe_of(folder, mesh=mesh, train=every | {"stop_at_step": stop})

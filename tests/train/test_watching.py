@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 from token_shards import random_documents, write_tokens
-from trainkit import model_of, place, program_of, random_batch, recipe_of, start, write_corpus
+from trainkit import model_of, place, program_of, random_batch, recipe_of, run_python, start, write_corpus
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.train import trainer
@@ -172,6 +172,20 @@ def test_wandb_that_is_not_installed_is_said_before_the_data_is_read(tmp_path: P
         patch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(UserError, match="train.wandb is 'mine', but the package wandb is not installed; run pip"):
             run(tmp_path / "nothing", wandb="mine")
+
+
+def test_tensorboard_events_need_no_torch(tmp_path: Path) -> None:
+    """Its import would double those of a start."""
+    code = """
+import sys
+from pathlib import Path
+from ipt_jax.train.metrics import Board
+Board(Path(sys.argv[1]), 0).write({"step": 1, "loss": 2.5})
+print("torch" in sys.modules)
+"""
+    output, error = run_python(code, str(tmp_path)).communicate(timeout=120)
+    assert output == "False\n", error
+    assert list(tmp_path.glob("events*"))
 
 
 # ---- what the loop waits for
