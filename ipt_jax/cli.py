@@ -54,13 +54,13 @@ def plan(recipe: "Recipe") -> Result:
     cannot be met. Reads token shards only. Writes no output.
     """
     from ipt_jax.config import check_schedule
-    from ipt_jax.data.plan import print_plan, repeats
+    from ipt_jax.data.plan import plan_warnings, print_plan
     from ipt_jax.train.segments import plan_of_run
 
     solved, trained = plan_of_run(recipe)
     check_schedule(recipe, solved.steps)
     summary = solved.summary(trained)
-    for line in repeats(summary):
+    for line in plan_warnings(summary):
         print(f"ipt plan: {line}", file=sys.stderr)
     return Shown(summary, view=lambda: print_plan(summary))
 

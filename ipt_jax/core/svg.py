@@ -52,6 +52,15 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Dot:
+    name: str
+    colour: int
+    x: float  # positive
+    y: float
+    words: str
+
+
+@dataclass(frozen=True)
 class Column:
     label: str  # below the column, where there is room
     words: str  # what it counts
@@ -76,6 +85,48 @@ class Scale:
         """(pixel, label) of round numbers."""
         values = ticks(self.low, self.high, self.count)
         return list(zip(map(self, values), tick_labels(values), strict=True))
+
+
+@dataclass(frozen=True)
+class LogScale(Scale):
+    """Logarithms of data to pixels, linearly: `low`, `high` and what it is called with are powers of ten."""
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """(pixel, label) of 1, 2 and 5 times each power of ten."""
+        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+        values = [m * 10.0**power for power in powers for m in (1, 2, 5)]
+        inside = [value for value in values if self.low <= math.log10(value) <= self.high]
+        return [(self(math.log10(value)), short(value)) for value in inside]
+
+
+def trend_chart(
+    dots: Sequence[Dot], trend: Sequence[tuple[float, float, float, float]], *, title: str, x_label: str, y_label: str
+) -> Markup:
+    """Dots over a logarithmic x axis, and a line with its interval: (x, middle, low, high) of `trend`, x ascending."""
+    xs = [math.log10(dot.x) for dot in dots]
+    ys = [dot.y for dot in dots] + [value for _, *values in trend for value in values]
+    margin = (max(ys) - min(ys)) * 0.08 or 1.0
+    x = LogScale(min(xs) - 0.15, max(xs) + 0.15, LEFT, PLOT_WIDTH - RIGHT)
+    y = Scale(min(ys) - margin, max(ys) + margin, PLOT_HEIGHT - BOTTOM, TOP)
+    lines = [[(math.log10(at), values[place]) for at, *values in trend] for place in range(3)]
+    return draw(
+        "line_chart",
+        label=_label(title, [f"{dot.name} {dot.words}" for dot in dots]),
+        width=PLOT_WIDTH,
+        height=PLOT_HEIGHT,
+        x=x,
+        y=y,
+        x_label=x_label,
+        y_label=y_label,
+        paths=[
+            (style, 7, _path(line, x, y))
+            for style, line in zip(("line", "logged", "logged"), lines, strict=True)
+            if line
+        ],
+        bins=[],
+        dots=[(x(at), y(dot.y), dot) for at, dot in zip(xs, dots, strict=True)],
+    )
 
 
 def line_chart(

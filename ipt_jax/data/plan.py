@@ -39,6 +39,8 @@ from ipt_jax.data.token_shards import open_token_shards
 
 PLAN_VERSION = 3  # incremented when the same settings give other rows
 MANY_EPOCHS = 16  # of one source: above, a plan warns
+FEW_FACTS = 0.05  # share of augmented text: below, a plan warns. The critical share depends on the model's size.
+MANY_INSTRUCTIONS = 0.3  # share of instructions and tuning data without augmented text: above, a plan warns
 
 
 @dataclass(frozen=True)
@@ -441,11 +443,30 @@ def held_out_lines(summary: dict[str, Any]) -> list[str]:
     return [words.format(**source) for source in summary["sources"] if "held_out_documents" in source]
 
 
-def repeats(summary: dict[str, Any]) -> list[str]:
-    """A warning for each source that repeats more often than MANY_EPOCHS where the recipe states no epochs."""
-    return [
+def plan_warnings(summary: dict[str, Any]) -> list[str]:
+    """What of a mix is known to fail, each with its source: sources that repeat more often than MANY_EPOCHS where the
+    recipe states no epochs, little augmented text, and instructions without other text. Tuning alone is exempt."""
+    lines = [
         f"warning: source {source['name']!r} is repeated for {source['epochs']:,.4g} epochs of its "
         f"{source['available_tokens']:,} tokens; set its max_epochs if this is intended"
         for source in summary["sources"]
         if source["epochs"] > MANY_EPOCHS and not source["max_epochs"] and not source["asked"].startswith("epochs")
     ]
+    augmented, tasks, instructions = (_share_of_kind(summary, kind) for kind in ("augmented", "task", "instruction"))
+    if 0 < augmented < FEW_FACTS:
+        lines.append(
+            f"warning: augmented text is {augmented:.1%} of the tokens; below a critical share, which is larger for "
+            f"smaller models, facts of a source are not learned however long a run is (arXiv 2505.18091); raise it to "
+            f"{FEW_FACTS:.0%} or more, or compare shares with ipt ablate"
+        )
+    if not augmented and MANY_INSTRUCTIONS < tasks + instructions < 0.999:
+        lines.append(
+            f"warning: instructions and tuning data are {tasks + instructions:.0%} of the tokens, without augmented "
+            f"text; marin's 8B ablations found {MANY_INSTRUCTIONS:.0%} of FLAN beside web text alone worse than none "
+            "(marin.readthedocs.io/en/latest/reports/marin-8b-retro); lower it, or add text of high quality"
+        )
+    return lines
+
+
+def _share_of_kind(summary: dict[str, Any], kind: str) -> float:
+    return sum(source["share"] for source in summary["sources"] if kind in source["kind"].split("+"))

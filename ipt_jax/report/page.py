@@ -16,7 +16,7 @@ from ipt_jax.core.html import render_page, write_page
 from ipt_jax.core.stage import flatten
 from ipt_jax.corpus.records import SynthGroup, decode
 from ipt_jax.corpus.shards import Shards
-from ipt_jax.report.results import all_metrics, answers, task_scores
+from ipt_jax.report.results import all_metrics, answers, scaling, task_scores
 from ipt_jax.report.runs import Run, read_entrants, read_runs
 from ipt_jax.report.training import curves, mixes, overview
 
@@ -46,6 +46,7 @@ def run_report(
         overview=overview(found),
         tasks=task_scores(entrants),
         metrics=all_metrics(entrants),
+        scaling=scaling(found, entrants),
         mixes=mixes(found),
         curves=curves(found),
         answers=answers(entrants),

@@ -1,4 +1,4 @@
-"""The evaluation sections of a report: scores with standard errors, differences per question, and answers.
+"""The evaluation sections of a report: scores with standard errors, differences per question, scaling, and answers.
 
 Two runs that answered the same questions are compared in pairs: the standard error of their difference is that of the
 mean per-question difference. It is smaller than the two error bars suggest when both fail on the same questions.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ipt_jax.core.html import Markup, draw
-from ipt_jax.core.svg import Bar, score, score_bars
-from ipt_jax.report.runs import Entrant
+from ipt_jax.core.svg import Bar, Dot, score, score_bars, short, trend_chart
+from ipt_jax.report.runs import Entrant, Run
 from ipt_jax.report.training import COLOURS, run_style
 
 METRIC_NAMES = {
@@ -76,6 +77,60 @@ def _gap(name: str, first: Entrant, other: Entrant) -> dict[str, Any] | None:
         "questions": len(shared),
         "clear": clear,
     }
+
+
+def scaling(runs: Sequence[Run], entrants: Sequence[Entrant]) -> list[dict[str, Any]]:
+    """{name, note, chart} per task: scores against the logarithm of augmented tokens, or of all tokens where no two
+    runs differ in augmented ones. Empty where no two runs differ in either."""
+    scored = [(run, one) for run in runs for one in entrants if one.name == run.name]
+    for what in ("augmented tokens", "tokens"):
+        at = {run.name: _tokens_seen(run, augmented=what != "tokens") for run, _ in scored}
+        if len({tokens for tokens in at.values() if tokens > 0}) > 1:
+            names = _task_names([one for _, one in scored])
+            return [_scaling(name, what, at, [one for _, one in scored if name in one.tasks]) for name in names]
+    return []
+
+
+def _tokens_seen(run: Run, *, augmented: bool) -> float:
+    seen = float(run.steps[-1]["tokens"] if run.steps else run.plan.get("tokens", 0))
+    sources = [one for one in run.plan.get("sources", []) if "augmented" in str(one.get("kind")).split("+")]
+    return seen * sum(float(one["share"]) for one in sources) if augmented else seen
+
+
+def _scaling(name: str, what: str, at: dict[str, float], entrants: Sequence[Entrant]) -> dict[str, Any]:
+    metric = entrants[0].tasks[name]["metric"]
+    scale = 1 if metric in LOWER_IS_BETTER else 100
+    found = [one for one in entrants if at[one.name] > 0]
+    dots = [Dot(one.name, one.colour % COLOURS, at[one.name], scale * one.tasks[name]["value"], "") for one in found]
+    dots = [replace(dot, words=f"{short(dot.y)} at {short(dot.x)} {what}") for dot in dots]
+    fit, trend = fit_trend([(dot.x, dot.y) for dot in dots])
+    without = ", ".join(one.name for one in entrants if at[one.name] <= 0)
+    unit = METRIC_NAMES.get(metric, metric) + ("" if scale == 1 else ", %")
+    chart = trend_chart(dots, trend, title=name, x_label=what, y_label=unit) if dots else ""
+    return {"name": name, "note": fit + (f" Without {what}: {without}." if without else ""), "chart": chart}
+
+
+def fit_trend(points: Sequence[tuple[float, float]]) -> tuple[str, list[tuple[float, float, float, float]]]:
+    """The least-squares line of y over log10 x in words, and (x, middle, low, high) along it: 95% intervals of the
+    line, from Student's t with n - 2 degrees of freedom. No line for fewer than three different x."""
+    different = len({x for x, _ in points})
+    if different < 3:
+        return f"{different} different amounts: a fit needs three.", []
+    from scipy.stats import t  # half a second
+
+    xs, ys = [math.log10(x) for x, _ in points], [y for _, y in points]
+    slope, intercept = statistics.linear_regression(xs, ys)
+    center, spread = statistics.fmean(xs), sum((x - statistics.fmean(xs)) ** 2 for x in xs)
+    rest = sum((y - intercept - slope * x) ** 2 for x, y in zip(xs, ys, strict=True))
+    error, factor = math.sqrt(rest / (len(xs) - 2)), float(t.ppf(0.975, len(xs) - 2))
+    trend = []
+    for step in range(21):
+        x = min(xs) + (max(xs) - min(xs)) * step / 20
+        half = factor * error * math.sqrt(1 / len(xs) + (x - center) ** 2 / spread)
+        trend.append((10**x, intercept + slope * x, intercept + slope * x - half, intercept + slope * x + half))
+    half = factor * error / math.sqrt(spread)
+    words = f"{slope:+.2f} per tenfold, 95% interval [{slope - half:.2f}, {slope + half:.2f}], {len(xs)} runs."
+    return words, trend
 
 
 def all_metrics(entrants: Sequence[Entrant]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ipt_jax.config import Recipe
 from ipt_jax.core.files import write_whole
-from ipt_jax.data.plan import Plan, held_out_lines, repeats
+from ipt_jax.data.plan import Plan, held_out_lines, plan_warnings
 from ipt_jax.train.step import Program
 
 PACKAGES = ("instruction-pretraining", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -105,7 +105,7 @@ def report_start(described: dict[str, Any], run_dir: Path, start_step: int, step
     report(f"batch: {rows} rows of {plan['seq_len']}, {accumulation} accumulation steps")
     report(f"loss: logits of {described['loss_chunk']} tokens a device at a time ({described['loss_chunk_reason']})")
     report(f"state: {described['state_bytes_per_device'] / 2**20:,.1f} MiB a device")
-    for line in [*held_out_lines(plan), *repeats(plan)]:
+    for line in [*held_out_lines(plan), *plan_warnings(plan)]:
         report(line)
     for note in described["fallbacks"]:
         report(f"fallback: {note}")

@@ -35,6 +35,7 @@ from ipt_jax.core.svg import (
 )
 from ipt_jax.corpus.records import GroupText, Pair, SynthGroup, encode
 from ipt_jax.report import run_report
+from ipt_jax.report.results import fit_trend
 from ipt_jax.report.runs import read_runs
 
 EVIL = "<script>alert('1')</script>&\"\x07"
@@ -340,3 +341,41 @@ def test_held_out_losses_and_perplexities(tmp_path: Path) -> None:
     assert "wiki: bits per byte" in page.text
     html = (tmp_path / "pages" / "report.html").read_text()
     assert re.findall(r'class="best"[^>]*>([^<]*)<', html) == ["1.2500"], "less is better, and it is no percentage"
+
+
+# ---- scaling
+
+
+def scaled_run(path: Path, augmented: float, right: int) -> Path:
+    """A run of 81,920 tokens with a share of augmented text, and its evaluation."""
+    make_run(path)
+    info = json.loads((path / "run.json").read_text())
+    shares = {"raw": 1 - augmented, "augmented": augmented}
+    info["plan"]["sources"] = [{**source, "share": shares[source["kind"]]} for source in SOURCES]
+    (path / "run.json").write_text(json.dumps(info))
+    make_eval(path / "eval.json", path, right)
+    return path
+
+
+def test_scores_over_augmented_tokens_have_a_fit(tmp_path: Path) -> None:
+    shares = {"none": (0.0, 1), "some": (0.01, 3), "more": (0.1, 5), "most": (1.0, 7)}
+    page = write_page(tmp_path, [scaled_run(tmp_path / name, *values) for name, values in shares.items()])
+    assert "+20.00 per tenfold, 95% interval [20.00, 20.00], 3 runs. Without augmented tokens: none." in page.text
+    assert "some: 30 at 819 augmented tokens" in page.text and "100k" in page.text
+
+
+def test_two_amounts_have_no_fit_and_one_has_no_chart(tmp_path: Path) -> None:
+    two = [scaled_run(tmp_path / "a", 0.1, 3), scaled_run(tmp_path / "b", 1.0, 5)]
+    assert "2 different amounts: a fit needs three." in write_page(tmp_path, two).text
+    equal = [scaled_run(tmp_path / "c", 0.5, 3), scaled_run(tmp_path / "d", 0.5, 5)]
+    assert "Scaling" not in write_page(tmp_path, equal).text
+
+
+def test_the_interval_of_a_fit_is_that_of_the_textbook() -> None:
+    """y = 1, 2, 2, 3 at x = 10, 100, 1,000, 10,000: slope 0.6, residuals -0.1, 0.3, -0.3, 0.1, t(2) = 4.303."""
+    words, trend = fit_trend([(10, 1.0), (100, 2.0), (1000, 2.0), (10_000, 3.0)])
+    assert words == "+0.60 per tenfold, 95% interval [-0.01, 1.21], 4 runs."
+    at, middle, low, high = trend[10]
+    assert (at, middle) == (pytest.approx(10**2.5), pytest.approx(2.0))
+    assert high - middle == pytest.approx(middle - low) == pytest.approx(4.3027 * math.sqrt(0.1) / 2, abs=1e-3)
+    assert fit_trend([(10, 1.0), (10, 2.0), (100, 2.0)])[1] == []

@@ -24,7 +24,7 @@ from ipt_jax.core.checkpoint_path import LiteralPath
 from ipt_jax.core.errors import UserError
 from ipt_jax.data import packing as packing_module
 from ipt_jax.data.mixture import DataSettings
-from ipt_jax.data.plan import Plan, build_plan, continue_plan, open_mix, repeats, run_segments
+from ipt_jax.data.plan import Plan, build_plan, continue_plan, open_mix, plan_warnings, run_segments
 from ipt_jax.train import trainer
 from ipt_jax.train.checkpoint import CheckpointRecord
 from ipt_jax.train.resume import Start, start_line
@@ -151,7 +151,25 @@ def test_many_epochs_are_warned_of(corpora: Path, amount: dict[str, int], warned
     source = {"name": "a", "path": str(corpora / "a")} | amount
     message = "warning: source 'a' is repeated for 17 epochs of its 67 tokens; set its max_epochs if this is intended"
     data = DataSettings.model_validate({"seq_len": 16, "sources": [source]})
-    assert repeats(build_plan(data, rows_per_step=2).summary()) == ([message] if warned else [])
+    assert plan_warnings(build_plan(data, rows_per_step=2).summary()) == ([message] if warned else [])
+
+
+@pytest.mark.parametrize(
+    ("shares", "warned"),
+    [
+        ({"raw": 0.96, "augmented": 0.04}, "augmented text is 4.0% of the tokens"),
+        ({"raw": 0.5, "raw+augmented": 0.5}, None),
+        ({"raw": 0.69, "task": 0.11, "instruction": 0.2}, "instructions and tuning data are 31% of the tokens"),
+        ({"raw": 0.7, "instruction": 0.3}, None),
+        ({"augmented": 0.5, "instruction": 0.5}, None),  # the paper's mix of a domain
+        ({"task": 1.0}, None),
+    ],
+)
+def test_mixes_that_are_known_to_fail_are_warned_of(shares: dict[str, float], warned: str | None) -> None:
+    whole = {"epochs": 1.0, "max_epochs": None, "asked": "share"}
+    sources = [{"name": kind, "kind": kind, "share": share} | whole for kind, share in shares.items()]
+    found = plan_warnings({"sources": sources})
+    assert len(found) == (warned is not None) and all(f"warning: {warned}" in line for line in found)
 
 
 # ---- training
