@@ -31,7 +31,8 @@ import numpy as np
 from token_corpus import VOCAB, web_lengths
 
 from ipt_jax.core.hashing import digest, file_digest
-from ipt_jax.core.stage import SCHEMA, UNPACKED, Manifest, ShardEntry, write_shard
+from ipt_jax.core.manifest import SCHEMA, Manifest, ShardEntry
+from ipt_jax.core.stage import UNPACKED, write_shard
 from ipt_jax.corpus.records import Kind, TokenDocument
 from ipt_jax.data.loader import batches
 from ipt_jax.data.mixture import DataSettings

@@ -34,8 +34,8 @@ from typing import Any
 import msgspec
 
 from ipt_jax.core.hashing import CachedHashes, FileHashCache, digest
+from ipt_jax.core.manifest import SCHEMA, Manifest, ShardEntry
 from ipt_jax.core.settings import check_settings
-from ipt_jax.core.stage import SCHEMA, Manifest, ShardEntry
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> int:
-    from ipt_jax.corpus.sources import read_jsonl
+    from ipt_jax.corpus.text_files import read_jsonl
     from ipt_jax.corpus.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.model)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.corpus.sources import read_jsonl
+from ipt_jax.corpus.text_files import read_jsonl
 
 
 def main() -> None:

@@ -37,9 +37,9 @@ def main() -> None:
 def tokenize(settings: "TokenizeSettings") -> Result:
     """Tokenize text into token shards.
 
-    Reads documents of `synth`, JSON Lines (also .gz, .zst), Parquet, Arrow, TFDS and Hugging Face data sets. Writes the
-    shards and a manifest to `output`. Rerun the same command to resume; existing shards are verified by checksum and
-    damaged ones are rewritten.
+    Reads documents of `synth`, JSON Lines, JSON, CSV, text files, Parquet, Arrow, TFDS and Hugging Face data sets.
+    Writes the shards and a manifest to `output`. Rerun the same command to resume; existing shards are verified by
+    checksum and damaged ones are rewritten.
     """
     from ipt_jax.data.tokenize import run_tokenize
 

@@ -13,7 +13,7 @@ import pydantic
 from pydantic import Field
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.settings import PathText, Settings
 from ipt_jax.data.mixture import DataSettings
 from ipt_jax.model.config import ModelSettings
 
@@ -74,7 +74,7 @@ class TrainSettings(Settings):
     """Steps in a row without a finite loss and gradient after which training stops. Their updates are skipped."""
     on_spike: Literal["warn", "skip"] = "warn"
     """What to do when the loss is far above the median of the last 128 steps. skip: as if it were not finite."""
-    branch_from: str | None = None
+    branch_from: PathText | None = None
     """Run, or step in its `checkpoints`, that a new `run_dir` continues: weights, optimizer state, step and data."""
     stall_minutes: float | None = Field(default=60.0, gt=0)
     """Minutes without a finished step after which training exits with the stack traces. null: no limit."""
@@ -146,7 +146,7 @@ class ValidationSource(Settings):
 
     name: str = Field(min_length=1)
     """Name of the source in messages."""
-    path: str
+    path: PathText
     """Output directory of `ipt tokenize`. It may share no id with the sources of training."""
 
 
@@ -176,7 +176,7 @@ class Recipe(Settings):
     """Devices along each mesh axis."""
     validation: ValidationSettings | None = None
     """When and on what to measure the held-out loss. It does not influence training. null: never."""
-    run_dir: str
+    run_dir: PathText
     """Directory of checkpoints, metrics and `run.json`. A rerun resumes from it."""
 
 

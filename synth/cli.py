@@ -73,12 +73,20 @@ def run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Rerun groups that contain a failed text. Default: off.")
     ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend", help="Add groups of texts that the corpus has gained to the groups in the output. Default: off."
+        ),
+    ] = False,
 ) -> Result:
     """Generate question-answer pairs for raw text.
 
     A synthesizer model writes the pairs. Writes shards of groups (texts with their pairs) to `output`. Rerun the same
     command to resume; finished groups are kept. Exits with code 1 if no pair was accepted; the output is kept.
     """
+    if extend and estimate is not None:
+        raise UserError("--extend: cannot be combined with --estimate, which writes no output; remove one")
     if retry_failed and estimate is not None:
         raise UserError("--retry-failed: cannot be combined with --estimate, which writes no output; remove one")
     if estimate is None and price_per_hour is not None:
@@ -86,7 +94,7 @@ def run(
     if estimate is None:
         from synth.generate.run import run_synth
 
-        result = run_synth(settings, retry_failed=retry_failed)
+        result = run_synth(settings, retry_failed=retry_failed, extend=extend)
         return Shown(result, exit_code=0 if result["pairs"] else 1)
     from synth.generate.estimate import run_estimate, show_estimate
 

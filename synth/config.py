@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from ipt_jax.core.settings import Settings
-from ipt_jax.corpus.row_reader import SourceSettings
+from ipt_jax.core.seeding import uniform
+from ipt_jax.core.settings import PathText, Settings
+from ipt_jax.corpus.records import Document
+from ipt_jax.corpus.row_reader import OneOrMore, SourceSettings
 
 TextScore = Literal[
     "grounded",
@@ -74,7 +76,7 @@ class SynthesizerSettings(Settings):
     tokenizer. On vllm and jax, `request_timeout_seconds` includes the time in the queue.
     """
 
-    model: str
+    model: PathText
     """Hugging Face directory or `hf:NAME`. jax also reads a checkpoint. openai and scripted read only the tokenizer."""
     engine: Literal["vllm", "openai", "jax", "scripted"] = "vllm"
     """openai: an OpenAI-compatible server. scripted: no model, pairs that quote the text, for rehearsals."""
@@ -104,9 +106,9 @@ class SynthesizerSettings(Settings):
     """Strings that end an answer. They are not part of it."""
     prompt: Literal["completion", "chat"] = "completion"
     """completion: the wire format, for tuned synthesizers. chat: a chat model is instructed by `prompt_file`."""
-    prompt_file: str | None = Field(default=None, validate_default=True)
+    prompt_file: PathText | None = Field(default=None, validate_default=True)
     """YAML file with the instruction of a chat model. null: the one of the package (docs/reference/synthesis.md)."""
-    lora: str | None = None
+    lora: PathText | None = None
     """Directory of a LoRA adapter for vllm. null: none."""
     quantization: str | None = None
     """Quantization method of vllm, such as `fp8`. null: as the model's config says."""
@@ -199,11 +201,19 @@ class CorpusSettings(SourceSettings):
     """Fraction of the texts to convert, drawn from (seed, id)."""
 
 
+Corpora = Annotated[list[CorpusSettings], OneOrMore]
+
+
+def is_converted(seed: int, source: Any, document: Document) -> bool:
+    """Whether a text is in the fraction of its source (CorpusSettings) that is converted."""
+    return bool(uniform(seed, "fraction", document.id) < source.fraction)
+
+
 class SeedExamples(Settings):
     """Examples shown before each group's first text: rows {context, qa: [{question, answer, …}]}."""
 
-    path: str
-    """JSON Lines file of rows as in `synth collect`."""
+    path: PathText
+    """File of rows as in `synth collect`, in any format of inputs."""
     count: int = Field(default=2, ge=1)
     """Maximum number of examples in a prompt."""
 
@@ -213,8 +223,10 @@ class RunSettings(Settings):
 
     synthesizer: SynthesizerSettings
     """Model and engine that write the pairs."""
-    corpus: CorpusSettings
-    """Raw texts to convert: a source."""
+    corpus: Corpora = Field(min_length=1)
+    """Raw texts to convert: a source, or a list of sources."""
+    drop_duplicates: bool = False
+    """Convert only the first of texts that are identical. false: convert all, and report how many are."""
     rounds: int = Field(default=2, ge=1)
     """Texts per group (M in the paper)."""
     grouping: Literal["position", "source"] = "position"
@@ -231,5 +243,5 @@ class RunSettings(Settings):
     """Where engines run. ray: one engine per GPU of the cluster."""
     groups_per_shard: int = Field(default=10_000, ge=1)
     """Groups per output shard. A shard is the unit of parallel work and of resumption."""
-    output: str
+    output: PathText
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""

@@ -63,6 +63,7 @@ OPTIONAL: dict[str, set[str]] = {
     "datasets": {"ipt_jax.corpus.datasets"},
     "tensorflow_datasets": {"ipt_jax.corpus.datasets"},
     "lm_eval": {"synth.decontaminate.benchmarks"},
+    "fsspec": {"ipt_jax.corpus.paths"},
 }
 # Module names that say the same thing in every package; any other name stands once in the project.
 STRUCTURE = {"cli", "config", "run", "settings"}
@@ -203,7 +204,7 @@ def test_a_module_name_means_one_thing() -> None:
 
 def test_few_modules_and_few_tiny_ones() -> None:
     sizes = [path.read_text(encoding="utf-8").count("\n") for path in SOURCES if path.name != "__init__.py"]
-    assert len(sizes) <= 137
+    assert len(sizes) <= 141
     assert sum(size < 60 for size in sizes) <= 15
 
 

@@ -34,7 +34,7 @@ from ipt_jax.core.files import lock_directory, write_whole, writing
 from ipt_jax.core.hashing import digest, file_digest
 from ipt_jax.core.progress import format_duration
 from ipt_jax.core.settings import Settings, check_settings, load_settings
-from ipt_jax.corpus.sources import read_jsonl
+from ipt_jax.corpus.text_files import read_jsonl
 from ipt_jax.data.mixture import SourceMix
 from ipt_jax.evaluate.run import run_eval
 from ipt_jax.evaluate.tasks import Task, read_tasks

@@ -23,9 +23,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
+from yaml import YAMLError
 
 from ipt_jax.core.errors import Fault, UserError
-from ipt_jax.core.settings import Settings, list_fields, load_settings
+from ipt_jax.core.settings import Settings, list_fields, load_settings, parse_yaml
 
 Config = Annotated[Path, typer.Argument(help="Recipe: a YAML file with the fields below.", show_default=False)]
 Overrides = Annotated[
@@ -73,7 +74,7 @@ def command(app: typer.Typer, name: str | None = None, *, recipe: str | None = N
         def run(
             *, as_json: bool, config: Path | None = None, overrides: list[str] | None = None, **options: Any
         ) -> None:
-            settings = [load_settings(_recipe_class(recipe), config, overrides)] if recipe and config else []
+            settings = [_load(recipe, config, overrides)] if recipe and config else []
             with quiet_stdout():
                 result = body(*settings, **options)
             shown = Shown(result) if isinstance(result, dict) else result
@@ -101,6 +102,40 @@ def _recipe_class(recipe: str) -> type[Settings]:
     module, _, name = recipe.partition(":")
     cls: type[Settings] = getattr(importlib.import_module(module), name)
     return cls
+
+
+RECIPES = {  # by the command that reads them, to recognize a recipe of another command
+    "ipt tokenize": "ipt_jax.data.tokenize:TokenizeSettings",
+    "ipt train": "ipt_jax.config:Recipe",
+    "ipt ablate": "ipt_jax.ablate.run:AblateSettings",
+    "synth collect": "synth.collect.run:CollectSettings",
+    "synth run": "synth.config:RunSettings",
+    "synth mine": "synth.mine.run:MineSettings",
+    "synth verify": "synth.verify.run:VerifySettings",
+    "synth eval": "synth.evaluate.run:EvalSettings",
+    "synth render": "synth.render.documents:RenderSettings",
+    "synth decontaminate": "synth.decontaminate.run:DecontaminateSettings",
+}
+
+
+def _load(recipe: str, config: Path, overrides: list[str] | None) -> Settings:
+    try:
+        return load_settings(_recipe_class(recipe), config, overrides)
+    except UserError as error:
+        fitting = [name for name, one in RECIPES.items() if _fits(one, config)]
+        if fitting and recipe not in map(RECIPES.get, fitting):
+            raise UserError(f"config {config}: a recipe of {fitting[0]}; run {fitting[0]} {config}") from error
+        raise
+
+
+def _fits(recipe: str, config: Path) -> bool:
+    """Whether a YAML file has all required keys of a recipe at its top, and no other keys than the recipe's."""
+    try:
+        keys = set(parse_yaml(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, YAMLError):
+        return False
+    fields = {field.alias or name: field for name, field in _recipe_class(recipe).model_fields.items()}
+    return {name for name, field in fields.items() if field.is_required()} <= keys <= fields.keys()
 
 
 def _with_fields(recipe: str) -> type[TyperCommand]:

@@ -6,12 +6,13 @@ names the nearest known one. `--help` and docs/reference/recipes.md list the fie
 
 import difflib
 import json
+import os
 import re
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pydantic
 import yaml
@@ -40,6 +41,17 @@ class Settings(pydantic.BaseModel):
         return value
 
 
+def expand_path(path: str) -> str:
+    """A path with `~` and variables of the environment replaced, and without `file://`."""
+    expanded = os.path.expandvars(path)
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise ValueError(f"the variable {unset[0]} is not set; set it, or write the path out")
+    if expanded.startswith("file://"):
+        expanded = "/" + expanded.removeprefix("file://").removeprefix("localhost").lstrip("/")
+    return os.path.expanduser(expanded)
+
+
+PathText = Annotated[str, pydantic.AfterValidator(expand_path)]
 S = TypeVar("S", bound=Settings)
 
 
@@ -103,7 +115,7 @@ def check_settings(cls: type[S], data: dict[str, Any], where: str) -> S:
     try:
         return cls.model_validate(data)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_describe(cls, error)}") from error
+        raise UserError(f"{where}: {_describe(cls, error, data)}") from error
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -144,9 +156,10 @@ def _index(block: list[Any], name: str, override: str) -> int:
     return int(name)
 
 
-def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
+def _describe(cls: type[Settings], error: pydantic.ValidationError, data: dict[str, Any]) -> str:
     """One line for the first mistake. Unknown keys come first: they often cause the others."""
-    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+    found = [{**mistake, "loc": _given(mistake["loc"], data)} for mistake in error.errors()]
+    mistakes: list[Any] = sorted(found, key=lambda mistake: mistake["type"] != "extra_forbidden")
     first = mistakes[0]
     name = _name(first)
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
@@ -165,6 +178,18 @@ def _describe(cls: type[Settings], error: pydantic.ValidationError) -> str:
         return f"{', '.join(missing)} {'are missing; add them' if missing[1:] else 'is missing; add it'}{more}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{name}: {message[0].lower() + message[1:]}, given {first['input']!r}{more}"
+
+
+def _given(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]:
+    """A location without the index of a block that was given where a list of blocks is possible."""
+    kept: list[int | str] = []
+    for part in location:
+        if isinstance(part, int) and not isinstance(value, list):
+            continue
+        kept.append(part)
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]  # type: ignore[index]
+    return tuple(kept)
 
 
 def _name(mistake: Any) -> str:

@@ -13,7 +13,6 @@ Does not guarantee: remote file systems. ArrayRecord writes to local disks only.
 """
 
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,46 +28,24 @@ from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.executor import ExecutorName, run_units
 from ipt_jax.core.files import TEMPORARY, lock_directory, refuse_foreign, sync_directory, write_whole, writing
 from ipt_jax.core.hashing import digest, file_digest
+from ipt_jax.core.manifest import (
+    SCHEMA,
+    Extension,
+    Inputs,
+    Manifest,
+    ShardEntry,
+    edited,
+    is_extension,
+    load_manifest,
+    refuse_other,
+    with_earlier_names,
+)
 from ipt_jax.core.progress import Progress
 
-SCHEMA = 1
 PACKED = "group_size:1,zstd:3"  # one record per group, so that each is read and checked by itself
 UNPACKED = "group_size:1,uncompressed"  # three times as fast to read: for the loader
 Raised = type[BaseException] | None
 Item = TypeVar("Item")
-
-
-class ShardEntry(msgspec.Struct):
-    name: str
-    records: int
-    tokens: int
-    bytes: int
-    sha256: str
-    counts: dict[str, int] = {}
-    dropped: dict[str, int] = {}
-    side_files: dict[str, str] = msgspec.field(default_factory=dict, name="sides")  # SHA-256, by name
-
-
-class Manifest(msgspec.Struct):
-    schema: int
-    stage: str
-    fingerprint: str
-    identity: dict[str, Any]
-    complete: bool = False
-    records: int = 0
-    tokens: int = 0
-    counts: dict[str, int] = {}
-    dropped: dict[str, int] = {}
-    summary: dict[str, Any] = {}
-    shards: list[ShardEntry] = []
-    checksum: str = ""
-
-    def digest(self) -> str:
-        """Digest of all fields except the checksum."""
-        return digest(msgspec.to_builtins(msgspec.structs.replace(self, checksum="")))
-
-    def count(self, name: str) -> int:
-        return self.counts.get(name, 0)
 
 
 @dataclass
@@ -91,7 +68,9 @@ class Output:
     """The one writer of a stage's directory.
 
     `identity` holds the contents and meaning of the settings, never paths. A directory made with another identity is
-    refused, and the error names the field. Complete shards are kept, temporary files are removed.
+    refused, and the error names the field, or the files of `inputs`. Complete shards are kept, temporary files are
+    removed. With `extend` other contents are accepted: `extension` is then the manifest that `begin_extension` makes
+    the output's own.
 
     `remake` is for stages that ask no model. Shards and side files are compared with their checksums. A damaged one is
     reported and rebuilt, as are all shards if the manifest was edited. Shard files that the manifest does not list
@@ -101,10 +80,21 @@ class Output:
     """
 
     def __init__(
-        self, path: str | Path, *, stage: str, identity: dict[str, Any], shard_name: str, remake: bool = False
+        self,
+        path: str | Path,
+        *,
+        stage: str,
+        identity: dict[str, Any],
+        shard_name: str,
+        remake: bool = False,
+        inputs: Inputs | None = None,
+        extend: bool = False,
+        cure: str = "",
     ):
         self.path, self.shard_name, self._remake = Path(path), shard_name, remake
-        self.manifest = Manifest(SCHEMA, stage, digest(identity), identity)
+        self._extend, self._cure = extend, cure
+        self.extension: Manifest | None = None
+        self.manifest = Manifest(SCHEMA, stage, digest(identity), identity, inputs=inputs or msgspec.UNSET)
         self.entries: dict[int, ShardEntry] = {}
 
     def __enter__(self) -> Self:
@@ -134,7 +124,12 @@ class Output:
     def _resume(self) -> None:
         if (self.path / "manifest.json").exists():
             found = load_manifest(self.path)
-            refuse_other(self.path, found, self.manifest)
+            expected = self.manifest
+            if self._extend and is_extension(found, expected):
+                expected.inputs = with_earlier_names(self.path, found.inputs, expected.inputs)
+                self.extension = expected
+            else:
+                refuse_other(self.path, found, expected, self._cure)
             if found.checksum == found.digest():
                 self.manifest = found
                 self._keep_complete(found.shards)
@@ -148,6 +143,18 @@ class Output:
             leftover.unlink()
         if self._remake:
             self._remove_unlisted()
+        self._save()
+
+    def begin_extension(self, first_shard: int) -> None:
+        """Lets the shards from `first_shard` on be of another list of records. The directory is then incomplete."""
+        manifest, new = self.manifest, self.extension
+        earlier = manifest.extensions if manifest.extensions is not msgspec.UNSET else []
+        if first_shard and (not earlier or earlier[-1].first_shard != first_shard):
+            manifest.extensions = [*earlier, Extension(first_shard, manifest.fingerprint)]
+        if new is not None:
+            manifest.fingerprint, manifest.identity, manifest.inputs = new.fingerprint, new.identity, new.inputs
+            self.extension = None
+        manifest.complete = False
         self._save()
 
     def _keep_complete(self, entries: list[ShardEntry]) -> None:
@@ -365,47 +372,6 @@ def first_unreadable(file: Path) -> str:
     return f", but all {count:,} records can be read"
 
 
-def load_manifest(path: Path) -> Manifest:
-    """The manifest of a directory. The caller compares its checksum."""
-    file = path / "manifest.json"
-    try:
-        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file}: damaged ({error}); restore it from a backup, or rerun the stage into a new directory: without "
-            "the manifest the shards cannot be verified"
-        ) from error
-    if manifest.schema != SCHEMA:
-        raise UserError(f"{file}: schema {manifest.schema}, this version reads {SCHEMA}; rerun its stage")
-    return manifest
-
-
-def edited(path: Path) -> str:
-    return f"{path / 'manifest.json'}: was edited (checksum mismatch); undo the edit, restore it from a backup"
-
-
-def refuse_other(path: Path, found: Manifest, expected: Manifest) -> None:
-    """Raises UserError, naming the field, if another stage or other settings made a directory."""
-    if found.stage != expected.stage:
-        raise UserError(f"output {path}: made by stage {found.stage!r}, not {expected.stage!r}; set another output")
-    if found.fingerprint == expected.fingerprint:
-        return
-    before, now = flatten(found.identity), flatten(expected.identity)
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    name = changed[0] if changed else "settings"
-    raise UserError(
-        f"output {path}: made with {name}={difference(before.get(name), now.get(name))}; "
-        "set another output, or delete this one"
-    )
-
-
-def difference(before: Any, now: Any) -> str:
-    """`2, now 3`. Digests are cut to 12 digits, and what they are of has changed."""
-    if all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (before, now)):
-        return f"{before[:12]}…, now {now[:12]}…: the contents of this input have changed since"
-    return f"{before!r}, now {now!r}"
-
-
 def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:
@@ -416,10 +382,3 @@ def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 def format_counts(counts: dict[str, int]) -> str:
     """{'empty_text': 2, 'too_long': 1} -> 'empty_text 2, too_long 1'"""
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
-
-
-def flatten(value: Any, separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """{'corpus': {'path': 'a', 'splits': [1]}} -> {'corpus.path': 'a', 'corpus.splits.0': 1}"""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    flat = [flatten(one, separator, f"{prefix}{separator}{key}" if prefix else str(key)) for key, one in inner]
-    return {key: one for part in flat for key, one in part.items()} if flat else {prefix: value}

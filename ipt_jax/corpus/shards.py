@@ -13,7 +13,8 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import Manifest, damage, edited, first_unreadable, load_manifest
+from ipt_jax.core.manifest import Manifest, edited, load_manifest
+from ipt_jax.core.stage import damage, first_unreadable
 from ipt_jax.corpus.records import Document, decode
 
 READ_RECORDS = 1024  # records per batched read when streaming; single reads are forty times slower

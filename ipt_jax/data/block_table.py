@@ -19,7 +19,7 @@ import numpy as np
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
-from ipt_jax.core.stage import Manifest
+from ipt_jax.core.manifest import Manifest
 from ipt_jax.data.exclude_converted import PARTS, Exclusion, Remains
 from ipt_jax.data.held_out import HeldOut, Role
 from ipt_jax.data.token_index import IndexFiles, document_count, read_index, read_parents

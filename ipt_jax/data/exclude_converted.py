@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import Manifest
+from ipt_jax.core.manifest import Manifest
 from ipt_jax.data.token_index import CharacterEnds
 
 PARTS = np.dtype([("record", "<i8"), ("start", "<u4"), ("stop", "<u4")])

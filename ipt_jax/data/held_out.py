@@ -20,7 +20,7 @@ import numpy as np
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
-from ipt_jax.core.stage import Manifest
+from ipt_jax.core.manifest import Manifest
 from ipt_jax.corpus.records import Parent
 from ipt_jax.data.token_index import document_count, id_key, read_index, read_parents
 from ipt_jax.data.token_shards import open_token_shards

@@ -16,7 +16,7 @@ import pydantic
 from pydantic import Field
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.settings import PathText, Settings
 
 EPSILON = 1e-9  # of sums of shares
 MAX_TOKENS = 1 << 53  # the integers that a float holds exactly
@@ -27,7 +27,7 @@ class SourceMix(Settings):
 
     name: str = Field(min_length=1)
     """Name of the source in plans and reports."""
-    path: str
+    path: PathText
     """Output directory of `ipt tokenize`."""
     epochs: float | None = Field(default=None, gt=0)
     """Amount in epochs."""

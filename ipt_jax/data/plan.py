@@ -24,7 +24,7 @@ from rich.text import Text
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
-from ipt_jax.core.stage import Manifest
+from ipt_jax.core.manifest import Manifest
 from ipt_jax.corpus.records import KINDS
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.data.batch import render

@@ -19,7 +19,8 @@ import numpy as np
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import file_digest, hash64
-from ipt_jax.core.stage import Manifest, NewShard, ShardEntry
+from ipt_jax.core.manifest import Manifest, ShardEntry
+from ipt_jax.core.stage import NewShard
 from ipt_jax.corpus.records import Parent
 from ipt_jax.data.shared_cache import SharedCache, in_threads
 

@@ -17,7 +17,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import Manifest, damage
+from ipt_jax.core.manifest import Manifest
+from ipt_jax.core.stage import damage
 from ipt_jax.corpus.records import TokenPage, TokenType, decode
 from ipt_jax.data.block_table import BLOCK_TOKENS, SourceDocuments
 from ipt_jax.data.shared_cache import SharedCache

@@ -1,9 +1,9 @@
 """`ipt tokenize`: writes token shards of documents.
 
 Each unit of the input (see corpus.sources) is one shard. A rerun makes the missing shards, and the shards that are
-damaged. Documents that share an id are kept and counted (`duplicate_ids`): only `exclude_converted` needs unique ids.
-`drop_duplicates` drops all but the first document with a text, over all inputs, in an extra pass that hashes each text
-and holds about 24 bytes per document.
+damaged. Rows that share an id are refused (corpus.duplicates). Documents of a stage that share one, such as those of
+several epochs, are kept and counted (`duplicate_ids`): only `exclude_converted` needs unique ids. `drop_duplicates`
+drops all but the first document with a text, over all inputs.
 """
 
 import os
@@ -12,21 +12,21 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.executor import ExecutorName, run_units
+from ipt_jax.core.executor import ExecutorName
 from ipt_jax.core.files import writing
-from ipt_jax.core.hashing import hash64
-from ipt_jax.core.progress import Progress
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.settings import PathText, Settings
 from ipt_jax.core.stage import UNPACKED, NewShard, Output, make_shards
+from ipt_jax.corpus.duplicates import find_duplicates, read_once
+from ipt_jax.corpus.paths import is_remote
 from ipt_jax.corpus.records import Document, TokenDocument
-from ipt_jax.corpus.row_reader import Dropped, SourceSettings
-from ipt_jax.corpus.sources import UNIT_BYTES, Unit, plan_units, read_unit, source_identity
+from ipt_jax.corpus.row_reader import Dropped, OneOrMore, SourceSettings
+from ipt_jax.corpus.sources import UNIT_BYTES, Corpus, InputFile, Unit
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from ipt_jax.data.encode import token_dtype, tokenize_documents
 from ipt_jax.data.token_index import document_count, index_digests, read_index
@@ -48,11 +48,11 @@ class TokenizeInput(SourceSettings):
 class TokenizeSettings(Settings):
     """The recipe of `ipt tokenize`."""
 
-    inputs: list[TokenizeInput] = Field(min_length=1)
+    inputs: Annotated[list[TokenizeInput], OneOrMore] = Field(min_length=1)
     """Sources to tokenize."""
-    tokenizer: str
+    tokenizer: PathText
     """Directory or file of the tokenizer: tokenizer.json, or tokenizer.model of SentencePiece."""
-    output: str
+    output: PathText
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
     drop_duplicates: bool = False
     """Keep only the first of documents with identical text, over all inputs."""
@@ -65,34 +65,37 @@ class TokenizeSettings(Settings):
 
 
 class TokenizeItem(NamedTuple):
-    """The input of one shard. `duplicates`: numbers of its usable documents to drop."""
+    """The input of one shard. `duplicates`: rows to drop."""
 
     unit: Unit
     source: TokenizeInput
-    duplicates: np.ndarray
+    duplicates: list[int]
 
 
 def run_tokenize(settings: TokenizeSettings) -> dict[str, Any]:
     """Makes the missing shards of `settings.output` and returns what `--json` prints."""
     tokenizer = load_tokenizer(settings.tokenizer)
     _check_controls(settings, tokenizer)
-    units = [(unit, source) for source in settings.inputs for unit in plan_units(source, settings.unit_bytes)]
-    if settings.executor == "ray":  # a worker on another machine starts in another directory
-        units = [(unit._replace(path=str(Path(unit.path).absolute())), source) for unit, source in units]
+    corpus = Corpus(settings.inputs)
     started = time.monotonic()
+    contents = corpus.identity()
     identity = {
         "records": RECORDS,
         "tokenizer": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
-        "inputs": [source_identity(source) for source in settings.inputs],
+        "inputs": contents if isinstance(contents, list) else [contents],
         **settings.model_dump(include={"drop_duplicates", "unit_bytes"}),
     }
-    with Output(settings.output, stage="tokenize", identity=identity, shard_name="tokens", remake=True) as output:
+    output = Output(
+        settings.output, stage="tokenize", identity=identity, shard_name="tokens", remake=True, inputs=corpus.inputs()
+    )
+    with output:
         kept_tokens = output.manifest.tokens
         if not output.manifest.complete:
+            corpus.restore(output.manifest)
             make_shards(
                 partial(_token_records, str(Path(settings.tokenizer).absolute())),
-                [(output, _items(settings, units))],
+                [(output, _items(settings, corpus))],
                 lambda item: item.unit.size / 2**20,
                 unit="MB",
                 label="ipt tokenize",
@@ -125,21 +128,24 @@ def _check_controls(settings: TokenizeSettings, tokenizer: Tokenizer) -> None:
                 )
 
 
-def _items(settings: TokenizeSettings, units: list[tuple[Unit, TokenizeInput]]) -> list[TokenizeItem]:
-    items = [TokenizeItem(*unit, np.empty(0, int)) for unit in units]
-    if not settings.drop_duplicates:
-        return items
-    hashes = [np.zeros(0, np.uint64)] * len(units)
-    with Progress(len(units), "units", "ipt tokenize: duplicates") as progress:
-        for index, found in run_units(_hash_unit, items, workers=settings.workers, executor=settings.executor):
-            hashes[index] = found
-            progress.advance()
-    every = np.concatenate(hashes)
-    duplicate = np.ones(len(every), bool)
-    duplicate[np.unique(every, return_index=True)[1]] = False  # the first of each text, in the order of units
-    starts = np.cumsum([0] + [len(one) for one in hashes])[1:-1]
-    numbers = map(np.flatnonzero, np.split(duplicate, starts))
-    return [item._replace(duplicates=one) for item, one in zip(items, numbers, strict=True)]
+def _items(settings: TokenizeSettings, corpus: Corpus) -> list[TokenizeItem]:
+    units = corpus.units(settings.unit_bytes)
+    if settings.executor == "ray":  # a worker on another machine starts in another directory
+        units = [unit._replace(file=_absolute(unit.file), more=tuple(map(_absolute, unit.more))) for unit in units]
+    found = find_duplicates(
+        corpus,
+        units,
+        drop=settings.drop_duplicates,
+        workers=settings.workers,
+        executor=settings.executor,
+        label="ipt tokenize",
+    )
+    sources = [settings.inputs[unit.file.source] for unit in units]
+    return [TokenizeItem(*one, found.texts.get(n, [])) for n, one in enumerate(zip(units, sources, strict=True))]
+
+
+def _absolute(file: InputFile) -> InputFile:
+    return file if is_remote(file.path) else file._replace(path=str(Path(file.path).absolute()))
 
 
 def _finish(output: Output, tokenizer: Tokenizer) -> None:
@@ -165,15 +171,9 @@ def _duplicate_ids(output: Output) -> int:
 # ---- in a worker process
 
 
-def _hash_unit(item: TokenizeItem) -> np.ndarray:
-    """The hash of the text of each usable document."""
-    documents = _usable(item, Counter())
-    return np.frombuffer(b"".join([hash64(one.text) for one in documents]), np.uint64)
-
-
 def _usable(item: TokenizeItem, dropped: Counter[str]) -> Iterator[Document]:
     """The documents with text. Others are counted by reason."""
-    for row in read_unit(item.unit, item.source):
+    for row in read_once(item.unit, item.source, item.duplicates):
         if isinstance(row, Dropped):
             dropped[row.reason] += 1
         elif not any(segment.text and not segment.text.isspace() for segment in row.segments):
@@ -212,13 +212,9 @@ def _token_documents(item: TokenizeItem, tokenizer: Tokenizer, shard: NewShard) 
 
 def _batches(item: TokenizeItem, shard: NewShard) -> Iterator[list[Document]]:
     """The documents to tokenize, in batches of about BATCH_CHARACTERS."""
-    duplicates = set(item.duplicates.tolist())
     batch: list[Document] = []
     characters = 0
-    for number, document in enumerate(_usable(item, shard.dropped)):
-        if number in duplicates:
-            shard.dropped["duplicate"] += 1
-            continue
+    for document in _usable(item, shard.dropped):
         batch.append(document)
         characters += sum(len(segment.text) for segment in document.segments)
         if characters >= BATCH_CHARACTERS:

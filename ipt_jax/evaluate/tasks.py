@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.corpus.sources import read_jsonl
+from ipt_jax.corpus.text_files import read_jsonl
 from ipt_jax.evaluate.perplexity import read_text
 
 Sort = Literal["choices", "answer", "text"]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.settings import PathText, Settings
 
 
 class RopeScaling(Settings):
@@ -74,7 +74,7 @@ class ModelSettings(Settings):
 
     preset: str | None = None
     """New weights: tiny, mistral-500m, mistral-1.3b, mistral-7b, llama3-8b or smollm2-135m."""
-    from_: str | None = Field(default=None, alias="from")
+    from_: PathText | None = Field(default=None, alias="from")
     """Weights of a Hugging Face directory, a run or a checkpoint."""
     family: Literal["mistral", "llama"] | None = None
     """Architecture."""

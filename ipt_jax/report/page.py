@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.core.html import render_page, write_page
-from ipt_jax.core.stage import flatten
+from ipt_jax.core.manifest import flatten
 from ipt_jax.corpus.records import SynthGroup, decode
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.report.results import all_metrics, answers, scaling, task_scores

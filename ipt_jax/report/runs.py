@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.corpus.sources import read_jsonl
+from ipt_jax.corpus.text_files import read_jsonl
 
 
 @dataclass(frozen=True)

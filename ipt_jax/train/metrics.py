@@ -30,8 +30,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ipt_jax.config import TrainSettings
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import write_whole
+from ipt_jax.core.manifest import flatten
 from ipt_jax.core.progress import Progress
-from ipt_jax.core.stage import flatten
 from ipt_jax.corpus.records import KINDS
 from ipt_jax.data.plan import Plan
 from ipt_jax.model.flops import model_flops, peak_flops

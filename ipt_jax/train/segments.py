@@ -15,7 +15,7 @@ from typing import Any
 from ipt_jax.config import Recipe, rows_per_step
 from ipt_jax.core.checkpoint_digests import numbered
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import difference, flatten
+from ipt_jax.core.manifest import difference, flatten
 from ipt_jax.data.mixture import DataSettings
 from ipt_jax.data.plan import Mix, Plan, continue_plan, open_mix, run_segments
 from ipt_jax.model.config import ModelConfig

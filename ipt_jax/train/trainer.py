@@ -33,7 +33,7 @@ from ipt_jax.config import ProfileSettings, Recipe, check_schedule, last_step, r
 from ipt_jax.core.checkpoint_path import resolve_checkpoint
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import lock_directory, writing
-from ipt_jax.core.stage import flatten
+from ipt_jax.core.manifest import flatten
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from ipt_jax.data.loader import batches
 from ipt_jax.data.plan import Plan, open_mix

@@ -11,17 +11,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from pydantic import field_validator
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.hashing import digest
-from ipt_jax.core.settings import Settings
-from ipt_jax.corpus import datasets
+from ipt_jax.core.settings import PathText, Settings
+from ipt_jax.corpus.paths import file_name
 from ipt_jax.corpus.records import Pair
-from ipt_jax.corpus.sources import find_files, read_rows
+from ipt_jax.corpus.sources import InputFile, find_files, read_rows, row_word
 from synth.collect.conversation import CONVERSATION
 from synth.collect.extractive import EXTRACTIVE
 from synth.collect.fields import Adapter, ContextPairs, Misfit, QuestionAnswer
@@ -34,8 +34,6 @@ GENERIC, RELEASED = "generic", "ft_collection"
 ADAPTERS: dict[str, Adapter] = {**EXTRACTIVE, **MULTIPLE_CHOICE, **CONVERSATION, RELEASED: COLLECTION}
 WITHOUT_CONTEXT = {"aqua_rat", "ecqa", RELEASED}
 EVALUATED = ("pubmedqa", "convfinqa")  # data sets of the paper's collection that are also its benchmarks
-INFO_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
-SPLIT = re.compile(r"(?:.*[._-])?(train|validation|valid|val|dev|test)(?:[._-].*)?", re.IGNORECASE)
 
 
 def bare_name(name: str) -> str:
@@ -44,8 +42,8 @@ def bare_name(name: str) -> str:
 
 
 class CollectInput(Settings):
-    path: str
-    """File, directory, glob or `hf:NAME` of the hub: JSON Lines, JSON, Parquet, Arrow or a saved data set."""
+    path: PathText
+    """File, directory, glob, URL, saved data set or `hf:NAME` of the hub (docs/reference/inputs.md)."""
     adapter: str = GENERIC
     """Schema of the rows: generic, ft_collection, or the name of a data set (docs/reference/collect.md)."""
     name: str | None = None
@@ -71,7 +69,7 @@ class DataSet(NamedTuple):
 
     name: str
     adapter: str
-    paths: list[Path]
+    files: list[InputFile]
     member: str | None = None
 
 
@@ -102,15 +100,15 @@ def find_data_sets(inputs: list[CollectInput], exclude: list[str]) -> list[DataS
     found: list[DataSet] = []
     unused = set(held_out)
     for source in inputs:
-        paths = input_files(source)
+        files = input_files(source)
         if source.adapter == RELEASED and source.name is None:
-            folders = {path: collection_folder(path) for path in paths}
+            folders = {file: collection_folder(file) for file in files}
             unused -= {folder.casefold() for folder in folders.values()}
-            found += released_sets([path for path in paths if folders[path].casefold() not in held_out])
+            found += released_sets([file for file in files if folders[file].casefold() not in held_out])
         elif source.adapter == GENERIC and source.name is None:
-            found += [DataSet(name, GENERIC, files) for name, files in generic_sets(source, paths)]
+            found += [DataSet(name, GENERIC, members) for name, members in generic_sets(source, files)]
         else:
-            found.append(DataSet(source.name or source.adapter, source.adapter, paths))
+            found.append(DataSet(source.name or source.adapter, source.adapter, files))
     names = Counter(one.name for one in found)
     if duplicated := [name for name, count in names.items() if count > 1]:
         raise UserError(f"inputs: duplicate data set {duplicated[0]!r}; set a different `name` for one of them")
@@ -123,66 +121,44 @@ def find_data_sets(inputs: list[CollectInput], exclude: list[str]) -> list[DataS
     return kept
 
 
-def input_files(source: CollectInput) -> list[Path]:
+def input_files(source: CollectInput) -> list[InputFile]:
     """The files of an input, of its split if one is set. Raises UserError for what has no rows of questions."""
-    if source.path.startswith(datasets.HUB):
-        return datasets.hub_files(source.path.removeprefix(datasets.HUB), source.subset, source.split)
-    if source.subset is not None:
-        raise UserError(f"input {source.path}: subset {source.subset} is only for {datasets.HUB}NAME; remove it")
-    files: list[Path] = []
-    saved: list[Path] = []
-    for path in find_files(source.path):
-        if path.is_dir() and not datasets.is_hf(path):
-            raise UserError(f"input {path}: not a data set with questions; set files of rows or a saved data set")
-        if path.is_dir():
-            saved += datasets.hf_files(path, source.split)
-        elif path.name not in INFO_FILES:
-            files.append(path)
-    if source.adapter != RELEASED:
-        return [*saved, *files_of_split(source, files)] if files else saved
-    shards = [path for path in files if path.parent.name == "shard"]
+    released = source.adapter == RELEASED
+    files = find_files(source, one_set=not released and (source.adapter != GENERIC or source.name is not None))
+    if odd := [file for file in files if file.form in ("shards", "tfds")]:
+        raise UserError(f"input {odd[0].path}: not a data set with questions; set files of rows or a saved data set")
+    shards = [file for file in files if folder_of(file) == "shard"] if released else []
     return shards or files  # beside the shards are indexes
 
 
-def files_of_split(source: CollectInput, files: list[Path]) -> list[Path]:
-    """The files whose name has the split. Raises UserError if a data set would join several splits."""
-    splits = {path: match[1].lower() for path in files if (match := SPLIT.fullmatch(path.name))}
-    found = sorted(set(splits.values()))
-    if source.split is not None:
-        if chosen := [path for path in files if splits.get(path) == source.split.lower()]:
-            return chosen
-        named = f"they name {', '.join(found)}" if found else "they name none"
-        raise UserError(f"input {source.path}: no file of split {source.split!r} ({named}); set another split")
-    if len(found) > 1 and (source.adapter != GENERIC or source.name):
-        raise UserError(f"input {source.path}: has files of several splits; set split to one of {', '.join(found)}")
-    return files
+def folder_of(file: InputFile) -> str:
+    return PurePath(file.path).parent.name
 
 
-def generic_sets(source: CollectInput, paths: list[Path]) -> list[tuple[str, list[Path]]]:
+def generic_sets(source: CollectInput, files: list[InputFile]) -> list[tuple[str, list[InputFile]]]:
     """A data set per file; the files of a hub or saved data set are one."""
-    path = Path(source.path)
-    if source.path.startswith(datasets.HUB) or (path.is_dir() and datasets.is_hf(path)):
-        return [(source.path.rstrip("/").rpartition("/")[2], paths)]
-    return [(path.name.split(".")[0], [path]) for path in paths]
+    if all(file.form == "arrow" for file in files) and not source.path.endswith(".arrow"):
+        return [(source.path.rstrip("/").rpartition("/")[2], files)]
+    return [(file_name(file.path).split(".")[0], [file]) for file in files]
 
 
-def released_sets(paths: list[Path]) -> list[DataSet]:
+def released_sets(files: list[InputFile]) -> list[DataSet]:
     """The data sets of files of the released collection, by the `rc_name` of their rows. Reads all rows."""
-    files: dict[str, dict[Path, None]] = {}
-    for path in paths:
-        for _, row in read_rows(path):
-            files.setdefault(member_name(row, path), {})[path] = None
-    return [DataSet(name, RELEASED, list(members), name) for name, members in files.items()]
+    found: dict[str, dict[InputFile, None]] = {}
+    for file in files:
+        for _, row in read_rows(file):
+            found.setdefault(member_name(row, file), {})[file] = None
+    return [DataSet(name, RELEASED, list(members), name) for name, members in found.items()]
 
 
-def member_name(row: dict[str, Any], path: Path) -> str:
+def member_name(row: dict[str, Any], file: InputFile) -> str:
     name = row.get("rc_name")
-    return name.strip() if isinstance(name, str) and name.strip() else collection_folder(path)
+    return name.strip() if isinstance(name, str) and name.strip() else collection_folder(file)
 
 
-def collection_folder(path: Path) -> str:
+def collection_folder(file: InputFile) -> str:
     """The folder of a data set: `race` of race/shard/0.jsonl; the file's name if it is in no `shard`."""
-    return path.parent.parent.name if path.parent.name == "shard" else path.name.split(".")[0]
+    return PurePath(file.path).parent.parent.name if folder_of(file) == "shard" else file_name(file.path).split(".")[0]
 
 
 # ---- reading
@@ -235,14 +211,12 @@ def read_items(data_set: DataSet, tally: RowTally) -> Iterator[tuple[str, str, C
     """(place, default id, what the adapter reads) of every row that fits the adapter."""
     reader = ADAPTERS.get(data_set.adapter) or Adapter(partial(read_generic, ignored=tally.dropped))
     groups: dict[Any, list[tuple[str, str, dict[str, Any]]]] = {}
-    named = Counter(path.name for path in data_set.paths)
-    for path in data_set.paths:
-        name = path.name if named[path.name] == 1 else f"{path.parent.name}/{path.name}"
-        for number, row in read_rows(path):
-            if data_set.member is not None and member_name(row, path) != data_set.member:
+    for file in data_set.files:
+        for number, row in read_rows(file):
+            if data_set.member is not None and member_name(row, file) != data_set.member:
                 continue
             tally.rows += 1
-            where, default_id = f"input {path}: line {number}", f"{name}:{number}"
+            where, default_id = f"input {file.path}: {row_word(file)} {number}", f"{file.name}:{number}"
             try:
                 if reader.group is None:
                     if not (items := reader.read(row)):

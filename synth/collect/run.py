@@ -12,17 +12,18 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.hashing import file_digest
 from ipt_jax.core.progress import Progress
 from ipt_jax.core.seeding import uniform
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.settings import PathText, Settings
 from ipt_jax.core.stage import NewShard, Output, format_counts, make_shards
+from ipt_jax.corpus.paths import contents_digest
 from ipt_jax.corpus.records import Document, GroupText, Segment, SynthGroup, encode
+from ipt_jax.corpus.row_reader import OneOrMore
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth.collect.data_sets import (
     EVALUATED,
@@ -44,7 +45,7 @@ BATCH = 1000  # examples tokenized at once by the tokenizer's threads
 class FewShotSettings(Settings):
     """How examples are joined into few-shot documents."""
 
-    tokenizer: str
+    tokenizer: PathText
     """Tokenizer of the model to be tuned."""
     max_tokens: int = Field(4096, ge=1)
     """Maximum tokens per document."""
@@ -53,7 +54,7 @@ class FewShotSettings(Settings):
 class CollectSettings(Settings):
     """The recipe of `synth collect`."""
 
-    inputs: list[CollectInput] = Field(min_length=1)
+    inputs: Annotated[list[CollectInput], OneOrMore] = Field(min_length=1)
     """Question-answering data sets (docs/reference/collect.md)."""
     max_contexts: int = Field(10_000, ge=1)
     """Maximum contexts per data set. Contexts with the most pairs are kept."""
@@ -65,7 +66,7 @@ class CollectSettings(Settings):
     """tuning: documents that tune a synthesizer. groups: one group per context, for `synth render` to pre-train on."""
     seed: int = 0
     """Random seed of all draws. A draw depends only on the seed and an id."""
-    output: str
+    output: PathText
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
     @field_validator("write")
@@ -83,7 +84,7 @@ def run_collect(settings: CollectSettings) -> dict[str, Any]:
     few_shot = settings.few_shot
     tokenizer = load_tokenizer(few_shot.tokenizer) if few_shot else None
     identity = {
-        "inputs": [[one.name, one.adapter, *map(file_digest, one.paths)] for one in data_sets],
+        "inputs": [[one.name, one.adapter, *(contents_digest(file.path) for file in one.files)] for one in data_sets],
         "max_contexts": settings.max_contexts,
         "seed": settings.seed,
         "write": settings.write,

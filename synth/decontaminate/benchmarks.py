@@ -1,4 +1,4 @@
-"""Benchmark items of a recipe: rows of JSON Lines, or the test and validation documents of lm-eval tasks.
+"""Benchmark items of a recipe: rows of files in any format of inputs, or the documents of lm-eval tasks.
 
 Downloads nothing: the data of a task must be on this machine (HF_HUB_OFFLINE=0 allows downloads).
 """
@@ -6,33 +6,35 @@ Downloads nothing: the data of a task must be on this machine (HF_HUB_OFFLINE=0 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.settings import Settings
-from ipt_jax.corpus.sources import find_files, read_jsonl
+from ipt_jax.core.settings import PathText, Settings
+from ipt_jax.corpus.sources import find_files, read_rows, row_word
 from synth.decontaminate.ngram_index import BenchmarkItem
-
-BINARY = (".parquet", ".arrow", ".array_record")
 
 
 class BenchmarkSettings(Settings):
-    """Set `path` (JSON Lines files) or `task` (an lm-eval task, group or task file).
+    """Set `path` (files in any format of inputs, or a data set) or `task` (an lm-eval task, group or task file).
 
     A field may be nested (`choices.text`). If its first name is a list of blocks (`qa.question`), each block is an
     item. Each text of a list in a field counts as a field of the item.
     """
 
-    path: str | None = None
-    """JSON Lines files. Set either `path` or `task`."""
+    path: PathText | None = None
+    """File, directory, glob, URL or `hf:NAME` (docs/reference/inputs.md). Set either `path` or `task`."""
     task: str | None = None
     """lm-eval task, group or task file. Needs the extra evals."""
     fields: list[str] = Field(min_length=1)
     """Fields with the text to search for; `choices.text` names a nested field."""
     name: str | None = None
     """Name in reports. null: the task, or the name of the file."""
+    split: str | None = None
+    """Split of a data set, such as test. It also selects files by name."""
+    subset: str | None = None
+    """Subset (configuration) of a Hugging Face data set."""
 
     @model_validator(mode="after")
     def _path_or_task(self) -> Self:
@@ -48,7 +50,7 @@ class BenchmarkSettings(Settings):
 def read_items(number: int, settings: BenchmarkSettings) -> list[BenchmarkItem]:
     """The items of benchmark `number` of the recipe. Raises UserError if a row lacks a field, or no row has text."""
     items = []
-    rows = task_rows(settings.task) if settings.task is not None else file_rows(settings.path or "")
+    rows = task_rows(settings.task) if settings.task is not None else file_rows(settings)
     for where, row_id, row in rows:
         for item_id, block in blocks(row_id, row, settings.fields):
             texts = [text for field in settings.fields for text in field_texts(block, field, where)]
@@ -58,14 +60,21 @@ def read_items(number: int, settings: BenchmarkSettings) -> list[BenchmarkItem]:
     return items
 
 
-def file_rows(path: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(place for messages, id, row) of every row of JSON Lines files."""
-    for file in find_files(path):
-        if file.is_dir() or file.suffix in BINARY:
-            raise UserError(f"benchmark {file}: not JSON Lines; use a .jsonl file with one question per line")
-        for line, row in read_jsonl(file):
+class BenchmarkFiles(NamedTuple):
+    path: str
+    split: str | None
+    subset: str | None
+
+
+def file_rows(settings: BenchmarkSettings) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(place for messages, id, row) of every row of the files of a benchmark."""
+    for file in find_files(BenchmarkFiles(settings.path or "", settings.split, settings.subset)):
+        if file.form in ("shards", "tfds"):
+            raise UserError(f"benchmark {file.path}: has no rows of questions; set files of rows or a data set")
+        for number, row in read_rows(file):
             named = row.get("id")
-            yield f"benchmark {file}: line {line}", f"{file.name}:{line}" if named is None else plain(named), row
+            row_id = f"{file.name}:{number}" if named is None else plain(named)
+            yield f"benchmark {file.path}: {row_word(file)} {number}", row_id, row
 
 
 def task_rows(name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:

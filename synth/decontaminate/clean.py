@@ -19,10 +19,11 @@ import msgspec
 
 from ipt_jax.core.hashing import file_digest
 from ipt_jax.core.stage import NewShard
+from ipt_jax.corpus.duplicates import read_once
 from ipt_jax.corpus.records import Document, Pair, SynthGroup, encode
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
 from ipt_jax.corpus.shards import Shards
-from ipt_jax.corpus.sources import Unit, read_unit
+from ipt_jax.corpus.sources import Unit
 from synth.decontaminate.ngram_index import Finder, MatchedItems, NgramIndex
 from synth.format.parser import reject
 from synth.format.wire import ANSWER_CUE, COT_CUE, OPTIONS_CUE, final_answer, question_stem
@@ -123,6 +124,7 @@ class CleanItem(NamedTuple):
     settings: SourceSettings
     label: str
     groups: bool
+    duplicates: list[int]
 
 
 def clean_records(needles: Path, needles_digest: str, item: CleanItem, shard: NewShard) -> Iterator[bytes]:
@@ -151,10 +153,10 @@ def load_finder(path: Path, digest: str) -> Finder:
 
 def read_records(item: CleanItem, dropped: Counter[str]) -> Iterator[CheckedRecord]:
     if item.groups:
-        shards = Shards(item.unit.path, verify=False)
+        shards = Shards(item.unit.file.path, verify=False)
         yield from (decode_group(record, shards) for record in shards.stream(item.unit.start))
         return
-    for row in read_unit(item.unit, item.settings):
+    for row in read_once(item.unit, item.settings, item.duplicates):
         if isinstance(row, Dropped):
             dropped[row.reason] += 1
         else:

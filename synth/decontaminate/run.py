@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from rich.console import Console
@@ -26,12 +26,14 @@ from rich.text import Text
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import TEMPORARY, writing
 from ipt_jax.core.hashing import digest, file_digest
-from ipt_jax.core.settings import Settings
-from ipt_jax.core.stage import Output, load_manifest, make_shards, sum_counts
+from ipt_jax.core.manifest import load_manifest
+from ipt_jax.core.settings import PathText, Settings
+from ipt_jax.core.stage import Output, make_shards, sum_counts
+from ipt_jax.corpus.duplicates import find_duplicates
 from ipt_jax.corpus.records import SynthGroup
-from ipt_jax.corpus.row_reader import SourceSettings
+from ipt_jax.corpus.row_reader import OneOrMore, SourceSettings
 from ipt_jax.corpus.shards import Shards
-from ipt_jax.corpus.sources import plan_units, source_identity
+from ipt_jax.corpus.sources import Corpus
 from synth.decontaminate.benchmarks import BenchmarkSettings, read_items
 from synth.decontaminate.clean import REMOVED, CleanItem, clean_records
 from synth.decontaminate.ngram_index import BenchmarkItem, NgramIndex
@@ -57,9 +59,9 @@ class DecontaminateInput(SourceSettings):
 class DecontaminateSettings(Settings):
     """The recipe of `synth decontaminate`."""
 
-    inputs: list[DecontaminateInput] = Field(min_length=1)
+    inputs: Annotated[list[DecontaminateInput], OneOrMore] = Field(min_length=1)
     """Sources to clean: groups, documents or raw texts."""
-    benchmarks: list[BenchmarkSettings] = Field(min_length=1)
+    benchmarks: Annotated[list[BenchmarkSettings], OneOrMore] = Field(min_length=1)
     """Benchmarks to compare with."""
     ngram: int = Field(13, ge=2, le=1000)
     """Consecutive words that count as a match."""
@@ -67,7 +69,7 @@ class DecontaminateSettings(Settings):
     """Minimum words of a benchmark item. Shorter items are skipped and counted."""
     workers: int | None = Field(default=None, ge=1)
     """Worker processes. null: one per CPU core."""
-    output: str
+    output: PathText
     """Directory to write, not one of the inputs. It must be empty or hold output of this command, which is resumed."""
 
 
@@ -81,10 +83,16 @@ def run_decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:
     needles = NgramIndex.build(items, names, settings.ngram, settings.shortest)
     root = Path(settings.output)
     with ExitStack() as stack:
-        outputs = [stack.enter_context(open_output(settings, one, items)) for one in settings.inputs]
+        corpora = [
+            Corpus(SourceSettings(**one.model_dump(exclude={"name"}, exclude_unset=True))) for one in settings.inputs
+        ]
+        outputs = [
+            stack.enter_context(open_output(settings, one, corpus, items))
+            for one, corpus in zip(settings.inputs, corpora, strict=True)
+        ]
         work = [
-            (output, [CleanItem(unit, one, one.label, output.shard_name == "groups") for unit in plan_units(one)])
-            for one, output in zip(settings.inputs, outputs, strict=True)
+            (output, clean_items(settings, one, corpus, output))
+            for one, corpus, output in zip(settings.inputs, corpora, outputs, strict=True)
         ]
         file = (root / NEEDLES).absolute()
         with writing(root):
@@ -133,19 +141,35 @@ def check_directories(settings: DecontaminateSettings) -> None:
             raise UserError(f"output {root}: holds {path.name!r}, not of this stage; set an empty directory")
 
 
-def open_output(settings: DecontaminateSettings, source: DecontaminateInput, items: list[BenchmarkItem]) -> Output:
+def clean_items(
+    settings: DecontaminateSettings, source: DecontaminateInput, corpus: Corpus, output: Output
+) -> list[CleanItem]:
+    """What each shard of an input is made of."""
+    corpus.restore(output.manifest)
+    units = corpus.units()
+    found = find_duplicates(corpus, units, drop=False, workers=settings.workers, label="synth decontaminate")
+    groups = output.shard_name == "groups"
+    return [
+        CleanItem(unit, source, source.label, groups, found.texts.get(number, [])) for number, unit in enumerate(units)
+    ]
+
+
+def open_output(
+    settings: DecontaminateSettings, source: DecontaminateInput, corpus: Corpus, items: list[BenchmarkItem]
+) -> Output:
     """The output of one input, identified by the contents of the input and the words of the benchmarks."""
     words: dict[str, list[Any]] = {one.label: [] for one in settings.benchmarks}
     for item in items:
         words[settings.benchmarks[item.benchmark].label].append([item.id, *item.fields])
     identity = {
-        "input": source_identity(SourceSettings(**source.model_dump(exclude={"name"}))),
+        "input": corpus.identity(),
         "benchmarks": {name: digest(listed) for name, listed in words.items()},
         **settings.model_dump(include={"ngram", "shortest"}),
     }
     shard_name = "groups" if holds_groups(source) else "documents"
     path = Path(settings.output) / source.label
-    return Output(path, stage=STAGE, identity=identity, shard_name=shard_name, remake=True)
+    inputs = corpus.inputs()
+    return Output(path, stage=STAGE, identity=identity, shard_name=shard_name, remake=True, inputs=inputs)
 
 
 def holds_groups(source: DecontaminateInput) -> bool:

@@ -25,12 +25,13 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import write_whole, writing
-from ipt_jax.core.hashing import digest, file_digest
+from ipt_jax.core.hashing import digest
 from ipt_jax.core.html import write_page
 from ipt_jax.core.progress import Progress
 from ipt_jax.core.seeding import uniform
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.settings import PathText, Settings
 from ipt_jax.core.stage import Output, format_counts
+from ipt_jax.corpus.paths import contents_digest
 from ipt_jax.corpus.records import Document, GroupText, Pair, Segment, SynthGroup, decode, encode
 from ipt_jax.corpus.shards import read_shard
 from synth.collect.data_sets import CollectInput, DataSet, RowTally, find_data_sets, merge_examples, read_examples
@@ -49,7 +50,7 @@ from synth.evaluate.quality import ANSWERS, FAILED, EvalTask, Helper, TextKey, r
 from synth.format.prompt import Prompt
 from synth.format.truncate import Span
 from synth.format.wire import ANSWER_CUE, ANSWER_TAG, END_TAG, FORMAT, PAIR_SEPARATOR, QUESTION_TAG
-from synth.generate.few_shot import Chain, make_chain
+from synth.generate.few_shot import Chain, make_chain, seed_identity
 from synth.generate.journal import Journal
 from synth.generate.run import withdrawn_if_empty
 from synth.generate.scheduler import Answers, run_groups
@@ -74,7 +75,7 @@ class EvalSettings(Settings):
 
     synthesizer: SynthesizerSettings | None = None
     """Model and engine that write pairs and answers. null: score `groups`, or the rules of `synth mine`."""
-    groups: str | None = None
+    groups: PathText | None = None
     """Output of `synth run`, `mine` or `verify` over the same texts, to score instead. Answers are not measured."""
     tasks: list[TaskSettings] = Field(min_length=1)
     """Data sets with gold pairs."""
@@ -88,7 +89,7 @@ class EvalSettings(Settings):
     """Model whose loss on gold answers is measured with and without the pairs in its prompt. null: not measured."""
     seed: int = 0
     """Random seed of all draws. A draw depends only on the seed and an id."""
-    output: str
+    output: PathText
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
     @field_validator("groups")
@@ -157,7 +158,10 @@ def evaluation_identity(settings: EvalSettings) -> tuple[dict[str, Any], Chain |
     """What the stored groups depend on, by contents, and the chain of the synthesizer."""
     identity: dict[str, Any] = {
         "format": FORMAT,
-        "tasks": [[one.name, one.adapter, *map(file_digest, one.paths)] for one in map(data_set_of, settings.tasks)],
+        "tasks": [
+            [one.name, one.adapter, *(contents_digest(file.path) for file in one.files)]
+            for one in map(data_set_of, settings.tasks)
+        ],
         **settings.model_dump(include={"few_shot", "limit", "seed"}),
         "helper": None,
         "groups": settings.groups and groups_digest(open_groups(settings.groups)),
@@ -169,9 +173,7 @@ def evaluation_identity(settings: EvalSettings) -> tuple[dict[str, Any], Chain |
         return identity, None
     seeds, model = settings.seed_examples, settings.synthesizer
     tokenizer = synthesizer_tokenizer(model)
-    if seeds and not Path(seeds.path).is_file():
-        raise UserError(f"seed_examples {seeds.path}: no such file; set it to JSON Lines of {{context, qa}}, or null")
-    identity["seed_examples"] = seeds and {"contents": file_digest(seeds.path), "count": seeds.count}
+    identity["seed_examples"] = seed_identity(seeds)
     identity["synthesizer"] = synthesizer_identity(model, tokenizer)
     return identity, make_chain(run_settings(settings, model), tokenizer, identity)
 
@@ -180,7 +182,7 @@ def run_settings(settings: EvalSettings, model: SynthesizerSettings) -> RunSetti
     """The recipe of `synth run` whose groups are scored."""
     return RunSettings(
         synthesizer=model,
-        corpus=CorpusSettings(path=settings.tasks[0].path),
+        corpus=[CorpusSettings(path=settings.tasks[0].path)],
         rounds=max(1, settings.few_shot),
         seed_examples=settings.seed_examples,
         seed=settings.seed,
@@ -316,7 +318,7 @@ def existing_pairs(settings: EvalSettings, groups: list[list[Group]]) -> FindPai
     None for a text that is in no group. Raises UserError if that holds for all texts.
     """
     if settings.groups is None:
-        rules = MineSettings(corpus=CorpusSettings(path="-"), seed=settings.seed, output="-")
+        rules = MineSettings(corpus=[CorpusSettings(path="-")], seed=settings.seed, output="-")
         return lambda text: mine_text(text, rules, Counter())
     found: dict[str, list[Pair]] = {}
     for group in read_groups(settings.groups):

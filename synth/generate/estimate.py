@@ -20,7 +20,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.progress import Progress, format_rate
 from ipt_jax.core.seeding import uniform
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
-from ipt_jax.corpus.sources import plan_units
+from ipt_jax.corpus.sources import Corpus
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
 from synth.engine import open_engine, synthesizer_tokenizer
@@ -76,11 +76,12 @@ def run_estimate(settings: RunSettings, size: int, price_per_hour: float | None)
 def draw_sample(settings: RunSettings, size: int, tokenizer: Tokenizer) -> Sample:
     """`size` different texts for each M; a third of the corpus each if it has fewer than three times `size`."""
     count = 0
+    corpus = Corpus(settings.corpus)
 
     def counted() -> Iterator[Text]:
         nonlocal count
         with Progress(None, "texts", "synth run: counting texts") as progress:
-            for text in read_texts(settings, tokenizer, plan_units(settings.corpus)):
+            for text in read_texts(settings, tokenizer, corpus.units()):
                 count += 1
                 progress.advance()
                 yield text
@@ -91,7 +92,7 @@ def draw_sample(settings: RunSettings, size: int, tokenizer: Tokenizer) -> Sampl
     drawn = heapq.nsmallest(len(ROUNDS) * size, counted(), key=draw)
     if len(drawn) < (least := len(ROUNDS) * max(ROUNDS)):
         raise UserError(
-            f"--estimate {size}: corpus {settings.corpus.path} has {count} texts to convert, expected {least}, a group "
+            f"--estimate {size}: corpus {corpus.name} has {count} texts to convert, expected {least}, a group "
             "of three for each M; run without --estimate"
         )
     parts = {

@@ -17,10 +17,12 @@ from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.hashing import digest
 from ipt_jax.core.seeding import uniform
 from ipt_jax.core.stage import format_counts
+from ipt_jax.corpus.paths import contents_digest
 from ipt_jax.corpus.records import Document, GroupText, SynthGroup
+from ipt_jax.corpus.sources import find_files
 from ipt_jax.corpus.tokenizer import Tokenizer
-from synth.collect.data_sets import DataSet, RowTally, merge_examples, read_examples
-from synth.config import OPTIONAL_MEANING, RunSettings, SynthesizerSettings
+from synth.collect.data_sets import CollectInput, DataSet, RowTally, merge_examples, read_examples
+from synth.config import OPTIONAL_MEANING, RunSettings, SeedExamples, SynthesizerSettings
 from synth.engine.base import FAILURES, Completion, Engine, GenerationRequest, RequestFailed, with_retries
 from synth.format.chat import ChatPrompt, chat_format, text_tokens
 from synth.format.parser import parse_completion
@@ -210,6 +212,17 @@ def make_chain(settings: RunSettings, tokenizer: Tokenizer, identity: dict[str, 
     return replace(chain, examples=load_seed_examples(settings, tokenizer, chain.new_prompt()))
 
 
+def seed_identity(seeds: SeedExamples | None) -> dict[str, Any] | None:
+    """The seed examples as part of a fingerprint. Raises UserError if they are missing."""
+    if seeds is None:
+        return None
+    try:
+        contents = [contents_digest(file.path) for file in find_files(CollectInput(path=seeds.path))]
+    except UserError as error:
+        raise UserError(str(error).replace("input", "seed_examples", 1)) from error
+    return {"contents": contents[0] if len(contents) == 1 else contents, "count": seeds.count}
+
+
 def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer, prompt: Prompt | ChatPrompt) -> list[Any]:
     """The seed examples: token ids, BOS to EOS, or turns of a chat. Raises UserError if too few rows of the file fit.
 
@@ -222,7 +235,7 @@ def load_seed_examples(settings: RunSettings, tokenizer: Tokenizer, prompt: Prom
     path, count = settings.seed_examples.path, settings.seed_examples.count
     share = settings.synthesizer.max_prompt_tokens // (count + 1)
     tally = RowTally()
-    rows = merge_examples(read_examples(DataSet("seeds", "generic", [Path(path)]), tally))
+    rows = merge_examples(read_examples(DataSet("seeds", "generic", find_files(CollectInput(path=path))), tally))
     if not rows:
         raise UserError(f"seed_examples {path}: no row has pairs ({tally.misfit or format_counts(tally.dropped)})")
     rows.sort(key=lambda one: (-min(len(one.pairs), ENOUGH_PAIRS), uniform(settings.seed, "seed_examples", one.id)))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import TEMPORARY, sync_directory, writing
 from ipt_jax.core.progress import Progress
@@ -41,7 +43,6 @@ class GroupStore:
     ) -> None:
         self.output, self.work_list, self.groups_per_shard = output, work_list, groups_per_shard
         self.acceptance = acceptance
-        self.shards = -(-work_list.groups // groups_per_shard)
         self.counts: Counter[str] = Counter()
         self._open: dict[int, OpenShard] = {}
         for entry in output.entries.values():
@@ -69,7 +70,18 @@ class GroupStore:
 
     @property
     def open_shards(self) -> list[int]:
-        return [shard for shard in range(self.shards) if shard not in self.output.entries]
+        listed = range(self.work_list.first_shard, self.shards)
+        return [shard for shard in listed if shard not in self.output.entries]
+
+    @property
+    def texts(self) -> int:
+        """Texts of the finished output."""
+        return self.work_list.texts_before + self.work_list.texts
+
+    @property
+    def shards(self) -> int:
+        """Shards of the finished output."""
+        return self.work_list.first_shard + len(self.work_list.shards)
 
     def __contains__(self, index: int) -> bool:
         shard, place = divmod(index, self.groups_per_shard)
@@ -84,17 +96,11 @@ class GroupStore:
 
     def _seal_if_full(self, shard: int) -> None:
         held = self._open[shard]
-        size = min(self.groups_per_shard, self.work_list.groups - shard * self.groups_per_shard)
-        if len(held) < size:
+        if len(held) < self.work_list.shards[shard - self.work_list.first_shard].groups:
             return
-        dropped = counts_under(held.counts, DROPPED)
-        counts = {name: count for name, count in held.counts.items() if not name.startswith(DROPPED)}
-        if shard == 0:  # rows that were dropped before groups were formed are counted once
-            dropped = dict(Counter(dropped) + Counter(self.work_list.dropped))
-        records = (held.read(place) for place in range(size) if place not in held.empty)
-        self.output.seal(shard, self.shards, records, counts=counts, dropped=dropped)
-        self._open.pop(shard).close()
-        self.journal_path(shard).unlink()
+        # Rows that were dropped before groups were formed are counted once.
+        rows = self.work_list.dropped if shard == self.work_list.first_shard else {}
+        seal(self.output, shard, self.shards, self._open.pop(shard), rows)
 
     def close(self) -> None:
         for held in self._open.values():
@@ -105,6 +111,16 @@ class GroupStore:
         assert not self.open_shards, self.open_shards
         if (self.output.path / "spool").is_dir():
             (self.output.path / "spool").rmdir()
+
+
+def seal(output: Output, shard: int, shards: int, held: "OpenShard", rows: dict[str, int]) -> None:
+    """Makes a shard of a journal, which is removed. `rows`: further drops to count in the shard."""
+    dropped = dict(Counter(counts_under(held.counts, DROPPED)) + Counter(rows))
+    counts = {name: count for name, count in held.counts.items() if not name.startswith(DROPPED)}
+    records = (held.read(place) for place in sorted(held) if place not in held.empty)
+    output.seal(shard, shards, records, counts=counts, dropped=dropped)
+    held.close()
+    held.path.unlink()
 
 
 def journals(output: Output) -> list[Path]:
@@ -170,7 +186,7 @@ def failed_texts(counts: Mapping[str, int]) -> dict[str, int]:
 def show_progress(store: GroupStore, **fixed: object) -> Iterator[Callable[[], None]]:
     """Shows the figures of all stored groups and the speed of this call. Yields the function that refreshes them."""
     began, tokens, shown = time.monotonic(), store.counts["completion_tokens"], 0.0
-    with Progress(store.work_list.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
+    with Progress(store.texts, "texts", "synth run", done=store.counts["texts"]) as progress:
 
         def refresh(least_seconds: float = REFRESH_SECONDS) -> None:
             nonlocal shown
@@ -199,6 +215,36 @@ def figures(counts: Counter[str]) -> dict[str, object]:
         "rejected": reasons or "none",
         "cached": f"{counts['cached_prompt_tokens'] / max(1, counts['prompt_tokens']):.0%}",
     }
+
+
+# ---- `synth run --extend`
+
+
+def first_new_shard(output: Output) -> int:
+    """The first shard of the last extension; 0 for an output that was not extended."""
+    extensions = output.manifest.extensions
+    return extensions[-1].first_shard if extensions is not msgspec.UNSET else 0
+
+
+def next_shard(output: Output) -> int:
+    """The number after all shards, sealed or open."""
+    return max([-1, *output.entries, *(int(path.stem) for path in journals(output))]) + 1
+
+
+def journals_before(output: Output, shard: int) -> list[Path]:
+    """The journals of shards before a number that are not sealed."""
+    return [path for path in journals(output) if int(path.stem) < shard and int(path.stem) not in output.entries]
+
+
+def seal_journals(output: Output) -> None:
+    """Seals all journals with the groups that they hold."""
+    for path in journals_before(output, total := next_shard(output)):
+        held = OpenShard(path, None)
+        if any(place not in held.empty for place in held):
+            seal(output, int(path.stem), total, held, {})
+        else:
+            held.close()
+            path.unlink()
 
 
 # ---- `synth run --retry-failed`

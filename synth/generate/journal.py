@@ -90,5 +90,12 @@ class Journal:
         os.close(self._file)
 
 
+def read_journal(path: Path) -> Iterator[bytes]:
+    """The records of a journal that no other process writes."""
+    journal = Journal(path)
+    yield from map(journal.read, journal)
+    journal.close()
+
+
 def crc(place: int, payload: bytes) -> int:
     return zlib.crc32(payload, zlib.crc32(place.to_bytes(4, "little")))

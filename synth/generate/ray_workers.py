@@ -16,6 +16,7 @@ from typing import Any
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.executor import connect_ray
+from ipt_jax.corpus.paths import is_remote
 from ipt_jax.corpus.records import SynthGroup, encode
 from synth.config import RunSettings
 from synth.engine import open_engine
@@ -36,7 +37,12 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
     """With `executor: ray`: actors have another working directory."""
     if settings.executor != "ray":
         return settings
-    corpus = settings.corpus.model_copy(update={"path": os.path.abspath(settings.corpus.path)})
+    corpus = [
+        one
+        if is_remote(one.path) or one.path.startswith(HUB)
+        else one.model_copy(update={"path": os.path.abspath(one.path)})
+        for one in settings.corpus
+    ]
     given = settings.synthesizer.model_dump(include={"model", "lora", "prompt_file"})
     absolute = {name: os.path.abspath(path) for name, path in given.items() if path and not path.startswith(HUB)}
     synthesizer = settings.synthesizer.model_copy(update=absolute)

@@ -18,31 +18,53 @@ from typing import Any
 
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.files import refuse_foreign, writing
-from ipt_jax.core.hashing import FileHashCache, file_digest
-from ipt_jax.core.stage import Manifest, Output, format_counts
+from ipt_jax.core.hashing import FileHashCache
+from ipt_jax.core.manifest import Manifest
+from ipt_jax.core.stage import Output, format_counts
 from ipt_jax.corpus.records import SynthGroup
-from ipt_jax.corpus.sources import source_identity
+from ipt_jax.corpus.sources import Corpus
 from ipt_jax.corpus.tokenizer import Tokenizer
 from synth.config import RunSettings
 from synth.engine import open_engine, synthesizer_identity, synthesizer_tokenizer
 from synth.engine.base import Engine, EngineDied, EngineNotStarted
 from synth.format.wire import FORMAT
 from synth.generate.acceptance import Acceptance
-from synth.generate.few_shot import RERUN, Chain, make_chain
-from synth.generate.group_store import DETAILS, RARE_DETAILS, GroupStore, failed_texts, remove_failed, show_progress
+from synth.generate.few_shot import RERUN, Chain, make_chain, seed_identity
+from synth.generate.group_store import (
+    DETAILS,
+    RARE_DETAILS,
+    GroupStore,
+    failed_texts,
+    first_new_shard,
+    journals_before,
+    next_shard,
+    remove_failed,
+    seal_journals,
+    show_progress,
+)
 from synth.generate.ray_workers import fill_with_ray, with_absolute_paths
 from synth.generate.scheduler import run_groups
-from synth.generate.work_list import corpus_states, form_groups, list_work, load_work, refuse_changes, save_work
+from synth.generate.work_list import (
+    Earlier,
+    WorkList,
+    corpus_states,
+    form_groups,
+    list_work,
+    load_work,
+    refuse_changes,
+    save_work,
+)
 from synth.groups import Group, counts_under, rejection_counts
 from synth.verify.verifier import VERSION, score_figures
 
 WORK = "worklist"  # folder in the output: the work list, and digests of the files of corpus and model
 
 
-def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str, Any]:
+def run_synth(settings: RunSettings, *, retry_failed: bool = False, extend: bool = False) -> dict[str, Any]:
     """Generates the missing groups; `retry_failed`: and the groups with a failed text. Returns the run's figures.
 
-    `seconds` are those of this call.
+    `extend`: the corpus has more texts than that of the output; groups of the new ones are added. `seconds` are those
+    of this call.
     """
     started = time.monotonic()
     refuse_output(Path(settings.output))
@@ -50,28 +72,30 @@ def run_synth(settings: RunSettings, *, retry_failed: bool = False) -> dict[str,
     settings = with_absolute_paths(settings)
     tokenizer = synthesizer_tokenizer(settings.synthesizer)
     hashes = FileHashCache(Path(settings.output) / WORK / "digests.json")
-    states = corpus_states(settings)  # before the files are hashed
-    identity = run_identity(settings, tokenizer, hashes)
+    corpus = Corpus(settings.corpus)
+    states = corpus_states(corpus)  # before the files are hashed
+    identity = run_identity(settings, corpus, tokenizer, hashes)
     chain = make_chain(settings, tokenizer, identity)
     acceptance = Acceptance(report)
-    with open_output(settings.output, identity) as output, withdrawn_if_empty(output, fresh):
-        if not output.manifest.complete or (retry_failed and output.manifest.summary["failed"]):
-            path = output.path / WORK / "list.json"
-            work = load_work(path, chain.fingerprint) or list_work(settings, tokenizer, chain.fingerprint)
-            work.states = states
-            refuse_changes(settings, states)  # a list of other contents than were hashed must not be stored
-            with writing(path):
-                save_work(path, work)
-                hashes.save()
+    with open_output(settings, identity, corpus, extend) as output, withdrawn_if_empty(output, fresh):
+        if not output.manifest.complete or output.extension or (retry_failed and output.manifest.summary["failed"]):
             if retry_failed:
                 report(f"{remove_failed(output, settings.groups_per_shard):,} groups with failed texts are retried")
+            with writing(output.path):
+                work = open_work(settings, chain, output, corpus)
+                work.states = states
+                refuse_changes(states)  # a list of other contents than were hashed must not be stored
+                save_work(output.path / WORK / "list.json", work)
+                hashes.save()
             with closing(GroupStore(output, work, settings.groups_per_shard, acceptance)) as store:
                 fill(settings, chain, store)
                 store.remove_journals()
                 refuse_failure(store.counts, chain.failures.last)
             output.finish(summarize(output.manifest, settings.synthesizer.engine))
-        elif retry_failed:
-            report("no text has failed; there is nothing to do")
+        elif retry_failed or extend:
+            report(
+                "no text has failed; there is nothing to do" if retry_failed else "the corpus has no new files or rows"
+            )
         summary = output.manifest.summary
     if failed := summary["failed"]:
         count = f"{sum(failed.values()):,} of {summary['texts']:,}"
@@ -95,23 +119,55 @@ def report(line: str) -> None:
     print(f"synth run: {line}", file=sys.stderr)
 
 
-def run_identity(settings: RunSettings, tokenizer: Tokenizer, hashes: FileHashCache) -> dict[str, Any]:
+def run_identity(settings: RunSettings, corpus: Corpus, tokenizer: Tokenizer, hashes: FileHashCache) -> dict[str, Any]:
     """What the groups depend on, by contents: neither paths nor settings that change only the speed."""
-    seeds = settings.seed_examples
-    if seeds and not Path(seeds.path).is_file():
-        raise UserError(f"seed_examples {seeds.path}: no such file; set it to JSON Lines of {{context, qa}}, or null")
     return {
         "synthesizer": synthesizer_identity(settings.synthesizer, tokenizer, hashes),
         "format": FORMAT,
-        "corpus": source_identity(settings.corpus, hashes),
+        "corpus": corpus.identity(hashes),
+        **settings.model_dump(include={"drop_duplicates"}, exclude_defaults=True),
         "verify": settings.verify and {"scores": sorted(set(settings.verify)), "version": VERSION},
-        "seed_examples": seeds and {"contents": file_digest(seeds.path), "count": seeds.count},
+        "seed_examples": seed_identity(settings.seed_examples),
         **settings.model_dump(include={"rounds", "grouping", "long_texts", "seed", "groups_per_shard"}),
     }
 
 
-def open_output(path: str, identity: dict[str, Any]) -> Output:
-    return Output(path, stage="synth", identity=identity, shard_name="groups")
+def open_output(settings: RunSettings, identity: dict[str, Any], corpus: Corpus, extend: bool) -> Output:
+    return Output(
+        settings.output,
+        stage="synth",
+        identity=identity,
+        shard_name="groups",
+        inputs=corpus.inputs(),
+        extend=extend,
+        cure=", convert new texts with --extend",
+    )
+
+
+def open_work(settings: RunSettings, chain: Chain, output: Output, corpus: Corpus) -> WorkList:
+    """The work list of the output, stored or new.
+
+    An extension lists what the shards before it lack. These cannot be completed, as their corpus has changed: open ones
+    are sealed with the groups that they hold. What a lost shard of them held is listed in a further extension.
+    """
+    path, first = output.path / WORK / "list.json", first_new_shard(output)
+    corpus.restore(output.extension or output.manifest)
+    work = None if output.extension else load_work(path, chain.fingerprint, first)
+    earlier = Earlier(output, first, journals_before(output, first)) if first else None
+    lost = work is None and next_shard(output) > first
+    if output.extension or (earlier and (lost or earlier.open or (work and work.texts_before != len(earlier)))):
+        first = next_shard(output)
+        work = load_work(path, chain.fingerprint, first)  # a kill came before the extension began
+        earlier = Earlier(output, first, journals_before(output, first))
+        if work is None or work.texts_before != len(earlier):
+            work = list_work(settings, chain.tokenizer, chain.fingerprint, corpus, earlier)
+            save_work(path, work)
+        output.begin_extension(first)
+        seal_journals(output)
+    if work is None:
+        work = list_work(settings, chain.tokenizer, chain.fingerprint, corpus)
+    work.files, work.earlier = corpus.files, earlier
+    return work
 
 
 @contextmanager
@@ -140,7 +196,7 @@ def fill(settings: RunSettings, chain: Chain, store: GroupStore) -> None:
         if isinstance(error, EngineNotStarted):
             raise
         raise Fault(
-            f"{str(error).rstrip('.')}; {store.counts['texts']:,} of {store.work_list.texts:,} texts are stored in "
+            f"{str(error).rstrip('.')}; {store.counts['texts']:,} of {store.texts:,} texts are stored in "
             f"{settings.output}; rerun the same command to resume"
         ) from error
 

@@ -3,36 +3,41 @@
 Guaranteed: whether a text is converted depends on (seed, id) alone; the groups depend on the corpus and the settings
 alone. A shard of `groups_per_shard` groups is a run of neighbouring texts, and a group never crosses its end.
 
-One pass over the corpus makes the list, counts dropped rows and refuses duplicate ids. It is stored in the output
-directory with a checksum and the run's fingerprint, so a resumed run does not read the corpus again. It holds no paths:
-the corpus may move. Memory: 30 bytes per shard and 50 per unit of 8 MiB of corpus.
+Two passes over the corpus make the list: one finds duplicates, one counts dropped rows and cuts shards. The list is
+stored in the output directory with a checksum and the run's fingerprint, so a resumed run does not read the corpus
+again. It holds no paths and no names: files may move, and they are matched by their contents. Memory: 30 bytes per
+shard, 50 per unit of 8 MiB of corpus, and 8 per dropped duplicate.
+
+With `synth run --extend` the list is of the texts that the output lacks, and its shards follow those of the output.
 """
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import write_whole
-from ipt_jax.core.hashing import FileState, digest, file_state, hash64, refuse_change
+from ipt_jax.core.hashing import FileState, digest, hash64
 from ipt_jax.core.progress import Progress
-from ipt_jax.core.seeding import uniform
-from ipt_jax.core.stage import format_counts
-from ipt_jax.corpus.records import Document
+from ipt_jax.core.stage import Output, format_counts, sum_counts
+from ipt_jax.corpus.duplicates import Rows, find_duplicates, read_once, report_duplicates
+from ipt_jax.corpus.paths import is_remote, refuse_changed, state_of
+from ipt_jax.corpus.records import Document, SynthGroup, decode
 from ipt_jax.corpus.row_reader import Dropped
-from ipt_jax.corpus.sources import Form, Unit, input_paths, plan_units, read_unit
+from ipt_jax.corpus.shards import read_shard
+from ipt_jax.corpus.sources import Corpus, InputFile, Unit
 from ipt_jax.corpus.tokenizer import Tokenizer
-from synth.config import RunSettings
+from synth.config import RunSettings, is_converted
 from synth.format.chat import text_tokens
 from synth.format.prompt import context_tokens
 from synth.format.truncate import Span, split_text, surely_fits
+from synth.generate.journal import read_journal
 from synth.groups import Group, full_span, group_key, make_group, neighbours
 
 UNIT_BYTES = 8 << 20  # half of it, on average, is read in vain to start at a row in the middle of a unit
@@ -64,10 +69,10 @@ class Shard(NamedTuple):
 
 
 class ListedUnit(NamedTuple):
-    """A unit of the corpus without its path: `input` is the number of its file."""
+    """A unit of the corpus by the numbers of its files: `files` of them from `first` on."""
 
-    input: int
-    form: Form
+    first: int
+    files: int
     start: int
     stop: int
     rows_before: int
@@ -75,61 +80,138 @@ class ListedUnit(NamedTuple):
 
 
 class WorkList(msgspec.Struct):
-    """`dropped`: rows by reason; `names`: of the corpus files; `states`: of these files, taken by this process."""
+    """`texts` and `groups` to generate, in shards from number `first_shard` on. `dropped`: rows by reason.
+
+    `duplicates`: rows with a text of an earlier one, by unit. Not stored: `files` and `states` of the corpus, and
+    `earlier`, the texts that are not listed again.
+    """
 
     fingerprint: str
     texts: int
     groups: int
     dropped: dict[str, int]
-    names: list[str]
     units: list[ListedUnit]
     shards: list[Shard]
+    first_shard: int = 0
+    texts_before: int = 0
+    duplicates: Rows = {}
     checksum: str = ""
-    states: list[FileState] = []  # not stored
+    files: list[InputFile] = []
+    states: dict[str, FileState] = {}
+    earlier: Any = None  # Earlier
+
+    def stored(self, checksum: str) -> "WorkList":
+        return msgspec.structs.replace(self, checksum=checksum, files=[], states={}, earlier=None)
 
     def digest(self) -> str:
         """Digest of the stored fields but the checksum."""
-        return digest(msgspec.to_builtins(msgspec.structs.replace(self, checksum="", states=[])))
+        return digest(msgspec.to_builtins(self.stored("")))
+
+    def read_units(self) -> list[Unit]:
+        files = [tuple(self.files[unit.first : unit.first + unit.files]) for unit in self.units]
+        return [Unit(of[0], *unit[2:], more=of[1:]) for of, unit in zip(files, self.units, strict=True)]
 
 
 # ---- making the list
 
 
-def list_work(settings: RunSettings, tokenizer: Tokenizer, fingerprint: str) -> WorkList:
-    """Reads every row of the corpus. Raises UserError on a bad row, a duplicate id, or a corpus without texts."""
-    states = corpus_states(settings)
-    units = plan_units(settings.corpus, UNIT_BYTES)
-    dropped: Counter[str] = Counter()
-    with DuplicateIds() as ids:
-        with Progress(len(units), "units", "synth run: work list") as progress:
+class Earlier:
+    """The spans of texts that an output holds in its shards and `open` journals before `first_shard`, 32 bytes each."""
 
-            def listed() -> Iterator[Text]:
-                for text in read_texts(settings, tokenizer, units, dropped=dropped):
-                    if text.place.unit > progress.done:
-                        progress.advance(text.place.unit - progress.done)
-                    if not text.place.part:
-                        ids.add(text.document.id)
-                    yield text
+    def __init__(self, output: Output, first_shard: int, journals: list[Path]) -> None:
+        self.first_shard, self.name, self.open = first_shard, str(output.path), bool(journals)
+        entries = [entry for number, entry in sorted(output.entries.items()) if number < first_shard]
+        self.dropped = Counter(sum_counts(entry.dropped for entry in entries))
+        del self.dropped["no_room"]  # of texts, not of rows
+        kind = np.dtype([("key", ">u8"), ("end", ">u8"), ("text", ">u8")])
+        spans = [*map(spans_of, (read_shard(output.path / entry.name) for entry in entries))]
+        spans += [spans_of(read_journal(path)) for path in journals]
+        self._spans = np.frombuffer(b"".join(spans), kind)
+        self._spans = self._spans[np.argsort(self._spans["key"])]
+        self._keys = self._spans["key"].astype(np.uint64)
+        self._seen = np.zeros(len(self._keys), bool)
 
-            shards = list(cut_shards(settings, listed()))
-            progress.advance(len(units) - progress.done)
-        if not shards:
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def holds(self, document: Document, start: int) -> bool:
+        """Whether the output has the span that begins at `start`. Raises UserError if its text has changed."""
+        key = np.frombuffer(span_key(document.id, start), ">u8").astype(np.uint64)[0]
+        place = int(np.searchsorted(self._keys, key))
+        if place == len(self._keys) or self._keys[place] != key:
+            return False
+        _, end, text = self._spans[place].tolist()
+        if int.from_bytes(hash64(document.text[start:end])) != text:
             raise UserError(
-                f"corpus {settings.corpus.path}: no text to convert (fraction {settings.corpus.fraction}, dropped: "
-                f"{format_counts(dropped)}); raise the fraction or use another corpus"
+                f"output {self.name}: text {document.id!r} has changed since it was converted, and --extend only adds; "
+                "restore it, or set another output"
             )
-        refuse_duplicates(settings, tokenizer, units, ids.suspects())
-    paths = input_paths(settings.corpus)
-    number = {path: place for place, path in enumerate(paths)}
+        self._seen[place] = True
+        return True
+
+    def refuse_missing(self) -> None:
+        if missing := int((~self._seen).sum()):
+            raise UserError(
+                f"output {self.name}: {missing:,} of its {len(self):,} texts are not in the corpus any more, and "
+                "--extend only adds; restore the files, or set another output"
+            )
+
+
+def spans_of(records: Iterator[bytes]) -> bytes:
+    texts = (text for record in records for text in decode(record, SynthGroup).texts)
+    return b"".join(span_key(one.raw_id, one.start) + one.end.to_bytes(8) + hash64(one.text) for one in texts)
+
+
+def span_key(text_id: str, start: int) -> bytes:
+    return hash64(f"{start} {text_id}")
+
+
+def list_work(
+    settings: RunSettings, tokenizer: Tokenizer, fingerprint: str, corpus: Corpus, earlier: Earlier | None = None
+) -> WorkList:
+    """Reads every row of the corpus. Raises UserError on a bad row, a duplicate id, or a corpus without texts.
+
+    `earlier`: the texts that are not listed again.
+    """
+    states = corpus_states(corpus)
+    units = corpus.units(UNIT_BYTES)
+    select = partial(is_converted, settings.seed)
+    drop = settings.drop_duplicates
+    found = find_duplicates(corpus, units, drop=drop, count=True, select=select, label="synth run")
+    report_duplicates("synth run", found, drop)
+    dropped: Counter[str] = Counter()
+    with Progress(len(units), "units", "synth run: work list") as progress:
+
+        def listed() -> Iterator[Text]:
+            for text in read_texts(settings, tokenizer, units, BEGINNING, dropped, found.texts, earlier):
+                if text.place.unit > progress.done:
+                    progress.advance(text.place.unit - progress.done)
+                yield text
+
+        shards = list(cut_shards(settings, listed()))
+        progress.advance(len(units) - progress.done)
+    if earlier is not None:
+        earlier.refuse_missing()
+        dropped -= earlier.dropped
+    elif not shards:
+        raise UserError(
+            f"corpus {corpus.name}: no text to convert (fraction {settings.corpus[0].fraction}, dropped: "
+            f"{format_counts(dropped)}); raise the fraction or use another corpus"
+        )
+    number = {file: place for place, file in enumerate(corpus.files)}
     return WorkList(
         fingerprint,
         texts=sum(shard.texts for shard in shards),
         groups=sum(shard.groups for shard in shards),
         dropped=dict(sorted(dropped.items())),
-        names=[Path(path).name for path in paths],
-        units=[ListedUnit(number[unit.path], *unit[1:]) for unit in units],
+        units=[ListedUnit(number[unit.file], len(unit.files), *unit[1:5]) for unit in units],
         shards=shards,
+        first_shard=earlier.first_shard if earlier else 0,
+        texts_before=len(earlier) if earlier else 0,
+        duplicates=found.texts,
+        files=corpus.files,
         states=states,
+        earlier=earlier,
     )
 
 
@@ -139,18 +221,22 @@ def read_texts(
     units: list[Unit],
     start: Place = BEGINNING,
     dropped: Counter[str] | None = None,
+    duplicates: Rows | None = None,
+    earlier: Earlier | None = None,
 ) -> Iterator[Text]:
     """The texts to convert from `start` on, in corpus order; unusable rows are counted in `dropped`."""
     for unit in range(start.unit, len(units)):
         first = start.row if unit == start.unit else 0
-        rows = islice(read_unit(units[unit], settings.corpus), first, None)
+        source = settings.corpus[units[unit].file.source]
+        rows = islice(read_once(units[unit], source, (duplicates or {}).get(unit, ())), first, None)
         for row, found in enumerate(rows, start=first):
             if isinstance(found, Dropped):
                 if dropped is not None:
                     dropped[found.reason] += 1
-            elif uniform(settings.seed, "fraction", found.id) < settings.corpus.fraction:
+            elif is_converted(settings.seed, source, found):
                 for part, span in enumerate(parts(settings, tokenizer, found)):
-                    if (place := Place(unit, row, part)) >= start:
+                    place = Place(unit, row, part)
+                    if place >= start and not (earlier and earlier.holds(found, span[0])):
                         yield Text(place, found, span)
 
 
@@ -185,73 +271,23 @@ def cut_shards(settings: RunSettings, texts: Iterable[Text]) -> Iterator[Shard]:
         yield Shard(start, count, groups)
 
 
-class DuplicateIds:
-    """Finds hashes of ids that occur twice, in memory that does not grow with the corpus. A context manager.
-
-    Each id adds eight bytes to one of 256 files in a temporary folder (320 MB for 40M ids); each file is sorted by
-    itself (1.2 MB at 40M ids). Different ids share a hash with a probability of 4e-5 at 40M: the result are suspects.
-    """
-
-    def __init__(self, buffer_bytes: int = 32 << 10) -> None:
-        self._buffers = [bytearray() for _ in range(256)]  # by a hash's first byte
-        self._buffer_bytes = buffer_bytes
-        self._folder = tempfile.TemporaryDirectory(prefix="synth-ids-")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._folder.cleanup()
-
-    def add(self, text_id: str) -> None:
-        found = hash64(text_id)
-        buffer = self._buffers[found[0]]
-        buffer += found
-        if len(buffer) >= self._buffer_bytes:
-            with self._path(found[0]).open("ab") as file:
-                file.write(buffer)
-            buffer.clear()
-
-    def _path(self, bucket: int) -> Path:
-        return Path(self._folder.name) / str(bucket)
-
-    def suspects(self) -> set[bytes]:
-        twice: set[bytes] = set()
-        for bucket, buffer in enumerate(self._buffers):
-            written = self._path(bucket).read_bytes() if self._path(bucket).exists() else b""
-            ordered = np.sort(np.frombuffer(written + buffer, ">u8"))
-            twice.update(int(one).to_bytes(8) for one in ordered[1:][ordered[1:] == ordered[:-1]])
-        return twice
-
-
-def refuse_duplicates(settings: RunSettings, tokenizer: Tokenizer, units: list[Unit], suspects: set[bytes]) -> None:
-    """Raises UserError naming a duplicate id: output records name their texts by id."""
-    seen: set[str] = set()
-    for text in read_texts(settings, tokenizer, units) if suspects else ():
-        name = text.document.id
-        if text.place.part or hash64(name) not in suspects:
-            continue
-        if name in seen:
-            raise UserError(f"corpus {settings.corpus.path}: duplicate id {name!r}; make the ids unique")
-        seen.add(name)
-
-
 # ---- the list on disk
 
 
 def save_work(path: Path, work: WorkList) -> None:
     work.checksum = work.digest()
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, msgspec.json.encode(msgspec.structs.replace(work, states=[])))
+    write_whole(path, msgspec.json.encode(work.stored(work.checksum)))
 
 
-def load_work(path: Path, fingerprint: str) -> WorkList | None:
-    """The work list at `path`; None if it is missing, damaged or of another run."""
+def load_work(path: Path, fingerprint: str, first_shard: int = 0) -> WorkList | None:
+    """The work list at `path`; None if it is missing, damaged or of another run or extension."""
     try:
         work = msgspec.json.decode(path.read_bytes(), type=WorkList)
     except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return work if work.fingerprint == fingerprint and work.checksum == work.digest() else None
+    ours = (work.fingerprint, work.first_shard, work.checksum) == (fingerprint, first_shard, work.digest())
+    return work if ours else None
 
 
 # ---- reading the texts of shards
@@ -259,21 +295,14 @@ def load_work(path: Path, fingerprint: str) -> WorkList | None:
 
 def form_groups(settings: RunSettings, tokenizer: Tokenizer, work: WorkList, shards: Iterable[int]) -> Iterator[Group]:
     """The groups of the shards, in order. Consecutive shards are read in one pass, others from their own places."""
-    paths = input_paths(settings.corpus)
-    if len(paths) != len(work.names):
-        missing = sorted(set(work.names) - {Path(path).name for path in paths})
-        raise UserError(
-            f"corpus {settings.corpus.path}: {len(paths)} files, {len(work.names)} at the start of the run "
-            f"({', '.join(missing[:3]) or 'none'} missing); restore them and rerun to resume"
-        )
-    units = [Unit(paths[unit.input], *unit[1:]) for unit in work.units]
-    states = dict(zip(paths, work.states, strict=True))
+    units = work.read_units()
     texts: Iterator[Text] = iter(())
     following = -1
     for shard in shards:
-        start, count, _ = work.shards[shard]
+        start, count, _ = work.shards[shard - work.first_shard]
         if shard != following:
-            texts = unchanged(read_texts(settings, tokenizer, units, start), units, start.unit, states)
+            read = read_texts(settings, tokenizer, units, start, None, work.duplicates, work.earlier)
+            texts = unchanged(read, units, start, work.states)
         together = neighbours(
             islice(texts, count), settings.rounds, lambda text: group_key(text.document, settings.grouping)
         )
@@ -282,35 +311,44 @@ def form_groups(settings: RunSettings, tokenizer: Tokenizer, work: WorkList, sha
         following = shard + 1
 
 
-def corpus_states(settings: RunSettings) -> list[FileState]:
-    """The states of the corpus files, in reading order, to be taken before they are hashed."""
-    return [file_state(path) for path in input_paths(settings.corpus)]
+def corpus_states(corpus: Corpus) -> dict[str, FileState]:
+    """The states of the corpus files, by path, to be taken before they are hashed."""
+    return {file.path: state_of(file.path) for file in corpus.files}
 
 
-def refuse_changes(settings: RunSettings, states: list[FileState]) -> None:
-    """Raises UserError unless the corpus consists of the same files in the same states."""
-    paths = input_paths(settings.corpus)
-    if len(paths) != len(states):
-        raise UserError(f"corpus {settings.corpus.path}: files were added or removed during the reading; rerun")
-    for path, state in zip(paths, states, strict=True):
-        refuse_change(path, state)
+def refuse_changes(states: dict[str, FileState]) -> None:
+    """Raises UserError unless the files are in the same states."""
+    for path, state in states.items():
+        refuse_changed(path, state)
 
 
-def unchanged(texts: Iterator[Text], units: list[Unit], unit: int, states: dict[str, FileState]) -> Iterator[Text]:
-    """The texts from `unit` on. Raises UserError when a file's state has changed.
+def unchanged(texts: Iterator[Text], units: list[Unit], at: Place, states: dict[str, FileState]) -> Iterator[Text]:
+    """The texts from a place on. Raises UserError when a file's state has changed.
 
-    A file is checked after each of its texts was read, and after its last one: no text of a changed file is yielded,
-    and texts of the next file do not take the places of those of a truncated one.
+    A file is checked after each of its texts was read (a remote one after the last), and after its last one: no text of
+    a changed file is yielded, and texts of the next file do not take the places of those of a truncated one.
     """
     while True:
-        last = len(units) - 1
+        to = Place(len(units), 0, 0)
         try:
             text = next(texts, None)
-            last = text.place.unit if text else last
+            to = text.place if text else to
         finally:  # also where a changed file cannot be read
-            for path in dict.fromkeys(one.path for one in units[unit : last + 1]):
-                refuse_change(path, states[path])
+            for path in files_between(units, at, to):
+                if not is_remote(path) or to.unit > at.unit:
+                    refuse_changed(path, states[path])
         if text is None:
             return
-        unit = last
+        at = to
         yield text
+
+
+def files_between(units: list[Unit], start: Place, stop: Place) -> list[str]:
+    """The files of the rows from one place to another, both included. A row of a text unit is a file."""
+    found: dict[str, None] = {}
+    for number in range(start.unit, min(stop.unit, len(units) - 1) + 1):
+        files = units[number].files
+        first = start.row if number == start.unit and len(files) > 1 else 0
+        last = stop.row if number == stop.unit and len(files) > 1 else len(files) - 1
+        found |= dict.fromkeys(file.path for file in files[first : last + 1])
+    return list(found)

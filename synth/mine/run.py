@@ -13,19 +13,20 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from random import Random
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, field_validator
 
 from ipt_jax.core.hashing import digest
-from ipt_jax.core.seeding import draw, uniform
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.seeding import draw
+from ipt_jax.core.settings import PathText, Settings
 from ipt_jax.core.stage import NewShard, Output, make_shards
+from ipt_jax.corpus.duplicates import find_duplicates, read_once, report_duplicates
 from ipt_jax.corpus.records import Document, GroupText, Pair, SynthGroup, encode
 from ipt_jax.corpus.row_reader import Dropped
-from ipt_jax.corpus.sources import Unit, plan_units, read_unit, source_identity
+from ipt_jax.corpus.sources import Corpus, Unit
 from synth.collect.data_sets import read_back
-from synth.config import CorpusSettings
+from synth.config import Corpora, CorpusSettings, is_converted
 from synth.format.parser import question_key, reject
 from synth.groups import ID_LETTERS, count_verdicts, counts_under, group_key, neighbours, rejection_counts
 from synth.mine.patterns import FINDERS, Find, Pattern, ask, read, rules_digest
@@ -36,8 +37,10 @@ PER_PATTERN = 2  # finds of one rule in one text, of which the pairs are drawn
 class MineSettings(Settings):
     """The recipe of `synth mine`."""
 
-    corpus: CorpusSettings
-    """Raw texts to convert: a source."""
+    corpus: Corpora = Field(min_length=1)
+    """Raw texts to convert: a source, or a list of sources."""
+    drop_duplicates: bool = False
+    """Convert only the first of texts that are identical. false: convert all, and report how many are."""
     patterns: list[Pattern] = Field(default=list(get_args(Pattern)), min_length=1)
     """Rules that find pairs. At most two finds of a rule in one text are used."""
     max_pairs: int = Field(default=5, ge=1)
@@ -50,7 +53,7 @@ class MineSettings(Settings):
     """Random seed of all draws. A draw depends only on the seed and an id."""
     workers: int | None = Field(default=None, ge=1)
     """Worker processes. null: one per CPU core."""
-    output: str
+    output: PathText
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
     @field_validator("patterns")
@@ -64,24 +67,28 @@ class MineSettings(Settings):
 def run_mine(settings: MineSettings) -> dict[str, Any]:
     """Makes the missing shards and returns what `--json` prints. `seconds` are those of this call."""
     started = time.monotonic()
+    corpus = Corpus(settings.corpus)
     identity = {
         "rules": rules_digest(),
-        "corpus": source_identity(settings.corpus),
+        "corpus": corpus.identity(),
+        **settings.model_dump(include={"drop_duplicates"}, exclude_defaults=True),
         **settings.model_dump(include={"patterns", "max_pairs", "rounds", "grouping", "seed"}),
     }
-    units = plan_units(settings.corpus)
-    with Output(settings.output, stage="mine", identity=identity, shard_name="groups", remake=True) as output:
-        make_shards(
-            partial(group_records, settings, output.manifest.fingerprint),
-            [(output, units)],
-            lambda unit: unit.size / 2**20,
-            unit="MB",
-            label="synth mine",
-            workers=settings.workers,
-        )
-        output.refuse_empty(
-            f"corpus {settings.corpus.path}: no text to convert", "raise the fraction or set another corpus"
-        )
+    output = Output(
+        settings.output, stage="mine", identity=identity, shard_name="groups", remake=True, inputs=corpus.inputs()
+    )
+    with output:
+        if not output.manifest.complete:
+            corpus.restore(output.manifest)
+            make_shards(
+                partial(group_records, settings, output.manifest.fingerprint),
+                [(output, mine_items(settings, corpus))],
+                lambda item: item.unit.size / 2**20,
+                unit="MB",
+                label="synth mine",
+                workers=settings.workers,
+            )
+        output.refuse_empty(f"corpus {corpus.name}: no text to convert", "raise the fraction or set another corpus")
         manifest = output.finish()
     return {
         **{name: manifest.count(name) for name in ("texts", "groups", "pairs", "texts_without_pairs")},
@@ -92,21 +99,41 @@ def run_mine(settings: MineSettings) -> dict[str, Any]:
     }
 
 
+class MineItem(NamedTuple):
+    """What one shard is made of."""
+
+    unit: Unit
+    source: CorpusSettings
+    duplicates: list[int]
+
+
+def mine_items(settings: MineSettings, corpus: Corpus) -> list[MineItem]:
+    units = corpus.units()
+    select = partial(is_converted, settings.seed)
+    drop, workers = settings.drop_duplicates, settings.workers
+    found = find_duplicates(corpus, units, drop=drop, count=True, select=select, workers=workers, label="synth mine")
+    report_duplicates("synth mine", found, drop)
+    sources = [settings.corpus[unit.file.source] for unit in units]
+    return [
+        MineItem(unit, one, found.texts.get(n, [])) for n, (unit, one) in enumerate(zip(units, sources, strict=True))
+    ]
+
+
 # ---- in a worker process
 
 
-def group_records(settings: MineSettings, fingerprint: str, unit: Unit, shard: NewShard) -> Iterator[bytes]:
-    texts = converted_texts(settings, unit, shard)
+def group_records(settings: MineSettings, fingerprint: str, item: MineItem, shard: NewShard) -> Iterator[bytes]:
+    texts = converted_texts(settings, item, shard)
     for group in neighbours(texts, settings.rounds, partial(group_key, grouping=settings.grouping)):
         shard.counts["groups"] += 1
         yield encode(mine_group(group, settings, fingerprint, shard.counts))
 
 
-def converted_texts(settings: MineSettings, unit: Unit, shard: NewShard) -> Iterator[Document]:
-    for row in read_unit(unit, settings.corpus):
+def converted_texts(settings: MineSettings, item: MineItem, shard: NewShard) -> Iterator[Document]:
+    for row in read_once(item.unit, item.source, item.duplicates):
         if isinstance(row, Dropped):
             shard.dropped[row.reason] += 1
-        elif uniform(settings.seed, "fraction", row.id) < settings.corpus.fraction:
+        elif is_converted(settings.seed, item.source, row):
             yield row
 
 

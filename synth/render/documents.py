@@ -6,6 +6,7 @@ questions, options, rationales and answers (`finish` in synth/render/layout.py),
 group. Tokens are counted on the document's text plus BOS and EOS, as `ipt tokenize` counts them.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Literal
 import msgspec
 from pydantic import Field, ValidationInfo, field_validator
 
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.settings import PathText, Settings
 from ipt_jax.corpus.records import Document, GroupText, Pair, Parent, Segment, SynthGroup
 from ipt_jax.corpus.shards import Shards
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -27,6 +28,11 @@ from synth.render.pair_filter import keeps, read_keep
 from synth.render.templates import DocumentStyle, Draws, Layout, load_templates
 
 LAYOUT_COUNT = "layout."
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
+LANGUAGE_NAMES = dict(
+    english="en", german="de", french="fr", spanish="es", italian="it", portuguese="pt", dutch="nl", russian="ru",
+    chinese="zh", japanese="ja", korean="ko", arabic="ar", hindi="hi", turkish="tr", polish="pl",
+)  # fmt: skip
 
 
 class LayoutShares(Settings):
@@ -57,7 +63,7 @@ class LayoutShares(Settings):
 class HubSettings(Settings):
     """A data set with a card, ready to push to the hub. The license must be stated."""
 
-    output: str
+    output: PathText
     """Directory of the data set to write."""
     name: str
     """Title of the dataset card."""
@@ -72,6 +78,16 @@ class HubSettings(Settings):
     format: Literal["parquet", "jsonl"] = "parquet"
     """File format of the rows."""
 
+    @field_validator("language")
+    @classmethod
+    def _codes(cls, languages: list[str]) -> list[str]:
+        for one in languages:
+            if not LANGUAGE.fullmatch(one):
+                known = LANGUAGE_NAMES.get(one.lower())
+                hint = f"write {known} for {one}" if known else "find the code at iso639-3.sil.org"
+                raise ValueError(f"{one!r} is not a language code (ISO 639, such as en, de or zh); {hint}")
+        return languages
+
     @field_validator("license_link")
     @classmethod
     def _require_name_of_other(cls, link: str | None, info: ValidationInfo) -> str | None:
@@ -83,11 +99,11 @@ class HubSettings(Settings):
 class RenderSettings(Settings):
     """The recipe of `synth render`."""
 
-    groups: str
+    groups: PathText
     """Output of `synth run`, `mine`, `verify` or `decontaminate`."""
     layouts: LayoutShares = LayoutShares(text_first=0.6, questions_first=0.1, dialogue=0.1, numbered=0.1, few_shot=0.1)
     """Relative frequency of each layout (docs/reference/render.md). The values need not sum to one."""
-    templates: str | None = None
+    templates: PathText | None = None
     """Directory of template files that replace the shipped ones (docs/reference/render.md). null: the shipped ones."""
     one_shot: float = Field(0.0, ge=0, le=1)
     """Fraction of groups rendered as one document per text instead of one few-shot document."""
@@ -99,13 +115,13 @@ class RenderSettings(Settings):
     """Number of the epoch. Each epoch draws other templates for the same pairs."""
     seed: int = 0
     """Random seed of all draws. A draw depends only on the seed and an id."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer that counts tokens: the one of the model to be trained."""
     max_document_tokens: int | None = Field(None, ge=32)
     """Maximum tokens per document, BOS and EOS included. Needs `tokenizer`. null: no limit."""
     hub: HubSettings | None = None
     """Also write the documents as a data set ready to push to the Hugging Face Hub."""
-    output: str
+    output: PathText
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
     @field_validator("layouts")

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from ipt_jax.core.stage import Manifest, NewShard, Output, format_counts, make_shards
+from ipt_jax.core.manifest import Manifest
+from ipt_jax.core.stage import NewShard, Output, format_counts, make_shards
 from ipt_jax.corpus.records import encode
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.groups import counts_under, decode_group, groups_digest, open_groups

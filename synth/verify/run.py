@@ -17,7 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from ipt_jax.core.errors import Fault
 from ipt_jax.core.progress import Progress
-from ipt_jax.core.settings import Settings
+from ipt_jax.core.settings import PathText, Settings
 from ipt_jax.core.stage import NewShard, Output, make_shards
 from ipt_jax.corpus.records import SynthGroup, decode, encode
 from ipt_jax.corpus.shards import Shards
@@ -36,7 +36,7 @@ FEW_GROUPS = 2_000  # scored before worker processes would start
 class VerifySettings(Settings):
     """The recipe of `synth verify`."""
 
-    groups: str
+    groups: PathText
     """Output of `synth run`, `mine`, `decontaminate` or `verify`."""
     synthesizer: SynthesizerSettings | None = None
     """Model and engine. Required by open_closed and agreement, used by options if given."""
@@ -44,7 +44,7 @@ class VerifySettings(Settings):
     """Scores to compute (docs/reference/verify.md)."""
     seed: int = 0
     """Random seed of the order in which options are shown."""
-    output: str
+    output: PathText
     """Directory to write. It must be empty or hold output of the same recipe, which is resumed."""
 
     @field_validator("scores")

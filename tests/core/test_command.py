@@ -13,6 +13,8 @@ import pytest
 import typer
 from extras import ROOT
 
+import ipt_jax.cli
+import synth.cli
 from ipt_jax.core.cli_support import run_app
 from ipt_jax.core.errors import Fault, UserError
 from ipt_jax.core.executor import run_units
@@ -122,7 +124,7 @@ def test_a_closed_table_is_not_called_damaged(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(pyarrow.parquet, "ParquetFile", lambda *_: fail(PermissionError(errno.EACCES, "denied")))
     with pytest.raises(PermissionError):
-        parquet_parts(tmp_path / "x.parquet")
+        parquet_parts(str(tmp_path / "x.parquet"))
 
 
 def prints(how: str, stdout: int, **environment: str) -> subprocess.Popen[str]:
@@ -203,3 +205,23 @@ def test_a_command_prints_its_result_alone(
     done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (done.stdout.rstrip(" \n"), done.returncode) == (stdout.rstrip(), code)
     assert done.stderr == stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "meant"),
+    [
+        ("synth run", "quickstart/tokenize_raw.yaml", "ipt tokenize"),
+        ("ipt tokenize", "quickstart/synth.yaml", "synth run"),
+        ("synth render", "pretrain/500m_mix.yaml", "ipt train"),
+        ("ipt plan", "synthesizer/collect.yaml", "synth collect"),
+        ("synth collect", "synth/decontaminate.yaml", "synth decontaminate"),
+        ("synth mine", "synth/verify.yaml", "synth verify"),
+        ("synth verify", "synth/mine.yaml", "synth mine"),
+    ],
+)
+def test_a_recipe_of_another_command_is_recognized(command: str, config: str, meant: str) -> None:
+    package, name = command.split()
+    app = {"ipt": ipt_jax.cli.app, "synth": synth.cli.app}[package]
+    path = ROOT / "configs" / config
+    with pytest.raises(UserError, match=f"{config}: a recipe of {meant}; run {meant} "):
+        app([name, str(path)], standalone_mode=False)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from token_shards import random_documents, write_tokens
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import Manifest, NewShard
+from ipt_jax.core.manifest import Manifest
+from ipt_jax.core.stage import NewShard
 from ipt_jax.corpus.records import KINDS, Parent, TokenDocument, TokenPage, decode
 from ipt_jax.data import token_shards
 from ipt_jax.data.loader import batches

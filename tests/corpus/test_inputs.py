@@ -15,7 +15,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, encode
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
-from ipt_jax.corpus.sources import plan_units, read_unit, source_identity
+from ipt_jax.corpus.sources import Corpus, read_unit
 from ipt_jax.data.token_shards import read_token_documents
 from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
 
@@ -25,7 +25,7 @@ DOCUMENTS = [Document(row["id"], "s", "raw", [Segment(row["text"])]) for row in 
 
 def documents(path: Path | str, unit_bytes: int = 1 << 20, **fields: object) -> list[Document | Dropped]:
     source = SourceSettings.model_validate({"path": str(path), "source": "s"} | fields)
-    return [row for unit in plan_units(source, unit_bytes) for row in read_unit(unit, source)]
+    return [row for unit in Corpus(source).units(unit_bytes) for row in read_unit(unit, source)]
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
@@ -47,7 +47,7 @@ def arrow(path: Path, rows: list[dict], batch: int = 3, file_format: bool = Fals
 @pytest.mark.parametrize("file_format", [False, True])
 def test_arrow_files_in_any_cut(tmp_path: Path, file_format: bool) -> None:
     path = arrow(tmp_path / "x.arrow", ROWS, file_format=file_format)
-    assert len(plan_units(SourceSettings(path=str(path)), 1)) == 3
+    assert len(Corpus(SourceSettings(path=str(path))).units(1)) == 3
     assert documents(path, 1) == documents(path) == DOCUMENTS
 
 
@@ -66,7 +66,7 @@ def test_saved_hugging_face_data_sets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one: has no splits, but split is train; remove split"):
         documents(tmp_path / "one", split="train")
     train, test = (SourceSettings(path=str(tmp_path / "two"), split=split) for split in ("train", "test"))
-    assert source_identity(train)["contents"] != source_identity(test)["contents"]
+    assert Corpus(train).identity()["contents"] != Corpus(test).identity()["contents"]
     next((tmp_path / "one").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match="no such file, but its data set lists it"):
         documents(tmp_path / "one")
@@ -122,7 +122,7 @@ def test_tfds_directories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"several splits; set split to one of train, test"):
         documents(path)
     source = SourceSettings(path=str(path), split="train", source="s")
-    assert len(source_identity(source)["contents"][0]) == 2
+    assert len(Corpus(source).identity()["contents"]) == 1
     tfds_directory(tmp_path / "tiny" / "2.0.0", {"train": [7]})
     with pytest.raises(UserError, match="has 2 TFDS data sets; set one of them"):
         documents(tmp_path / "tiny")
@@ -244,9 +244,9 @@ def parquet(path: Path, **columns: pyarrow.Array) -> Path:
 
 def test_columns_that_are_absent_nested_or_no_utf8(tmp_path: Path) -> None:
     nested = parquet(tmp_path / "n.parquet", text=pyarrow.array([{"body": "a"}]), id=pyarrow.array(["x"]))
-    with pytest.raises(UserError, match=r"n.parquet: line 1: field 'text' is a dict, expected text"):
+    with pytest.raises(UserError, match=r"n.parquet: row 1: field 'text' is a dict, expected text"):
         documents(nested)
-    with pytest.raises(UserError, match=r"n.parquet: no column 'body', found text, id; name another column"):
+    with pytest.raises(UserError, match=r"n.parquet: no column 'body', found text.body, id; name another column"):
         documents(nested, text="body")
     binary = pyarrow.array([b"caf\xe9"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
     with pytest.raises(UserError, match=r"u.parquet: a text is not UTF-8"):

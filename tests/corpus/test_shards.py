@@ -13,7 +13,8 @@ import pytest
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.core.files import write_whole
-from ipt_jax.core.stage import Output, difference
+from ipt_jax.core.manifest import difference
+from ipt_jax.core.stage import Output
 from ipt_jax.corpus import read_documents
 from ipt_jax.corpus.records import Document, Parent, Segment, decode, encode
 from ipt_jax.corpus.shards import Shards, read_manifest

@@ -16,7 +16,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, TokenDocument, encode
 from ipt_jax.corpus.row_reader import Dropped, SourceSettings
-from ipt_jax.corpus.sources import plan_units, read_unit, source_identity
+from ipt_jax.corpus.sources import Corpus, read_unit
 
 ROWS = [{"id": f"r{number}", "text": f"line {number} é\u2028x"} for number in range(7)]
 
@@ -26,7 +26,7 @@ def jsonl(rows: list[dict]) -> bytes:
 
 
 def read_source(source: SourceSettings) -> Iterator[Document | Dropped]:
-    for unit in plan_units(source):
+    for unit in Corpus(source).units():
         yield from read_unit(unit, source)
 
 
@@ -53,10 +53,10 @@ def test_directories_and_globs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jsonl").write_bytes(jsonl(ROWS[:2]))
     (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS[2:3]))
-    (tmp_path / "notes.txt").write_text("not a source")
+    (tmp_path / "notes.md").write_text("not a source")
     ids = [one.id for one in read_source(SourceSettings(path=str(tmp_path))) if isinstance(one, Document)]
     assert ids == ["r2", "r0", "r1"]
-    assert f"input {tmp_path}: files not read: 1 (notes.txt); expected .jsonl" in capsys.readouterr().err
+    assert f"input {tmp_path}: files not read: 1 (notes.md); expected .jsonl" in capsys.readouterr().err
     ids = [one.id for one in read_source(SourceSettings(path=f"{tmp_path}/*.jsonl")) if isinstance(one, Document)]
     assert ids == ["r2"]
 
@@ -74,7 +74,7 @@ def test_any_cut_into_units_gives_every_row_once(tmp_path: Path, texts: list[str
     data = jsonl([{"id": str(number), "text": f"t{text}"} for number, text in enumerate(texts)])
     (tmp_path / "x.jsonl").write_bytes(data if end else data[:-1])
     source = SourceSettings(path=str(tmp_path / "x.jsonl"))
-    rows = [row for unit in plan_units(source, unit_bytes) for row in read_unit(unit, source)]
+    rows = [row for unit in Corpus(source).units(unit_bytes) for row in read_unit(unit, source)]
     assert [row.id for row in rows if isinstance(row, Document)] == [str(number) for number in range(len(texts))]
 
 
@@ -109,7 +109,7 @@ def test_unusable_rows_are_dropped_with_a_reason(tmp_path: Path) -> None:
     [
         (b'{"text": "a"}\n{bad\n', "line 2 is not valid JSON"),
         (b'{"text": "a"}\n{"body": "b"}\n', "line 2: no field 'text', found body"),
-        (b'{"text": ["a"]}\n', "line 1: field 'text' is a list, expected text"),
+        (b'{"text": [1]}\n', "line 1: field 'text' is a int, expected text"),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2 is not UTF-8"),
         (b'{"text": "a"}\n[1]\n', "line 2 is a list, expected an object"),
         (b"[1]\n", "holds one JSON array; write one object per line"),
@@ -123,7 +123,7 @@ def test_faults_name_file_and_line_wherever_the_units_fall(tmp_path: Path, data:
     source = SourceSettings(path=str(tmp_path / "x.jsonl"))
     for unit_bytes in (1, 7, 1000):
         with pytest.raises(UserError) as caught:
-            [row for unit in plan_units(source, unit_bytes) for row in read_unit(unit, source)]
+            [row for unit in Corpus(source).units(unit_bytes) for row in read_unit(unit, source)]
         assert said in str(caught.value) and "x.jsonl" in str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_tokens_are_no_documents(tmp_path: Path) -> None:
 
 def test_absent_and_cut_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        plan_units(SourceSettings(path=str(tmp_path / "none.jsonl")))
+        Corpus(SourceSettings(path=str(tmp_path / "none.jsonl"))).units()
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS * 50))[:60])
     with pytest.raises(UserError, match="cut short"):
         list(read_source(SourceSettings(path=str(tmp_path / "cut.jsonl.gz"))))
@@ -158,7 +158,7 @@ def test_identity_is_contents_not_place(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.jsonl").write_bytes(jsonl(ROWS))
-    one, two = (source_identity(SourceSettings(path=str(tmp_path / name / "x.jsonl"))) for name in ("one", "two"))
+    one, two = (Corpus(SourceSettings(path=str(tmp_path / name / "x.jsonl"))).identity() for name in ("one", "two"))
     assert one == two
     (tmp_path / "two" / "x.jsonl").write_bytes(jsonl(ROWS[:-1]))
-    assert one != source_identity(SourceSettings(path=str(tmp_path / "two" / "x.jsonl")))
+    assert one != Corpus(SourceSettings(path=str(tmp_path / "two" / "x.jsonl"))).identity()

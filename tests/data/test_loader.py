@@ -14,7 +14,7 @@ from extras import ROOT
 from token_shards import random_documents, row_fields, row_pieces, write_tokens
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.stage import Manifest
+from ipt_jax.core.manifest import Manifest
 from ipt_jax.corpus.records import TokenPage, decode
 from ipt_jax.data.loader import batches
 from ipt_jax.data.mixture import DataSettings

@@ -148,11 +148,14 @@ def test_documents_of_a_stage_and_their_parents(tokenizer: Tokenizer, tmp_path: 
 
 
 def test_mistakes_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    rows = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "text": "a"}, {"id": "a", "text": "b"}])
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "text": "a"}, {"id": "b", "text": "b"}])
+    twice = write_jsonl(tmp_path / "twice.jsonl", [{"id": "a", "text": "a"}, {"id": "a", "text": "b"}])
     bare = load_tokenizer(save_tokenizer(tmp_path / "bare", controls=False))
     with pytest.raises(UserError, match="has no BOS.*set bos: false"):
         run_tokenize(settings(rows, bare, tmp_path / "bare-out"))
-    assert run_tokenize(settings(rows, tokenizer, tmp_path / "out"))["duplicate_ids"] == 1
+    with pytest.raises(UserError, match=r"duplicate id 'a', row 1 of twice.jsonl and row 2 of twice.jsonl"):
+        run_tokenize(settings(twice, tokenizer, tmp_path / "twice"))
+    assert run_tokenize(settings(rows, tokenizer, tmp_path / "out"))["duplicate_ids"] == 0
     other = TokenizeInput(path=str(rows), source="s", eos=False)
     with pytest.raises(UserError, match=r"inputs\.0\.eos=True, now False"):
         run_tokenize(settings(rows, tokenizer, tmp_path / "out", inputs=[other]))
@@ -165,7 +168,12 @@ def test_mistakes_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_duplicate_ids_are_counted_in_any_number_of_passes(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = write_jsonl(tmp_path / "in.jsonl", [{"id": f"{i % 7}", "text": f"words {i}"} for i in range(20)])
+    rows = tmp_path / "in"
+    documents = [Document(f"{i % 7}", "s", "raw", [Segment(f"words {i}")]) for i in range(20)]
+    with Output(rows, stage="render", identity={}, shard_name="documents") as output:
+        output.seal(0, 2, map(encode, documents[:9]))
+        output.seal(1, 2, map(encode, documents[9:]))
+        output.finish()
     for passes in (1, 3, 20):
         monkeypatch.setattr("ipt_jax.data.tokenize.IDS_PER_PASS", -(-20 // passes))
         result = run_tokenize(settings(rows, tokenizer, tmp_path / str(passes), unit_bytes=100))

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as JsonTokenizer
 
 from ipt_jax.core.settings import check_settings
+from ipt_jax.corpus.sources import Corpus
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth.config import RunSettings
 from synth.generate.work_list import form_groups, list_work
@@ -81,7 +82,7 @@ def settings(folder: Path, **changes: Any) -> RunSettings:
 def groups_of(settings: RunSettings) -> list[Group]:
     """All groups of a run, by its work list."""
     tokenizer = load_tokenizer(settings.synthesizer.model)
-    work = list_work(settings, tokenizer, "run")
+    work = list_work(settings, tokenizer, "run", Corpus(settings.corpus))
     return list(form_groups(settings, tokenizer, work, range(len(work.shards))))
 
 

@@ -428,12 +428,11 @@ def test_mistakes_are_told(tmp_path: Path, call: Callable[[Path], Any], told: st
     assert not (tmp_path / "clean").exists()
 
 
-def test_a_benchmark_that_is_no_json_lines_is_told(tmp_path: Path) -> None:
+def test_a_benchmark_without_rows_is_told(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"PAR1\xff")
-    for path in (tmp_path / "b.parquet", write_records(tmp_path / "groups", "synth", [[]])):
-        with pytest.raises(
-            UserError, match="benchmark .*: not JSON Lines; use a .jsonl file with one question per line"
-        ):
+    groups = write_records(tmp_path / "groups", "synth", [[]])
+    for path, said in ((tmp_path / "b.parquet", "its footer cannot be read"), (groups, "has no rows of questions")):
+        with pytest.raises(UserError, match=said):
             source = write_rows(tmp_path / "raw.jsonl", {"id": "r", "text": "abc"})
             decontaminate(tmp_path, [{"path": source}], ROWS, benchmarks=[{"path": str(path), "fields": ["q"]}])
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from synthkit import BOS, EOS, damage_shard, groups_of, recipe, settings, shard_bytes, write_corpus, write_tokenizer
 
 from ipt_jax.core.errors import UserError
+from ipt_jax.core.manifest import Manifest
 from ipt_jax.core.settings import check_settings
-from ipt_jax.core.stage import Manifest
 from ipt_jax.corpus.records import Document, Segment, SynthGroup
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from synth import read_groups
@@ -226,7 +226,10 @@ def test_changed_corpus_is_refused_but_speed_settings_are_not(tmp_path: Path) ->
     run_synth(settings(tmp_path))
     run_synth(settings(tmp_path, synthesizer__max_num_seqs=9, synthesizer__faults=None))
     write_corpus(tmp_path / "corpus.jsonl", 30, seed=1)
-    with pytest.raises(UserError, match=r"made with corpus\.contents"):
+    with pytest.raises(
+        UserError,
+        match="other files: corpus.jsonl has changed; restore the input, convert new texts with --ext",
+    ):
         run_synth(settings(tmp_path))
 
 
@@ -316,7 +319,7 @@ def test_unusable_output_is_told_before_the_corpus_is_read(
     run, access = settings(tmp_path, output=str(tmp_path / output)), os.access
     # Permissions do not bind root, who runs many a container's tests.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
-    monkeypatch.setattr("synth.generate.run.source_identity", None)
+    monkeypatch.setattr("synth.generate.run.Corpus", None)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message) as error:
         run_synth(run)

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from hypothesis import strategies as st
 from synthkit import groups_of, settings, shard_bytes, write_tokenizer
 
 from ipt_jax.core.errors import UserError
-from ipt_jax.core.hashing import FileHashCache, file_digest, hash64
+from ipt_jax.core.hashing import FileHashCache, file_digest
 from ipt_jax.core.stage import Output
 from ipt_jax.corpus.records import Document, Segment, encode
+from ipt_jax.corpus.sources import Corpus
 from ipt_jax.corpus.tokenizer import load_tokenizer
 from synth import read_groups
 from synth.config import RunSettings
 from synth.engine import weights_digest
 from synth.generate import work_list
 from synth.generate.run import run_synth
-from synth.generate.work_list import DuplicateIds, form_groups, list_work, load_work, save_work
+from synth.generate.work_list import form_groups, list_work, load_work, save_work
 from synth.groups import Group
 
 SHARED_FOLDER = hypothesis_settings(
@@ -43,7 +43,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def shards_apart(run: RunSettings) -> list[list[Group]]:
     """Each shard's groups, formed without the shards before it."""
     tokenizer = load_tokenizer(run.synthesizer.model)
-    work = list_work(run, tokenizer, "run")
+    work = list_work(run, tokenizer, "run", Corpus(run.corpus))
     return [list(form_groups(run, tokenizer, work, [shard])) for shard in range(len(work.shards))]
 
 
@@ -212,10 +212,10 @@ def test_a_damaged_or_foreign_list_is_made_again(tmp_path: Path, damage: bytes |
 
 def test_a_list_holds_no_path_and_goes_with_its_run(tmp_path: Path) -> None:
     run = settings(tmp_path)
-    work = list_work(run, load_tokenizer(write_tokenizer(tmp_path / "model")), "run")
+    work = list_work(run, load_tokenizer(write_tokenizer(tmp_path / "model")), "run", Corpus(run.corpus))
     save_work(tmp_path / "list.json", work)
     assert str(tmp_path) not in (tmp_path / "list.json").read_text()
-    work.states = []  # those of another call's files say nothing
+    work.files, work.states = [], {}  # those of another call's files say nothing
     assert load_work(tmp_path / "list.json", "run") == work
     assert load_work(tmp_path / "list.json", "other") is None
     assert load_work(tmp_path / "absent.json", "run") is None
@@ -231,23 +231,6 @@ def test_corpus_may_move(tmp_path: Path) -> None:
         run_synth(moved)
     again = run_synth(settings(tmp_path, texts=0, corpus__path=str(tmp_path / "moved.jsonl")))
     assert {**again, "seconds": 0} == {**expected, "seconds": 0}
-
-
-@given(st.lists(st.text("ab", max_size=6), max_size=300))
-def test_ids_that_stand_twice_are_found(names: list[str]) -> None:
-    with DuplicateIds() as marks:
-        for name in names:
-            marks.add(name)
-        found = marks.suspects()
-    assert found == {hash64(name) for name, count in Counter(names).items() if count > 1}
-
-
-def test_marks_beyond_memory_are_on_disk() -> None:
-    with DuplicateIds() as marks:
-        for number in range(2_000_000):
-            marks.add(str(number))
-        marks.add("1234567")
-        assert marks.suspects() == {hash64("1234567")}
 
 
 def test_weights_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
