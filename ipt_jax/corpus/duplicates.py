@@ -2,9 +2,9 @@
 
 Ids of rows must be unique: records and exclusions name raw texts by id. A duplicate is refused before a stage writes,
 and both places are named. Documents of a stage's output keep their ids, which may repeat (several epochs of one text).
-With `id: content`, equal texts are one document. Equal texts under several ids are counted, and dropped if the stage is
-told to. One parallel pass over the corpus hashes ids and texts: 16 bytes of disk for each, in a temporary folder, and
-memory that does not grow with the corpus.
+With `id: content`, equal texts are one document. Equal texts under several ids are counted, and dropped with
+`drop_duplicates`. One parallel pass over the corpus hashes ids and texts: 16 bytes of disk for each, in a temporary
+folder, and memory that does not grow with the corpus.
 """
 
 import sys

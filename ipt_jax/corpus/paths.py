@@ -84,8 +84,8 @@ def _store(path: str) -> tuple[Any, str]:
 class Listing:
     """What a path names. `kind` is file, folder or glob; `names` are relative to `root`, '' for a single file itself.
 
-    Names are sorted, files of a folder before those of its subfolders. Hidden entries, links to a parent directory and
-    what several links lead to are listed once or not at all. `stop`: folders that count as one file.
+    Names are sorted, files of a folder before those of its subfolders. Hidden entries and links to a parent directory
+    are skipped. A file that several links lead to is listed once. `stop`: folders that count as one file.
     """
 
     def __init__(self, path: str, stop: Callable[[Path], object]):

@@ -1,6 +1,6 @@
 """Converts a row of a data set to a Document: its fields of text, id and source, and why a row is dropped.
 
-A field is a column, or names joined by dots for a value inside it; a list on the way stands for all of its items, and
+A field is a column, or names joined by dots for a value inside it; a list on the way means all of its items, and
 the texts of a list are joined by line feeds. A fault of the data (an empty text, a null, a lone surrogate, a length out
 of bounds) gives `Dropped` with its reason. A fault of the recipe (a missing field, one that is not text) is a UserError
 that names file and row. Text is literal: braces in a value are not a template, and text that spells a control token
@@ -25,7 +25,7 @@ MISSING = object()
 
 
 class SourceSettings(Settings):
-    """One input: where its rows are and which fields hold the text and the id. A path alone stands for such a block."""
+    """One input: where its rows are and which fields hold the text and the id. A path alone is such a block."""
 
     path: PathText
     """File, directory, glob or URL (docs/reference/inputs.md), output of a stage, `hf:NAME` or `tfds/NAME/VERSION`."""
