@@ -1,4 +1,4 @@
-"""The `ipt` command: tokenize, plan, show, train, compile, import, export, eval, ablate, report.
+"""The `ipt` command: tokenize, plan, show, train, compile, import, export, eval, compare, ablate, report.
 
 Each command checks its settings, runs one stage and prints the stage's figures. Stages are imported when their command
 runs, so that `ipt plan` starts without jax.
@@ -175,24 +175,74 @@ def export(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory, run or checkpoint.", show_default=False)],
     tasks: Annotated[
-        str, typer.Option(help="Files, as [NAME=]FILE.jsonl or .txt separated by commas.", show_default=False)
+        list[str],
+        typer.Option(
+            help="Tasks, separated by commas; repeat to add more: [NAME=]FILE.jsonl, FILE.txt, or names, patterns and "
+            "YAML files of lm-evaluation-harness (extra evals).",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="JSON file of results to write. Default: none.")
     ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Directory of task YAML files, searched first. Default: none.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in each prompt of harness tasks. Default: as the task says, else 0.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Maximum rows per task. Default: all.")] = None,
+    backend: Annotated[str, typer.Option(help="What computes: jax, hf (transformers) or vllm.")] = "jax",
+    dtype: Annotated[str, typer.Option(help="Type of weights and products: float32 or bfloat16.")] = "float32",
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per batch, padding included. Default: 4096 on CPUs, else 32768.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Context to use, in tokens. Default: that of the model.")
+    ] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="BOS before each prompt. Default: as transformers encodes the model."),
+    ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Devices as DATA,FSDP,TENSOR, such as 1,8,1. Default: a copy of the model on each device."),
+    ] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Write the harness's samples_TASK_DATE.jsonl too. Default: off.")
+    ] = False,
 ) -> Result:
-    """Evaluate a model on task files.
+    """Evaluate a model on tasks.
 
-    Tasks are multiple-choice, exact-match, or plain text, for which bits per byte and perplexities are measured. Prints
-    each score, with its standard error where it has one. With --output FILE.json, writes the results to it and one line
-    per question to FILE.rows.jsonl. A rerun overwrites both.
+    Prints each score, with its standard error where it has one. With --output FILE.json, writes the results in the
+    shape of lm-evaluation-harness and one line per question to FILE.rows.jsonl. Rerun the same command after an
+    interruption to resume: finished requests are kept in FILE.json.journal. A rerun of a finished one overwrites.
     """
     from ipt_jax.evaluate import run_eval
 
-    result = run_eval(str(model), tasks.split(","), output=output, limit=limit)
-    scores = {name: _score(task) for name, task in result["tasks"].items()}
-    return Shown(result, view=lambda: show(scores, as_json=False))
+    result = run_eval(
+        str(model), tasks, output=output, include_path=include_path, num_fewshot=num_fewshot, limit=limit,
+        backend=backend, dtype=dtype, batch_tokens=batch_tokens, max_length=max_length, add_bos=bos, mesh=mesh,
+        log_samples=log_samples,
+    )  # fmt: skip
+    return Shown(result, view=lambda: _show_scores(result))
+
+
+@command(app)
+def compare(
+    first: Annotated[Path, typer.Argument(help="Results of `ipt eval -o`: A.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="Results of another model on the same tasks: B.", show_default=False)],
+) -> Result:
+    """Compare two models question by question.
+
+    Prints the difference B - A of each task's headline metric with its standard error and a paired test: McNemar's for
+    right and wrong answers, a permutation test for other scores. Reads FILE.rows.jsonl beside each result. Writes no
+    output.
+    """
+    from ipt_jax.evaluate.compare import run_compare, show_comparison
+
+    result = run_compare(first, second)
+    return Shown(result, view=lambda: show_comparison(result))
 
 
 @command(app, recipe="ipt_jax.ablate.run:AblateSettings")
@@ -233,9 +283,30 @@ def report(
     return run_report(runs, output, evals=evals or [], groups=groups, title=title)
 
 
-def _score(task: dict[str, Any]) -> str:
-    spread = "" if task["stderr"] is None else f" ± {task['stderr']:.4f}"
-    return f"{task['metric']} {task['value']:.4f}{spread} (n = {task['n']:,})"
+def _show_scores(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading, side in (
+        ("task", "left"),
+        ("n", "right"),
+        ("metric", "left"),
+        ("value", "right"),
+        ("stderr", "right"),
+    ):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for task, entry in result["results"].items():
+        named, n = task, f"{entry['sample_len']:,}" if "sample_len" in entry else ""
+        for key, value in entry.items():
+            metric, comma, kept = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = entry.get(f"{metric}_stderr,{kept}")
+            spread = f"± {stderr:.4f}" if isinstance(stderr, float) else ""
+            table.add_row(named, n, metric if kept == "none" else key, f"{value:.4f}", spread)
+            named = n = ""
+    Console(highlight=False).print(table)
 
 
 if __name__ == "__main__":  # python -m ipt_jax.cli, without the installed console script

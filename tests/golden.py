@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 VOLATILE = {  # facts of one execution, not of what was asked for
     "seconds", "tokens_per_second", "pairs_per_second", "documents_per_second", "texts_per_second", "created", "output",
-    "peak_rss_bytes",
+    "peak_rss_bytes", "date",
 }  # fmt: skip
 STAMPED = {"digests.json"}  # known by a file's time of change
 MODEL = {"preset": "tiny", "layers": 2, "q_heads": 4, "kv_heads": 4, "head_dim": 32, "intermediate_size": 256}

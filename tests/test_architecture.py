@@ -26,7 +26,13 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "ipt_jax.config": ("ipt_jax.core", "ipt_jax.data.mixture", "ipt_jax.model.config"),
     "ipt_jax.parallel": ("ipt_jax.core", "ipt_jax.model"),
     "ipt_jax.hf": ("ipt_jax.core", "ipt_jax.corpus.tokenizer", "ipt_jax.model"),
-    "ipt_jax.inference": ("ipt_jax.core", "ipt_jax.corpus.tokenizer", "ipt_jax.hf", "ipt_jax.model"),
+    "ipt_jax.inference": (
+        "ipt_jax.core",
+        "ipt_jax.corpus.tokenizer",
+        "ipt_jax.hf",
+        "ipt_jax.model",
+        "ipt_jax.parallel",
+    ),
     "ipt_jax.train": (
         "ipt_jax.config",
         "ipt_jax.core",
@@ -44,7 +50,14 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
         "ipt_jax.parallel",
         "ipt_jax.train",
     ),
-    "ipt_jax.evaluate": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.load"),
+    "ipt_jax.evaluate": (
+        "ipt_jax.core",
+        "ipt_jax.corpus",
+        "ipt_jax.hf.convert",  # what backends hf and vllm read
+        "ipt_jax.inference",
+        "ipt_jax.load",
+        "ipt_jax.parallel",
+    ),
     "ipt_jax.report": ("ipt_jax.core", "ipt_jax.corpus", "ipt_jax.data.plan"),
     "ipt_jax.ablate": (
         *("ipt_jax.config", "ipt_jax.core", "ipt_jax.corpus", "ipt_jax.data"),
@@ -62,7 +75,7 @@ OPTIONAL: dict[str, set[str]] = {
     "openai": {"synth.engine.openai_"},
     "datasets": {"ipt_jax.corpus.datasets"},
     "tensorflow_datasets": {"ipt_jax.corpus.datasets"},
-    "lm_eval": {"synth.decontaminate.benchmarks"},
+    "lm_eval": {"ipt_jax.evaluate.harness", "ipt_jax.evaluate.lm_eval_", "synth.decontaminate.benchmarks"},
     "fsspec": {"ipt_jax.corpus.paths"},
 }
 # Module names that say the same thing in every package; any other name stands once in the project.
@@ -204,7 +217,7 @@ def test_a_module_name_means_one_thing() -> None:
 
 def test_few_modules_and_few_tiny_ones() -> None:
     sizes = [path.read_text(encoding="utf-8").count("\n") for path in SOURCES if path.name != "__init__.py"]
-    assert len(sizes) <= 141
+    assert len(sizes) <= 144
     assert sum(size < 60 for size in sizes) <= 15
 
 

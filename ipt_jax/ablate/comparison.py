@@ -31,14 +31,13 @@ from ipt_jax.core.files import write_whole
 from ipt_jax.core.html import Markup, render_page, write_page
 from ipt_jax.core.seeding import draw
 from ipt_jax.core.svg import Bar, Interval, Line, interval_chart, line_chart, score_bars
+from ipt_jax.evaluate.compare import holm, sign_flip_test
 from ipt_jax.report.results import LOWER_IS_BETTER, METRIC_NAMES
 from ipt_jax.report.training import COLOURS, mix_bar, run_style
 
 RESAMPLES = 20_000
-FLIPS = 20_000
 PERCENTILES = (2.5, 97.5)
 CHUNK = 1 << 22  # numbers drawn at a time
-EPSILON = 1e-12
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -121,28 +120,6 @@ def _resamples(rng: np.random.Generator, clusters: int) -> Iterator[Floats]:
 def _ends(replicates: Floats) -> list[float]:
     low, high = np.percentile(replicates, PERCENTILES).tolist()
     return [low, high]
-
-
-def sign_flip_test(gaps: Floats, name: str) -> float:
-    """Two-sided p of the sum of `gaps` [cluster] against random signs. 1 where all are zero."""
-    rng = np.random.default_rng(draw(0, "ablate signs", name).getrandbits(128))
-    gaps = gaps[gaps != 0]
-    if not len(gaps):
-        return 1.0
-    observed, reached = abs(gaps.sum()) - EPSILON, 0
-    for start in range(0, FLIPS, size := max(1, CHUNK // len(gaps))):
-        signs = rng.integers(0, 2, (min(size, FLIPS - start), len(gaps)), np.int8) * 2.0 - 1.0
-        reached += int((np.abs(signs @ gaps) >= observed).sum())
-    return (1 + reached) / (1 + FLIPS)
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: [0.01, 0.04, 0.03] -> [0.03, 0.06, 0.06]."""
-    corrected, highest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
-        corrected[index] = highest
-    return corrected
 
 
 # ---- shown

@@ -114,7 +114,9 @@ class AblationRun:
 
 def run_ablate(settings: AblateSettings) -> tuple[dict[str, Any], bool]:
     """The results, and whether all runs are finished. A signal ends the run in training and leaves the others."""
-    tasks = read_tasks(settings.tasks, settings.limit)
+    tasks, names = read_tasks(settings.tasks, settings.limit)
+    if names:
+        raise UserError(f"tasks: {names[0]!r} is not a task file; an ablation evaluates JSON Lines and text files")
     planned = {arm: plan_arm(settings, arm) for arm in settings.arms}
     if not settings.allow_unequal:
         refuse_unequal(planned)

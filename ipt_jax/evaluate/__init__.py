@@ -1,4 +1,4 @@
-"""Scores a model on task files, with standard errors: `run_eval`."""
+"""Scores a model on tasks, with standard errors: `run_eval`, and `HarnessLM` for lm-evaluation-harness."""
 
 from ipt_jax.evaluate.run import run_eval
 

@@ -5,11 +5,12 @@ A row is `{id, prompt, choices, gold}` (log-likelihood of each choice), `{id, pr
 one of the three forms; other fields are ignored. A .txt file is one text. A mistake is a UserError that names the file
 and the line.
 
-Scores of choices, from the log-probabilities of their tokens: `acc` picks by their sum; `acc_norm` by the sum per byte
-of the choice (the headline: independent of the tokenizer, and lm-eval's acc_norm for ASCII choices); `acc_token` by the
-mean per token (as in the paper's domain benchmarks, LMOps `choice_losses`). Scores of a generated answer:
-`exact_match` (the headline) ignores case, white space and one final full stop; `f1` is over words, the best of the
-accepted answers. A standard error is the sample standard deviation over sqrt(n), as in lm-eval; None for one question.
+Scores of choices, from the log-probabilities of their tokens: `acc` picks by their sum; `acc_norm` (the headline) by
+the sum per character of the choice and `acc_bytes` per UTF-8 byte, both as lm-evaluation-harness; `acc_token` by the
+mean per token (as in the paper's domain benchmarks, LMOps `choice_losses`). White space around a choice does not count.
+Scores of a generated answer: `exact_match` (the headline) ignores case, white space and one final full stop; `f1` is
+over words, the best of the accepted answers. A standard error is the sample standard deviation over sqrt(n), as in
+lm-eval; None for one question.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from typing import Any, Literal
 
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.text_files import read_jsonl
-from ipt_jax.evaluate.perplexity import read_text
 
 Sort = Literal["choices", "answer", "text"]
+FILE = re.compile(r"\.(jsonl|json|txt)(\.gz|\.zst)?$")
 HEADLINE: dict[Sort, str] = {"choices": "acc_norm", "answer": "exact_match", "text": "bits_per_byte"}
 
 
@@ -47,27 +48,45 @@ class Task:
     path: Path
     sort: Sort
     questions: tuple[Question, ...]
+    total: int  # questions of the file, of which `questions` may be the first ones
 
     @property
     def chance(self) -> float | None:
         """The mean score of guessing."""
-        if self.sort == "answer":
+        if self.sort != "choices":
             return None
         return statistics.fmean(1 / len(question.choices) for question in self.questions)
 
 
-def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:
-    """The tasks of `FILE`, `NAME=FILE`, and comma-joined lists of these. `limit`: questions per file."""
+def read_tasks(specs: Sequence[str], limit: int | None = None) -> tuple[list[Task], list[str]]:
+    """Task files, as FILE or NAME=FILE, and the names that are none.
+
+    Each of `specs` is one or several joined by commas. `limit`: questions per file.
+    """
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: expected at least 1 question; omit it for all questions")
     parts = [part for spec in specs for part in ([spec] if Path(spec).is_file() else spec.split(",")) if part]
     if not parts:
-        raise UserError("no tasks given; name at least one JSON Lines file of questions")
-    tasks = [_read_task(*_name_and_path(part), limit) for part in parts]
-    name, count = Counter(task.name for task in tasks).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"tasks: {count} files are named {name!r}; rename one with NAME=FILE")
-    return tasks
+        raise UserError("no tasks given; name a JSON Lines file of questions or a task of lm-evaluation-harness")
+    files = [part for part in parts if FILE.search(part)]
+    tasks = [_read_task(*_name_and_path(part), limit) for part in files]
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise UserError(f"tasks: {count} files are named {name!r}; rename one with NAME=FILE")
+    return tasks, [part for part in parts if not FILE.search(part)]
+
+
+def _read_text(path: Path) -> str:
+    """A .txt file, which is one text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"task {path}: no such file; set a text file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"task {path}: cannot be read as UTF-8 text ({error}); correct the file") from error
+    if not text.strip():
+        raise UserError(f"task {path}: has no text; set a file with text")
+    return text
 
 
 def _name_and_path(spec: str) -> tuple[str, Path]:
@@ -75,12 +94,12 @@ def _name_and_path(spec: str) -> tuple[str, Path]:
     if separator and not Path(spec).is_file():
         return name, Path(rest)
     path = Path(spec)
-    return re.sub(r"\.(jsonl|json|txt)(\.gz|\.zst)?$", "", path.name), path
+    return FILE.sub("", path.name), path
 
 
 def _read_task(name: str, path: Path, limit: int | None) -> Task:
     if path.suffix == ".txt":
-        return Task(name, path, "text", (Question(path.stem, read_text(path)),))
+        return Task(name, path, "text", (Question(path.stem, _read_text(path)),), 1)
     questions: list[Question] = []
     lines: dict[str, int] = {}
     first: Sort | None = None
@@ -97,7 +116,7 @@ def _read_task(name: str, path: Path, limit: int | None) -> Task:
         questions.append(question)
     if first is None:
         raise UserError(f"task {path}: has no questions; add rows with id, prompt and choices or answer")
-    return Task(name, path, first, tuple(questions[:limit]))
+    return Task(name, path, first, tuple(questions[:limit]), len(questions))
 
 
 def _question(row: dict[str, Any], where: str, line: int) -> tuple[Sort, Question]:
@@ -164,13 +183,15 @@ def score_answer(prediction: str, answers: Sequence[str]) -> dict[str, float]:
 
 
 def score_choices(question: Question, sums: Sequence[float], tokens: Sequence[int]) -> tuple[dict[str, float], int]:
-    """The three accuracies of one question, and the choice that the headline metric picks."""
-    sizes = [len(choice.encode()) for choice in question.choices]
-    picks = {
-        "acc": _likeliest(sums, [1] * len(sums)),
-        "acc_norm": _likeliest(sums, sizes),
-        "acc_token": _likeliest(sums, tokens),
+    """The accuracies of one question, and the choice that the headline metric picks."""
+    texts = [choice.strip() for choice in question.choices]
+    sizes = {
+        "acc_norm": [len(text) for text in texts],
+        "acc": [1] * len(texts),
+        "acc_bytes": [len(text.encode()) for text in texts],
+        "acc_token": tokens,
     }
+    picks = {name: _likeliest(sums, counts) for name, counts in sizes.items()}
     return {name: float(pick == question.gold) for name, pick in picks.items()}, picks[HEADLINE["choices"]]
 
 

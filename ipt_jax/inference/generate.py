@@ -8,18 +8,23 @@ few enough rows are live to admit new ones. The cache has the model's dtype: 2 *
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ipt_jax.model.attention import attend, dense
 from ipt_jax.model.config import ModelConfig
 from ipt_jax.model.decoder import DecoderLayer, Mistral, Params, rms_norm, rope_tables, weights_of, with_weights
+from ipt_jax.parallel.mesh import ROWS
 
 TURNS = 64  # tokens per row before the loop returns to the host, which checks its queue
+STOP_TURNS = 8  # the same, where the host also searches for stop strings
 
 
 class Rows(NamedTuple):
@@ -34,7 +39,7 @@ class Rows(NamedTuple):
     limit: Array  # [B] int32, the most new tokens
     temperature: Array  # [B] float32, 0 is greedy
     seed: Array  # [B, 2] uint32
-    live: Array  # [B] bool
+    live: Any  # [B] bool; the host may set it
 
 
 def empty_rows(config: ModelConfig, rows: int, length: int, outputs: int, dtype: Any) -> Rows:
@@ -61,15 +66,14 @@ def empty_rows(config: ModelConfig, rows: int, length: int, outputs: int, dtype:
 class Arrivals(NamedTuple):
     """New prompts, padded on the right to one length; `place` B (one past the end) marks an unused entry."""
 
-    tokens: Array  # [R, T] int32
-    length: Array  # [R] int32
-    place: Array  # [R] int32
-    limit: Array  # [R] int32
-    temperature: Array  # [R] float32
-    seed: Array  # [R, 2] uint32
+    tokens: Any  # [R, T] int32
+    length: Any  # [R] int32
+    place: Any  # [R] int32
+    limit: Any  # [R] int32
+    temperature: Any  # [R] float32
+    seed: Any  # [R, 2] uint32
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="rows")
 def prefill(params: Params, rows: Rows, arrivals: Arrivals, eos_id: Array, *, config: ModelConfig) -> Rows:
     """Runs the new prompts, writes their keys and values to their places and generates the first token of each."""
     model = Mistral.from_params(config, params)
@@ -108,19 +112,32 @@ def prefill(params: Params, rows: Rows, arrivals: Arrivals, eos_id: Array, *, co
     )
 
 
+@functools.cache
+def programs(mesh: Mesh | None, kv_heads: int) -> tuple[Callable[..., Rows], ...]:
+    """`empty_rows`, `prefill` and `decode`, compiled; on a mesh, the caches are split by rows and heads."""
+    compiled = partial(jax.jit, static_argnames="config", donate_argnames="rows")
+    if mesh is None:
+        return empty_rows, compiled(prefill), compiled(decode)
+    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    everywhere, cache = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(ROWS, heads))
+    split = {"keys": cache, "values": cache}
+    shardings: Any = Rows(**{name: split.get(name, everywhere) for name in Rows._fields})  # type: ignore[arg-type]
+    start = jax.jit(empty_rows, static_argnums=range(5), out_shardings=shardings)
+    return start, compiled(prefill, out_shardings=shardings), compiled(decode, out_shardings=shardings)
+
+
 def _is_live(token: Array, produced: Array, limit: Array, eos_id: Array) -> Array:
     """`eos_id` [E] holds the ids that end a row, -1 for none."""
     return (produced < limit) & (token[..., None] != eos_id).all(-1)
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="rows")
-def decode(params: Params, rows: Rows, eos_id: Array, enough: Array, *, config: ModelConfig) -> Rows:
-    """Generates one token per live row and turn, until at most `enough` rows are live or TURNS turns are over."""
+def decode(params: Params, rows: Rows, eos_id: Array, enough: Array, turns: Array, *, config: ModelConfig) -> Rows:
+    """Generates one token per live row and turn, until at most `enough` rows are live or `turns` turns are over."""
     model = Mistral.from_params(config, params)
     layers = model.unstacked_layers()  # once per call, not per turn
 
     def unfinished(state: tuple[Array, Rows]) -> Array:
-        return (state[1].live.sum() > enough) & (state[0] < TURNS)
+        return (state[1].live.sum() > enough) & (state[0] < turns)
 
     def turn(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
         return state[0] + 1, _turn(model, layers, state[1], eos_id)

@@ -8,9 +8,8 @@ prompts arrive one by one. Inputs are padded to a few sizes, so that few program
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,31 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from ipt_jax.core.checkpoint_path import resolve_checkpoint
 from ipt_jax.core.errors import UserError
 from ipt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from ipt_jax.hf.config import read_model_config
 from ipt_jax.hf.params import load_params
 from ipt_jax.inference import generate
+from ipt_jax.inference.scoring import Score, Scorer
 from ipt_jax.model.config import ModelConfig
-from ipt_jax.model.decoder import Mistral, Params, params_of
+from ipt_jax.model.decoder import Mistral, Params, abstract_params, logical_axes, params_of
+from ipt_jax.parallel.mesh import row_shards
+from ipt_jax.parallel.rules import place_params
 
 PromptInput = str | list[int]
-SCORE_TOKENS = 8192  # tokens of a scoring batch, padding included
-LOGITS_TOKENS = 512  # of a row, whose logits exist at a time
 CACHE_BYTES = 512 * 2**20  # key-value cache of `LanguageModel.generate`
-
-
-@dataclass(frozen=True)
-class Score:
-    """Sum of the log-probabilities of a continuation's tokens, their number, and whether each is the greedy choice."""
-
-    logprob: float
-    tokens: int
-    greedy: bool
-
-    def __float__(self) -> float:
-        return self.logprob
 
 
 @dataclass(frozen=True)
@@ -60,11 +50,16 @@ class LanguageModel:
     """A model and its tokenizer, where there is one. Computes in the dtype of the parameters.
 
     `model` is the Flax NNX module: call it, differentiate it, or update its parameters. The methods here use the
-    parameters that it holds at the time of the call.
+    parameters that it holds at the time of the call. With a `mesh`, the parameters are on it, placed as `place_params`
+    says, and `loglikelihood` and `generate` use all of its devices; every process makes the same calls. `compute_dtype`
+    is that of the matrix products of `loglikelihood`.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer | None = None):
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(
+        self, config: ModelConfig, params: Params, tokenizer: Tokenizer | None = None, *, mesh: Mesh | None = None,
+        compute_dtype: Any = None,
+    ):  # fmt: skip
+        self.config, self.tokenizer, self.mesh, self.compute_dtype = config, tokenizer, mesh, compute_dtype
         self.compiled = config.model_copy(update={"bos_id": None, "eos_id": None})  # what compiled code depends on
         self.model = Mistral.from_params(config, jax.tree.map(jnp.asarray, params))
 
@@ -99,30 +94,13 @@ class LanguageModel:
             if not prompt:
                 raise UserError(f"loglikelihood: prompt {number} has no tokens; a continuation needs one before it")
             self._fits(number, len(prompt) + len(continuation) - 1, "prompt and continuation but its last token")
-        scores: dict[int, Score] = {}
-        by_size: dict[int, list[int]] = {}
-        for number, (prompt, continuation) in enumerate(rows):
-            by_size.setdefault(_bucket(len(prompt) + len(continuation) - 1), []).append(number)
-        for size, numbers in by_size.items():
-            at_once = max(1, SCORE_TOKENS // size)
-            for start in range(0, len(numbers), at_once):
-                batch = numbers[start : start + at_once]
-                scores |= dict(zip(batch, self._score([rows[i] for i in batch], size), strict=True))
-        return [scores[number] for number in range(len(rows))]
+        return self.scorer().score(rows)
 
-    def _score(self, rows: list[tuple[list[int], list[int]]], size: int) -> list[Score]:
-        longest = max(len(continuation) for _, continuation in rows)
-        R, C = _power_of_two(len(rows)), 32 if longest <= 32 else size
-        tokens, places = np.zeros((R, size), np.int32), np.zeros((R, C), np.int32)
-        targets, counts = np.zeros((R, C), np.int32), np.zeros((R, C), bool)
-        for row, (prompt, continuation) in enumerate(rows):
-            n, m = len(prompt), len(continuation)
-            tokens[row, : n + m - 1] = (prompt + continuation)[:-1]  # the last one predicts nothing that is asked
-            places[row, :m] = np.arange(n - 1, n + m - 1)  # the token before predicts
-            targets[row, :m], counts[row, :m] = continuation, True
-        sums, greedy = _continuations(self.params, tokens, places, targets, counts, config=self.compiled)
-        sums, greedy = np.asarray(sums), np.asarray(greedy)
-        return [Score(float(sums[i]), len(rows[i][1]), bool(greedy[i])) for i in range(len(rows))]
+    def scorer(self, batch_tokens: int = 4096) -> Scorer:
+        """What computes log-probabilities of this model, `batch_tokens` tokens at a time."""
+        return Scorer(
+            self.config, self.params, mesh=self.mesh, compute_dtype=self.compute_dtype, batch_tokens=batch_tokens
+        )
 
     def generate(
         self,
@@ -140,8 +118,8 @@ class LanguageModel:
         ids = [self.encode(prompt) for prompt in prompts]
         for number, prompt in enumerate(ids):
             self._fits(number, len(prompt) + max_new_tokens, f"prompt and {max_new_tokens} new tokens")
-        length = _bucket(max(len(prompt) for prompt in ids) + max_new_tokens)
-        generator = BatchGenerator(self, self._rows(len(ids), length), length, max_new_tokens, eos=eos)
+        length = length_bucket(max(len(prompt) for prompt in ids) + max_new_tokens)
+        generator = BatchGenerator(self, self.batch_rows(len(ids), length), length, max_new_tokens, eos=eos)
         requests = [(prompt, (seed << 32) + number) for number, prompt in enumerate(ids)]
         done = generator.run(requests, temperature=temperature)
         return [
@@ -170,11 +148,13 @@ class LanguageModel:
                 "; shorten it"
             )
 
-    def _rows(self, count: int, length: int) -> int:
-        """Rows of a batch: one per prompt, up to 64 and to CACHE_BYTES."""
+    def batch_rows(self, count: int, length: int) -> int:
+        """Rows of a batch of `count` prompts: one per prompt, on each device up to 64 and to CACHE_BYTES."""
         c = self.config
         row_bytes = 2 * c.layers * c.kv_heads * c.head_dim * length * jnp.dtype(self.dtype).itemsize
-        return min(_power_of_two(count), 64, max(1, CACHE_BYTES // row_bytes))
+        shards = 1 if self.mesh is None else row_shards(self.mesh)
+        rows = min(_power_of_two(-(-count // shards)), 64, max(1, CACHE_BYTES // row_bytes))
+        return rows * shards
 
 
 class BatchGenerator:
@@ -182,16 +162,21 @@ class BatchGenerator:
 
     `add` requests, then `step` until nothing is pending; each step returns the requests that ended in it. A request's
     tokens depend on its prompt, seed, temperature and limit; the batch changes at most the rounding of its logits.
+    `stop(ids)` says whether a row may end after these new tokens; it is asked every STOP_TURNS tokens, so that a row
+    may be a few tokens longer.
     """
 
     def __init__(
-        self, model: LanguageModel, batch_rows: int, max_model_len: int, max_new_tokens: int, eos: bool = True
-    ):
+        self, model: LanguageModel, batch_rows: int, max_model_len: int, max_new_tokens: int, eos: bool = True,
+        stop: Callable[[list[int]], bool] | None = None,
+    ):  # fmt: skip
         self.model, self.length, self.max_new_tokens = model, max_model_len, max_new_tokens
         self.eos_ids = model.config.eos_ids if eos else ()
-        self.eos = jnp.array(self.eos_ids or (-1,), jnp.int32)
+        self.eos = np.array(self.eos_ids or (-1,), np.int32)
         self.arrivals = max(1, batch_rows // 4)  # rows per prefill, and rows that end before the loop returns
-        self.rows = generate.empty_rows(model.config, batch_rows, max_model_len, max_new_tokens, model.dtype)
+        start, self.prefill, self.decode = generate.programs(model.mesh, model.config.kv_heads)
+        self.rows = start(model.compiled, batch_rows, max_model_len, max_new_tokens, model.dtype)
+        self.stop, self.turns = stop, generate.TURNS if stop is None else generate.STOP_TURNS
         self.owner: list[int | None] = [None] * batch_rows
         self.queue: deque[tuple[int, list[int], int, int, float]] = deque()
         self.added = 0
@@ -230,14 +215,14 @@ class BatchGenerator:
         live = sum(owner is not None for owner in self.owner)
         if not live:
             return []
-        enough = jnp.int32(max(0, live - self.arrivals))
-        self.rows = generate.decode(self.model.params, self.rows, self.eos, enough, config=self.model.compiled)
+        enough, turns = np.int32(max(0, live - self.arrivals)), np.int32(self.turns)
+        self.rows = self.decode(self.model.params, self.rows, self.eos, enough, turns, config=self.model.compiled)
         return self._collect()
 
     def _admit(self) -> None:
         places = [place for place, owner in enumerate(self.owner) if owner is None][: self.arrivals]
         taken = [self.queue.popleft() for _ in places[: len(self.queue)]]
-        R, T = self.arrivals, min(_bucket(max(len(prompt) for _, prompt, *_ in taken)), self.length)
+        R, T = self.arrivals, min(length_bucket(max(len(prompt) for _, prompt, *_ in taken)), self.length)
         tokens, seeds = np.zeros((R, T), np.int32), np.zeros((R, 2), np.uint32)
         lengths, limits = np.ones(R, np.int32), np.zeros(R, np.int32)
         slots, temperatures = np.full(R, len(self.owner), np.int32), np.zeros(R, np.float32)
@@ -246,48 +231,30 @@ class BatchGenerator:
             seeds[row] = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
             slots[row], temperatures[row] = place, temperature
             self.owner[place] = number
-        new = generate.Arrivals(*map(jnp.asarray, (tokens, lengths, slots, limits, temperatures, seeds)))
-        self.rows = generate.prefill(self.model.params, self.rows, new, self.eos, config=self.model.compiled)
+        new = generate.Arrivals(tokens, lengths, slots, limits, temperatures, seeds)
+        self.rows = self.prefill(self.model.params, self.rows, new, self.eos, config=self.model.compiled)
 
     def _collect(self) -> list[Generation]:
         live, produced, output = (np.asarray(x) for x in (self.rows.live, self.rows.produced, self.rows.output))
-        done = []
+        done, stopped = [], np.array(live)
         for place, number in enumerate(self.owner):
-            if number is None or live[place]:
+            if number is None:
                 continue
             ids = output[place, : produced[place]].tolist()
             ended = bool(ids) and ids[-1] in self.eos_ids
-            done.append(Generation(number, ids[:-1] if ended else ids, "stop" if ended else "length"))
-            self.owner[place] = None
+            if live[place] and not (self.stop and self.stop(ids)):
+                continue
+            cut = ended or bool(live[place])
+            done.append(Generation(number, ids[:-1] if ended else ids, "stop" if cut else "length"))
+            self.owner[place], stopped[place] = None, False
+        if (stopped != live).any():
+            self.rows = self.rows._replace(live=stopped)
         return done
 
 
 @partial(jax.jit, static_argnames="config")
 def _logits(params: Params, tokens: Array, segment_ids: Array | None, *, config: ModelConfig) -> Array:
     return Mistral.from_params(config, params)(tokens, segment_ids=segment_ids)
-
-
-@partial(jax.jit, static_argnames="config")
-def _continuations(
-    params: Params, tokens: Array, places: Array, targets: Array, counts: Array, *, config: ModelConfig
-) -> tuple[Array, Array]:
-    """For each row of tokens [R, T]: the log-probability of targets [R, C] after `places`; are all greedy tokens."""
-    model = Mistral.from_params(config, params)
-    hidden = model.hidden(tokens)
-    hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)  # [R, C, D]
-    R, C = targets.shape
-    chunk = C if C <= LOGITS_TOKENS else math.gcd(C, LOGITS_TOKENS)
-
-    def one(row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        states, target, count = row
-        logits = model.logits(states)  # [chunk, V]
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(logits, axis=1)
-        return jnp.where(count, logprob, 0.0).sum(), ((logits.argmax(1) == target) | ~count).all()
-
-    parts = (x.reshape(-1, chunk, *x.shape[2:]) for x in (hidden, targets, counts))
-    sums, greedy = jax.lax.map(one, tuple(parts))
-    return sums.reshape(R, -1).sum(1), greedy.reshape(R, -1).all(1)
 
 
 def _check_list(name: str, values: Any) -> None:
@@ -312,14 +279,28 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _bucket(n: int) -> int:
+def length_bucket(n: int) -> int:
     """The next of 64, 96, 128, 192, 256, 384, ...: few shapes to compile, little padding."""
     whole = max(64, _power_of_two(n))
     return whole * 3 // 4 if n <= whole * 3 // 4 and whole > 64 else whole
 
 
-def load(path: str | Path, dtype: str = "float32") -> LanguageModel:
-    """The model at `path` with its tokenizer, if it has one; `dtype` (float32 or bfloat16) stores and computes."""
+def load(path: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
+    """The model at `path` with its tokenizer, if it has one; `dtype` (float32 or bfloat16) stores and computes.
+
+    Each device of `mesh` gets its part of the parameters; None: the first device of this process gets all.
+    """
     source = resolve_checkpoint(path)
-    config, params = load_params(source, dtype)
-    return LanguageModel(config, params, load_tokenizer(source.tokenizer) if source.tokenizer else None)
+    tokenizer = load_tokenizer(source.tokenizer) if source.tokenizer else None
+    if mesh is None:
+        return LanguageModel(*load_params(source, dtype), tokenizer)
+    config = read_model_config(source)
+    shardings = place_params(logical_axes(config), abstract_params(config), mesh).shardings
+
+    def place(path: tuple[str, ...], value: np.ndarray) -> Array:
+        sharding = shardings
+        for key in path:
+            sharding = sharding[key]
+        return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)  # type: ignore[arg-type]
+
+    return LanguageModel(config, load_params(source, dtype, place)[1], tokenizer, mesh=mesh)

@@ -19,7 +19,8 @@ from ipt_jax.report.training import COLOURS, run_style
 
 METRIC_NAMES = {
     "acc": "accuracy by summed log-probability",
-    "acc_norm": "accuracy by log-probability per byte",
+    "acc_norm": "accuracy by log-probability per character",
+    "acc_bytes": "accuracy by log-probability per byte",
     "acc_token": "accuracy by log-probability per token",
     "exact_match": "exact match",
     "f1": "token F1",
