@@ -30,6 +30,7 @@ KINDS: dict[str, type[Settings]] = {
     "synthesizer": RunSettings,
     "groups": RenderSettings,
     "few_shot": CollectSettings,
+    "write": CollectSettings,
     "benchmarks": DecontaminateSettings,
     "patterns": MineSettings,
     "tokenizer": TokenizeSettings,
