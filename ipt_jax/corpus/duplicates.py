@@ -24,7 +24,7 @@ from ipt_jax.core.hashing import hash64
 from ipt_jax.core.progress import Progress
 from ipt_jax.corpus.records import Document
 from ipt_jax.corpus.row_reader import CONTENT, Dropped, SourceSettings
-from ipt_jax.corpus.sources import Corpus, InputFile, Unit, read_numbered, read_unit
+from ipt_jax.corpus.sources import Corpus, InputFile, Unit, read_unit, row_places
 
 ROW_BITS = 40  # of a place: rows of a unit
 HERE_BYTES = 32 << 20  # a smaller corpus is hashed in this process
@@ -129,7 +129,9 @@ def _refuse_duplicate_ids(corpus: Corpus, units: Sequence[Unit], pairs: np.ndarr
 
 def _row_at(corpus: Corpus, units: Sequence[Unit], place: int) -> tuple[InputFile, int, Document | Dropped]:
     unit, row = divmod(place, 1 << ROW_BITS)
-    return next(islice(read_numbered(units[unit], corpus.source_of(units[unit])), row, None))
+    source = corpus.source_of(units[unit])
+    file, number = next(islice(row_places(units[unit], source), row, None))
+    return file, number, next(islice(read_unit(units[unit], source), row, None))
 
 
 class RepeatedHashes:

@@ -114,21 +114,30 @@ class RowReader:
         self._settings, self._name, self._where, self._unit, self._origin = settings, name, where, unit, origin
         self._fields, self._id = settings.fields, settings.id_field
         self._parts = None if settings.template is None else _FIELD.split(settings.template)
+        self._is_plain = self._parts is None and len(self._fields) == 1
         self._id_named = "id" in settings.model_fields_set and self._id is not None
 
     def document(self, row: dict[str, Any], number: int) -> Document | Dropped:
         """The document of row `number` of the file."""
-        texts = {field: self._text(field, row, number) for field in self._fields}
-        known = [text for text in texts.values() if text is not None]
-        if not known or any(texts[target] is None for target in self._settings.loss or ()):
+        value = row.get(self._fields[0])
+        plain = self._is_plain and isinstance(value, str)
+        segments = [Segment(value)] if plain else self._segments(row, number)  # type: ignore[arg-type]
+        if segments is None:
             return Dropped("null_text")
-        segments = [Segment("\n".join(known))] if self._parts is None else self._fill(texts, self._parts)
         text = segments[0].text if len(segments) == 1 else "".join(segment.text for segment in segments)
         identifier = self._identifier(row, number, text)
         source = self._settings.source or str(row.get("source") or self._origin)
         if reason := self._unusable(text, segments, identifier + source):
             return Dropped(reason)
         return Document(identifier, source, self._settings.kind, segments)
+
+    def _segments(self, row: dict[str, Any], number: int) -> list[Segment] | None:
+        """The text, in segments if a template says which fields are targets. None if it or a target is null."""
+        texts = {field: self._text(field, row, number) for field in self._fields}
+        known = [text for text in texts.values() if text is not None]
+        if not known or any(texts[target] is None for target in self._settings.loss or ()):
+            return None
+        return [Segment("\n".join(known))] if self._parts is None else self._fill(texts, self._parts)
 
     def _identifier(self, row: dict[str, Any], number: int, text: str) -> str:
         if self._id is None:

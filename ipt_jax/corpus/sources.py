@@ -356,21 +356,20 @@ def _tfds_units(file: InputFile, unit_bytes: int) -> Iterator[Unit]:
 
 def read_unit(unit: Unit, settings: SourceSettings) -> Iterator[Document | Dropped]:
     """The rows of one unit, in order."""
-    for _, _, row in read_numbered(unit, settings):
-        yield row
-
-
-def read_numbered(unit: Unit, settings: SourceSettings) -> Iterator[tuple[InputFile, int, Document | Dropped]]:
-    """(file, number in the file, row) of one unit, in order."""
     for file in unit.files:
         with reading(file.path):
             if file.form == "shards":
-                rows = _read_shard(Path(file.path), unit, settings)
-                yield from ((file, number, row) for number, row in enumerate(rows, start=unit.rows_before + 1))
+                yield from _read_shard(Path(file.path), unit, settings)
                 continue
             reader = RowReader(settings, file.name, file.path, row_word(file), file.origin)
             for number, row in _rows(file, unit, settings):
-                yield file, number, reader.document(row, number)
+                yield reader.document(row, number)
+
+
+def row_places(unit: Unit, settings: SourceSettings) -> Iterator[tuple[InputFile, int]]:
+    """(file, number in the file) of each row of a unit of files, in order."""
+    for file in unit.files:
+        yield from ((file, number) for number, _ in _rows(file, unit, settings))
 
 
 def row_word(file: InputFile) -> str:
