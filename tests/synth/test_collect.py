@@ -232,13 +232,13 @@ def test_a_row_that_does_not_fit_is_counted_and_the_accepted_fields_are_named(
 def test_absent_empty_and_foreign_inputs(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "rows.parquet").write_text("x")
-    (tmp_path / "rows.csv").write_text("x")
+    (tmp_path / "rows.docx").write_text("x")
     write(tmp_path / "bare.jsonl", [row("a", pairs=0)])
     for name, message in [
         ("absent.jsonl", "no such file"),
         ("empty.jsonl", "the file is empty"),
         ("rows.parquet", "cannot be read"),
-        ("rows.csv", "unknown kind of file; expected .jsonl"),
+        ("rows.docx", "unknown kind of file; expected .jsonl"),
         ("bare.jsonl", r"'bare': no context has pairs \(dropped: no_pairs 1\)"),
     ]:
         with pytest.raises(UserError, match=message):
