@@ -202,7 +202,7 @@ def test_a_second_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for number in range(3):
         write_corpus(tmp_path / "corpus" / f"{number}.jsonl", 10, seed=number)
-    corpus = {"path": str(tmp_path / "corpus")}
+    corpus = {"path": str(tmp_path / "corpus"), "id": None}  # the ids of each file begin at t0
     first = mine(tmp_path, corpus=corpus)
     shards = shard_bytes(tmp_path / "mined")
     assert len(shards) == 3
