@@ -24,7 +24,7 @@ import numpy as np
 
 from ipt_jax.hf import safetensors_io
 from ipt_jax.hf.config import config_to_hf, resolve_model
-from ipt_jax.hf.param_names import leaves
+from ipt_jax.hf.params import leaves
 from ipt_jax.model.config import PRESETS, ModelConfig, ModelSettings
 
 GIB = 2**30

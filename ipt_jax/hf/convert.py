@@ -29,8 +29,7 @@ from ipt_jax.core.files import refuse_unrelated, whole_directory
 from ipt_jax.core.progress import Progress
 from ipt_jax.hf.config import config_to_hf, read_model_config
 from ipt_jax.hf.export_tokenizer import copy_tokenizer, export_tokenizer
-from ipt_jax.hf.param_names import leaves
-from ipt_jax.hf.params import Parameters, open_parameters
+from ipt_jax.hf.params import Parameters, leaves, open_parameters
 from ipt_jax.hf.safetensors_io import CODES, Planned, write_tensors, written_here
 from ipt_jax.model.config import ModelConfig, param_count
 

@@ -24,7 +24,7 @@ from ipt_jax.core.files import lock_directory
 from ipt_jax.hf import convert, safetensors_io
 from ipt_jax.hf.config import config_from_hf, config_to_hf, read_model_config, resolve_model
 from ipt_jax.hf.convert import run_export, run_import
-from ipt_jax.hf.param_names import leaves
+from ipt_jax.hf.params import leaves
 from ipt_jax.model.config import ModelConfig, ModelSettings, RopeScaling
 from ipt_jax.model.decoder import init_params
 

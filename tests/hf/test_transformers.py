@@ -24,8 +24,7 @@ from trainkit import place, program_of, random_batch, recipe_of
 import ipt_jax
 from ipt_jax.core.checkpoint_path import resolve_checkpoint
 from ipt_jax.hf.convert import run_export, run_import
-from ipt_jax.hf.param_names import leaves
-from ipt_jax.hf.params import load_params
+from ipt_jax.hf.params import leaves, load_params
 from ipt_jax.train.step import gradients
 
 BASE: dict[str, Any] = dict(
