@@ -27,12 +27,11 @@ from ipt_jax.core.hashing import digest
 from ipt_jax.core.manifest import Manifest
 from ipt_jax.corpus.records import KINDS
 from ipt_jax.corpus.shards import Shards
-from ipt_jax.data.batch import render
 from ipt_jax.data.block_table import SourceDocuments, contents, open_documents
 from ipt_jax.data.encode import token_dtype
 from ipt_jax.data.held_out import HeldOut, Role
 from ipt_jax.data.mixture import DataSettings, SourceMix, check_sources, solve_mix
-from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat, Packing
+from ipt_jax.data.packing import CHUNK_ROWS, PIECE, BestFit, Concat, Packing, render
 from ipt_jax.data.shuffle import MergedOrder, Stream
 from ipt_jax.data.token_reader import FOUND, FoundDocuments, TokenReader
 from ipt_jax.data.token_shards import open_token_shards
