@@ -119,9 +119,11 @@ class Tokenizer:
         """Whether transformers puts BOS before a text, and whether it reads the spelling of a control token as one."""
         settings = self.directory / "tokenizer_config.json"
         stated = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        added = self._json is None or self._json.encode("a").ids[:1] == [self.bos_id]
-        adds_bos = bool(stated.get("add_bos_token", added)) and self.bos_id is not None
-        return adds_bos, self._json is not None and not stated.get("split_special_tokens", False)
+        if self._json is None:
+            added = bool(stated.get("add_bos_token", True))
+        else:  # transformers 5 goes by tokenizer.json, whatever add_bos_token says
+            added = self._json.encode("a").ids[:1] == [self.bos_id]
+        return added and self.bos_id is not None, self._json is not None and not stated.get("split_special_tokens", False)
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
         """Ids of `text`. `continuing`: it continues an earlier segment, so no space is added before its first word."""

@@ -242,7 +242,7 @@ def test_whether_transformers_adds_bos(folder: Path, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).hf_rules() == (True, True)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "split_special_tokens": true}')
-    assert load_tokenizer(tmp_path).hf_rules() == (False, False)
+    assert load_tokenizer(tmp_path).hf_rules() == (True, False), "transformers 5 does not read add_bos_token"
 
 
 @given(st.lists(st.integers(3, 99), min_size=1, max_size=40), st.integers(1, 12))
@@ -272,6 +272,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     controls = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **controls}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }  # fmt: skip
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     torch.manual_seed(0)
     config = transformers.MistralConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -320,10 +328,9 @@ def test_the_harness_gives_the_same_results_with_backend_hf(tmp_path: Path, expo
     )
     for name in [*YAML, "texts"]:
         for key, value in ours["results"][name].items():
-            assert value == (pytest.approx(theirs["results"][name][key], rel=1e-5) if "," in key else value), (
-                name,
-                key,
-            )
+            other = theirs["results"][name][key]
+            same = value == other if isinstance(value, str) else value == pytest.approx(other, rel=1e-5)
+            assert same or "," not in key, (name, key, value, other)
     rows = [[json.loads(line) for line in (tmp_path / f"{backend}.rows.jsonl").open()] for backend in ("jax", "hf")]
     assert [row.get("prediction") for row in rows[0]] == [row.get("prediction") for row in rows[1]]
     assert ours["n-shot"] == {"pick": shots, "roll": shots, "tell": shots, "texts": 0}
