@@ -88,7 +88,7 @@ def _run_ray(
 ) -> Iterator[tuple[int, Result]]:
     """Ray reruns the tasks of a lost machine."""
     ray = connect_ray()
-    task = ray.remote(num_cpus=1)(function)
+    task = ray.remote(num_cpus=1)(lambda item: function(item))  # Ray takes no partial
     limit = workers or max(4 * int(ray.cluster_resources().get("CPU", 1)), 1)
     running: dict[Any, int] = {}
     left = enumerate(items)

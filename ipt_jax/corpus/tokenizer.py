@@ -123,7 +123,9 @@ class Tokenizer:
             added = bool(stated.get("add_bos_token", True))
         else:  # transformers 5 goes by tokenizer.json, whatever add_bos_token says
             added = self._json.encode("a").ids[:1] == [self.bos_id]
-        return added and self.bos_id is not None, self._json is not None and not stated.get("split_special_tokens", False)
+        return added and self.bos_id is not None, self._json is not None and not stated.get(
+            "split_special_tokens", False
+        )
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
         """Ids of `text`. `continuing`: it continues an earlier segment, so no space is added before its first word."""

@@ -3,7 +3,7 @@
 `lm_eval.simple_evaluate(model=HarnessLM(ipt_jax.load(PATH)), tasks=[...])`. The class needs no package but the core: it
 is registered as an `lm_eval.api.model.LM` where lm_eval is installed, and scores the JSON Lines tasks where it is not.
 
-Texts become tokens as in the harness's backend hf (0.4.13): trailing white space of a context moves to its
+Texts are converted to tokens as in the harness's backend hf (0.4.13): trailing white space of a context moves to its
 continuation, both are encoded together and cut after the tokens of the context alone; an empty context is BOS, or EOS
 for a tokenizer without BOS. Where the two differ, hf fails and this does not: a continuation that the tokenizer merges
 into the context is encoded alone, an empty one has log-likelihood 0, one that is longer than the model's context is
@@ -82,7 +82,7 @@ class HarnessLM:
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that an empty context stands for."""
+        """The id that replaces an empty context."""
         found = self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
         if found is None:
             raise UserError("eval: the tokenizer has neither BOS nor EOS to precede a text; set another tokenizer")
@@ -327,7 +327,7 @@ def _keys(kind: str, asked: list[Any], numbered: bool = True) -> list[str]:
 
 
 class RequestJournal:
-    """Results by request in a file, line by line, so that a rerun after a kill goes on where the last one ended.
+    """Results by request in a file, line by line, so that a rerun after a kill resumes.
 
     A file of another `identity` (model, dtype, context) is replaced; damaged lines are computed again. Process 0 reads
     and writes the file, and every process gets its contents. Without a path, nothing is kept.

@@ -8,7 +8,7 @@ harness's (`results`, `configs`, `versions`, `n-shot`, `higher_is_better`, `n-sa
 How a task file is scored: a continuation follows its prompt after one space; trailing spaces of the prompt are removed,
 and no space is added if the choice begins with white space or the prompt ends with a newline. Generation is greedy, up
 to a newline, EOS or `max_new_tokens`. Texts are scored by the harness's rolling log-likelihood. `HarnessLM` says how
-text becomes tokens.
+text is converted to tokens.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def _loaded(
     model: str, source: ModelSource, backend: str, options: dict[str, Any], *, mesh: str | None,
     batch_tokens: int | None, output: Path | str | None,
 ) -> Iterator[Any]:  # fmt: skip
-    """The model behind the harness's interface. hf and vllm read an export, which is removed at the end."""
+    """The model with the interface of the harness. hf and vllm read an export, which is removed at the end."""
     if backend == "jax":
         yield _load_jax(model, source, options, mesh, batch_tokens, None if output is None else _journal(Path(output)))
     elif source.kind == "hf":

@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -100,7 +100,9 @@ class GroupStore:
             return
         # Rows that were dropped before groups were formed are counted once.
         rows = self.work_list.dropped if shard == self.work_list.first_shard else {}
-        seal(self.output, shard, self.shards, self._open.pop(shard), rows)
+        seal(self.output, shard, self.shards, self._open[shard], rows)
+        self._open.pop(shard).close()
+        self.journal_path(shard).unlink()
 
     def close(self) -> None:
         for held in self._open.values():
@@ -114,13 +116,11 @@ class GroupStore:
 
 
 def seal(output: Output, shard: int, shards: int, held: "OpenShard", rows: dict[str, int]) -> None:
-    """Makes a shard of a journal, which is removed. `rows`: further drops to count in the shard."""
+    """Makes a shard of a journal. `rows`: further drops to count in the shard."""
     dropped = dict(Counter(counts_under(held.counts, DROPPED)) + Counter(rows))
     counts = {name: count for name, count in held.counts.items() if not name.startswith(DROPPED)}
     records = (held.read(place) for place in sorted(held) if place not in held.empty)
     output.seal(shard, shards, records, counts=counts, dropped=dropped)
-    held.close()
-    held.path.unlink()
 
 
 def journals(output: Output) -> list[Path]:
@@ -239,12 +239,10 @@ def journals_before(output: Output, shard: int) -> list[Path]:
 def seal_journals(output: Output) -> None:
     """Seals all journals with the groups that they hold."""
     for path in journals_before(output, total := next_shard(output)):
-        held = OpenShard(path, None)
-        if any(place not in held.empty for place in held):
-            seal(output, int(path.stem), total, held, {})
-        else:
-            held.close()
-            path.unlink()
+        with closing(OpenShard(path, None)) as held:
+            if any(place not in held.empty for place in held):
+                seal(output, int(path.stem), total, held, {})
+        path.unlink()
 
 
 # ---- `synth run --retry-failed`
@@ -260,9 +258,8 @@ def remove_failed(output: Output, groups_per_shard: int) -> int:
     removed = 0
     for path in journals(output):
         if int(path.stem) not in output.entries:  # else a kill came between sealing and unlinking
-            journal = Journal(path)
-            removed += keep_good(output, path, map(journal.read, journal), groups_per_shard)
-            journal.close()
+            with closing(Journal(path)) as journal:
+                removed += keep_good(output, path, map(journal.read, journal), groups_per_shard)
     for shard, entry in sorted(output.entries.items()):
         if not failed_texts(entry.counts):
             continue

@@ -11,6 +11,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from ipt_jax.core.errors import UserError
@@ -92,9 +93,8 @@ class Journal:
 
 def read_journal(path: Path) -> Iterator[bytes]:
     """The records of a journal that no other process writes."""
-    journal = Journal(path)
-    yield from map(journal.read, journal)
-    journal.close()
+    with closing(Journal(path)) as journal:
+        yield from map(journal.read, journal)
 
 
 def crc(place: int, payload: bytes) -> int:

@@ -60,7 +60,7 @@ def test_ray_makes_the_same_bytes(tmp_path: Path) -> None:
     def run(*changes: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *changes], capture_output=True, text=True, cwd=tmp_path, env=environment)
 
-    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:-1], '{"id": 7, "text": ["no text"]}']))
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:-1], '{"id": 200, "text": ["no text"]}']))
     refused = run("executor=ray")
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.splitlines()[-1].startswith("error: input ")

@@ -31,9 +31,9 @@ COMMANDS = {
     for name, app in APPS.items()
     for command, parameters in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
 }
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "templates")
 LAUNCH = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch", ".yaml", ".py"))
-VERBS = "Compile Compute Convert Evaluate Generate Remove Render Score Show Tokenize Train Write".split()
+VERBS = "Compare Compile Compute Convert Evaluate Generate Remove Render Score Show Tokenize Train Write".split()
 # Each with what to write instead.
 BANNED = {
     r"go(es)? on|going on|went on": "resume, continue",

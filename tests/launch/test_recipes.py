@@ -35,8 +35,9 @@ KINDS: dict[str, type[Settings]] = {
     "patterns": MineSettings,
     "tokenizer": TokenizeSettings,
 }
-# configs/evals holds task files of lm-evaluation-harness (tests/evaluate/test_domain_tasks.py).
-RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "evals")
+# configs/evals holds task files of lm-evaluation-harness (tests/evaluate/test_domain_tasks.py), templates/ those of
+# `synth render`.
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("evals", "templates"))
 SOURCES = [*(ROOT / "ipt_jax").rglob("*.py"), *(ROOT / "synth").rglob("*.py")]
 
 

@@ -19,7 +19,15 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from synth.collect.data_sets import ADAPTERS, DataSet, RowTally, merge_examples, read_examples
+from synth.collect.data_sets import (
+    ADAPTERS,
+    CollectInput,
+    DataSet,
+    RowTally,
+    input_files,
+    merge_examples,
+    read_examples,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures" / "adapters"
 NAMES = sorted(path.stem for path in FIXTURES.glob("*.jsonl"))
@@ -45,7 +53,9 @@ def read(adapter: str, path: Path) -> tuple[Pairs, Counter[str], int]:
     """Pairs by context (those without one together), dropped by reason, and rows."""
     tally = RowTally()
     found: Pairs = {}
-    for example in merge_examples(read_examples(DataSet("set", adapter, [path]), tally)):
+    for example in merge_examples(
+        read_examples(DataSet("set", adapter, input_files(CollectInput(path=str(path)))), tally)
+    ):
         assert all(pair.accepted for pair in example.pairs)
         found.setdefault(example.context, []).extend([pair.question, pair.answer] for pair in example.pairs)
     return found, tally.dropped, tally.rows

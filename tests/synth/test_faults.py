@@ -62,7 +62,7 @@ def test_every_loss_is_counted_and_keeps_its_text(tmp_path: Path, capsys: pytest
     failed = {reason: sum(text.finish_reason == reason for text in texts) for reason in ("error", "timeout")}
     assert result["failed"] == failed and min(failed.values()) > 0
     assert [text.raw_id for text in texts] == [f"t{number}" for number in range(60)]
-    corpus = [json.loads(line)["text"] for line in Path(run.corpus.path).read_text().splitlines()]
+    corpus = [json.loads(line)["text"] for line in Path(run.corpus[0].path).read_text().splitlines()]
     assert [text.text for text in texts] == corpus
     assert not [text for text in texts if text.finish_reason in failed and text.pairs]
     told = f"{sum(failed.values())} of 60 texts failed (error {failed['error']}, timeout {failed['timeout']})"
