@@ -35,7 +35,7 @@ def synthesis_table(found: dict[str, Any]) -> Table:
 
 def training_table(found: dict[str, Any]) -> Table:
     rows = []
-    for run, short in (("vanilla", "v"), ("instruct", "i")):
+    for run, short in (("mix", "m"), ("instruct", "i")):
         plan, train, scores = found[f"plan-{short}"], found[run], found[f"eval-{short}"]["tasks"]
         mix = ", ".join(f"{source['name']} {source['share']:.0%}" for source in plan["sources"])
         figures = {"run": run, "tokens": f"{train['tokens']:,}", "mix": mix, "loss": f"{train['loss']:.3f}"}

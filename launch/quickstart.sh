@@ -16,7 +16,8 @@ mkdir -p "$steps"
 source launch/steps.sh
 
 step world "generate a synthetic world: articles, some with questions and answers" \
-  "$bin/synth" miniworld -o $out/world --articles 3200 --tuning-articles 40000 --json
+  "$bin/synth" miniworld -o $out/world --articles 1920 --people 240 --paired 0.667 \
+  --tuning-articles 40000 --json
 step collect "convert question-answering data sets to tuning documents" \
   "$bin/synth" collect $recipes/collect.yaml --json
 step tokens-t "tokenize the tuning documents, loss on pairs only" \
@@ -31,28 +32,31 @@ step judge "check the answers against the facts of the world" \
   "$bin/python" examples/judge.py $out/groups $out/world --json
 step render "render texts and pairs into augmented documents" \
   "$bin/synth" render $recipes/render.yaml --json
+step collect-t "convert tuning articles and their pairs to groups" "$bin/synth" collect $recipes/collect_texts.yaml --json
+step render-t "render them as the augmented documents" "$bin/synth" render $recipes/render_texts.yaml --json
+step tokens-tt "tokenize them" "$bin/ipt" tokenize $recipes/tokenize_texts.yaml --json
 step tokens-r "tokenize the raw articles" \
   "$bin/ipt" tokenize $recipes/tokenize_raw.yaml --json
 step tokens-a "tokenize the augmented articles" \
   "$bin/ipt" tokenize $recipes/tokenize_augmented.yaml --json
-step plan-v "compute the token mix of vanilla pre-training" \
-  "$bin/ipt" plan $recipes/vanilla.yaml --json
+step plan-m "compute the token mix of the baseline: texts without pairs" \
+  "$bin/ipt" plan $recipes/mix.yaml --json
 step plan-i "compute the token mix of instruction pre-training, without the converted raw articles" \
   "$bin/ipt" plan $recipes/instruct.yaml --json
-step vanilla "pre-train from scratch on raw text" \
-  "$bin/ipt" train $recipes/vanilla.yaml --json
-step instruct "pre-train from scratch on raw and augmented text, same number of tokens" \
+step mix "pre-train from scratch on raw text and tuning articles" \
+  "$bin/ipt" train $recipes/mix.yaml --json
+step instruct "pre-train from scratch on augmented text, raw text and tuning articles, as many tokens" \
   "$bin/ipt" train $recipes/instruct.yaml --json
 tasks=choice=$out/world/heldout/recall.jsonl,answer=$out/world/heldout/recall_answers.jsonl
-step eval-v "evaluate vanilla on closed-book questions about people without pairs" \
-  "$bin/ipt" eval $out/runs/vanilla --tasks $tasks -o $out/eval/vanilla.json --json
+step eval-m "evaluate mix on closed-book questions about people without pairs" \
+  "$bin/ipt" eval $out/runs/mix --tasks $tasks -o $out/eval/mix.json --json
 step eval-i "evaluate instruct on the same questions" \
   "$bin/ipt" eval $out/runs/instruct --tasks $tasks -o $out/eval/instruct.json --json
 step export-i "export the pre-trained model as a Hugging Face model" \
   "$bin/ipt" export $out/runs/instruct -o $out/model --json
 step report "write a report: loss curves, token mix, samples" \
-  "$bin/ipt" report $out/runs/vanilla $out/runs/instruct -o $out/report.html \
-  --eval $out/eval/vanilla.json --eval $out/eval/instruct.json --groups $out/groups --title Quickstart --json
+  "$bin/ipt" report $out/runs/mix $out/runs/instruct -o $out/report.html \
+  --eval $out/eval/mix.json --eval $out/eval/instruct.json --groups $out/groups --title Quickstart --json
 
 "$bin/python" examples/summary.py $steps
 printf '\nmodel    %s (Hugging Face)\npairs    synth inspect %s\nreport   %s\n' \
