@@ -10,6 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
 from synth.evaluate.quality import TABLES, cell
 
 ORDER = ("untuned", "zero-shot", "few-shot", "rules")

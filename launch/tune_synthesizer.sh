@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# Tune SmolLM2-135M to write question-answer pairs for a text.
+# Tune SmolLM2-135M to write question-answer pairs for a text, and score it on vLLM against the untuned model.
 #
-#   launch/tune_synthesizer.sh [TRAIN]    estimated an hour on two free CPU cores; 10 GB of free memory
+#   launch/tune_synthesizer.sh [TRAIN [HELDOUT]]     less than two hours on two CPU cores, 10 GB of free memory
 #
-# TRAIN is a JSON Lines file of rows {id, context, qa: [{question, answer, options, rationale}]}.
-# Default: the training split of FairytaleQA in ../shared/data.
+# TRAIN and HELDOUT are JSON Lines files of rows {id, context, qa: [{question, answer, options, rationale}]}.
+# Default: the two splits of FairytaleQA in ../shared/data. With TRAIN alone the model is tuned and not scored.
 # A small synthetic world is added, whose pairs have options and chains of thought. Writes to out/tune_synthesizer.
 # Rerun to resume; finished steps are skipped, and a killed step resumes. Remove out/tune_synthesizer for other rows.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 case ${1:-} in -h | --help) usage; exit 0 ;; esac
-[ $# -le 1 ] || mistake "too many arguments; pass TRAIN at most"
-[ -z "${1:-}" ] || [ -f "$1" ] || mistake "$1: no such file; pass JSON Lines with rows {id, context, qa}"
-train=${1:+$(realpath "$1")}
+[ $# -le 2 ] || mistake "too many arguments; pass TRAIN and HELDOUT at most"
+for file in "$@"; do
+  [ -f "$file" ] || mistake "$file: no such file; pass JSON Lines with rows {id, context, qa}"
+done
+train=${1:+$(realpath "$1")} heldout=${2:+$(realpath "$2")}
 cd "$root"
 name=$(basename "${train%%.json*}")
-fairytales=../shared/data/fairytaleqa
+fairytales=../shared/data/fairytaleqa abstracts=../shared/data/pubmedqa/part1.jsonl
 if [ -z "$train" ]; then
-  name=fairytaleqa train=$fairytales/train.jsonl
-  [ -f $train ] || mistake "no $train; pass your own rows: launch/tune_synthesizer.sh TRAIN.jsonl"
+  name=fairytaleqa train=$fairytales/train.jsonl heldout=$fairytales/val.jsonl
+  [ -f $train ] || mistake "no $train; pass your own rows: launch/tune_synthesizer.sh TRAIN.jsonl HELDOUT.jsonl"
 fi
 launch/setup.sh test
 bin=$venv/bin out=out/tune_synthesizer steps=out/tune_synthesizer/steps recipes=configs/synthesizer
@@ -40,4 +42,25 @@ step plan "compute the rows and steps" "$bin/ipt" plan $recipes/smollm2.yaml --j
 step train "tune the model (longest step)" "$bin/ipt" train $recipes/smollm2.yaml --json
 step export "export it as a Hugging Face model" "$bin/ipt" export $out/run -o $out/model --json
 
-printf '\nmodel    %s (Hugging Face)\n' "$PWD/$out/model"
+if [ -z "$heldout" ]; then
+  printf '\nmodel    %s (Hugging Face)\nscore    launch/tune_synthesizer.sh %s HELDOUT.jsonl\n' "$PWD/$out/model" "$train"
+  exit
+fi
+tasks="{path: \"$heldout\", name: heldout}"
+[ ! -f $abstracts ] || tasks="$tasks, {path: $abstracts, name: pubmedqa, seen: false}"
+
+score() { # NAME "PURPOSE" key=value…
+  local name=$1 purpose=$2
+  shift 2
+  step "$name" "$purpose" "$bin/synth" eval $recipes/eval.yaml synthesizer.model=$out/model synthesizer.dtype=float32 \
+    helper.model=$out/smollm2 helper.engine=vllm helper.dtype=float32 helper.max_num_seqs=16 \
+    "tasks=[$tasks]" limit=60 output=$out/eval/"$name" "$@" --json
+}
+score zero-shot "score the tuned model, each text alone"
+score few-shot "score the tuned model, chains of three texts" few_shot=3
+score untuned "score the untuned model, three seed examples in each prompt" \
+  synthesizer.model=$out/smollm2 seed_examples.path="$train" seed_examples.count=3
+score rules "score the pairs that rules find" synthesizer=null helper=null
+
+"$bin/python" examples/tune_summary.py $out/eval
+printf '\nmodel    %s (Hugging Face)\npages    %s\n' "$PWD/$out/model" "$PWD/$out/eval/*/report.html"

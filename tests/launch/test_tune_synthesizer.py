@@ -39,7 +39,8 @@ def checkout(tmp_path: Path) -> Path:
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(STUB)
         program.chmod(0o755)
-    (tmp_path / "mine.jsonl").write_text('{"context": "c", "qa": []}\n')
+    for name in ("mine", "held"):
+        (tmp_path / f"{name}.jsonl").write_text('{"context": "c", "qa": []}\n')
     return root
 
 
@@ -66,11 +67,16 @@ def names(checkout: Path) -> list[str]:
     return [call.split()[0] for call in calls(checkout)]
 
 
-def test_it_tunes_on_the_users_rows(checkout: Path) -> None:
-    assert launch(checkout, "mine.jsonl").returncode == 0
+def test_it_tunes_and_scores_on_the_users_rows(checkout: Path) -> None:
+    assert launch(checkout, "mine.jsonl", "held.jsonl").returncode == 0
     ran = calls(checkout)
-    assert [call.split()[0] for call in ran] == TUNING
+    assert [call.split()[0] for call in ran] == [*TUNING, *["eval"] * 4, "tune_summary"]
     assert f"inputs.0.path={checkout.parent / 'mine.jsonl'} inputs.0.name=mine" in ran[2]
+    zero, few, untuned, rules = ran[8:12]
+    assert all(f'tasks=[{{path: "{checkout.parent / "held.jsonl"}", name: heldout}}]' in one for one in ran[8:12])
+    assert "few_shot" not in zero and "few_shot=3" in few
+    assert "synthesizer.model=out/tune_synthesizer/smollm2 seed_examples.path=" in untuned
+    assert "synthesizer=null helper=null" in rules
 
 
 def test_it_resumes_at_the_step_that_failed(checkout: Path) -> None:
@@ -78,7 +84,7 @@ def test_it_resumes_at_the_step_that_failed(checkout: Path) -> None:
     assert failed.returncode == 1 and "train failed" in failed.stderr
     assert names(checkout) == TUNING[:6]
     assert launch(checkout, "mine.jsonl").returncode == 0
-    assert names(checkout) == TUNING[6:]
+    assert names(checkout) == TUNING[6:], "without held-out rows nothing is scored"
     assert launch(checkout, "mine.jsonl").returncode == 0
     assert names(checkout) == []
 
