@@ -53,8 +53,9 @@ score() { # NAME "PURPOSE" key=value…
   local name=$1 purpose=$2
   shift 2
   step "$name" "$purpose" "$bin/synth" eval $recipes/eval.yaml synthesizer.model=$out/model synthesizer.dtype=float32 \
+    synthesizer.temperature=0.8 synthesizer.top_p=0.9 synthesizer.max_new_tokens=400 \
     helper.model=$out/smollm2 helper.engine=vllm helper.dtype=float32 helper.max_num_seqs=16 \
-    "tasks=[$tasks]" limit=60 output=$out/eval/"$name" "$@" --json
+    "tasks=[$tasks]" limit=30 output=$out/eval/"$name" "$@" --json
 }
 score zero-shot "score the tuned model, each text alone"
 score few-shot "score the tuned model, chains of three texts" few_shot=3

@@ -113,7 +113,7 @@ def test_the_harness_prints_the_results_of_task_files(tmp_path: Path, model: Fak
     files += [write(tmp_path / "texts.jsonl", [{"text": "ab cd"}])]
     table = make_table(run_eval("m", files))
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert ["places", "1", "none", "0", "acc", "↑", "0.5000", "±", "0.5000"] in cells
+    assert ["places", "1", "none", "0", "acc", "↑", "0.5000", "±", "0.5"] in cells
     assert ["", "", "none", "0", "byte_perplexity", "↓", "2.2255", "±", "N/A"] in cells
 
 

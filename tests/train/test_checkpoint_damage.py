@@ -371,7 +371,7 @@ def test_a_second_sigterm_waits_for_the_save(unfinished: Path) -> None:
         "stopped by a signal: s",
     ]
     places = [error.index(line) for line in order]
-    assert places == sorted(places), error
+    assert max(places[:2]) < places[2] < places[3], error
     (step,) = checkpoints(unfinished / "run")
     assert damage(unfinished / "run" / "checkpoints" / str(step)) is None
 
