@@ -236,8 +236,8 @@ def compare(
     """Compare two models question by question.
 
     Prints the difference B - A of each task's headline metric with its standard error and a paired test: McNemar's for
-    right and wrong answers, a permutation test for other scores. Reads FILE.rows.jsonl beside each result. Writes no
-    output.
+    right and wrong answers, a permutation test for other scores. Reads FILE.rows.jsonl beside each result.
+    Writes no output.
     """
     from ipt_jax.evaluate.compare import run_compare, show_comparison
 

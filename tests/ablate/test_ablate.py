@@ -23,6 +23,7 @@ from ipt_jax.core.errors import UserError
 from ipt_jax.core.settings import check_settings
 from ipt_jax.data.mixture import SourceMix
 from ipt_jax.data.tokenize import TokenizeSettings, run_tokenize
+from ipt_jax.evaluate import compare
 from ipt_jax.train import trainer
 
 SOURCES = [{"name": "raw", "path": "raw", "share": 1.0}]
@@ -233,7 +234,7 @@ def test_questions_of_one_cluster_count_once() -> None:
 def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """100 draws of 60 paired questions with a true difference of 0.2."""
     monkeypatch.setattr(comparison, "RESAMPLES", 1000)
-    monkeypatch.setattr(comparison, "FLIPS", 100)
+    monkeypatch.setattr(compare, "FLIPS", 100)
     rng, covered = np.random.default_rng(0), 0
     for _ in range(100):
         base = rng.random((1, 60)) < 0.5

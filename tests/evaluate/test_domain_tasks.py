@@ -28,7 +28,7 @@ def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def scoring() -> Any:
-    from lm_eval.tasks._yaml_loader import _import_func_in_yml
+    _import_func_in_yml = need("lm_eval.tasks._yaml_loader", extra="test")._import_func_in_yml
 
     class Module:
         def __getattr__(self, name: str) -> Any:
@@ -50,9 +50,9 @@ class Score(tuple[float, bool]):
 
 def evaluate(task: str, logprob: Callable[[str, str], Any] | None = None, answers: list[str] | None = None) -> Any:
     """The harness's results of one task. `answers`: what the model generates, in the order of the rows."""
-    from lm_eval import simple_evaluate
-    from lm_eval.api.model import LM
-    from lm_eval.tasks import TaskManager
+    simple_evaluate = need("lm_eval", extra="test").simple_evaluate
+    LM = need("lm_eval.api.model", extra="test").LM
+    TaskManager = need("lm_eval.tasks", extra="test").TaskManager
 
     class Model(LM):
         asked: list[tuple[Any, ...]] = []
@@ -256,7 +256,7 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
 
 
 def test_an_absent_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+    datasets = need("datasets", extra="test")
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("offline")
@@ -268,9 +268,7 @@ def test_an_absent_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_groups_name_tasks_that_exist() -> None:
-    import lm_eval.tasks
-
-    general = Path(lm_eval.tasks.__file__).parent
+    general = Path(str(need("lm_eval.tasks", extra="test").__file__)).parent
     known = {path.stem for path in EVALS.glob("*.yaml")}
     folders = "arc super_glue/boolq siqa winogrande piqa openbookqa hellaswag mmlu/default".split()
     for path in (path for folder in folders for path in (general / folder).glob("*.yaml")):
