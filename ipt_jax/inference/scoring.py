@@ -117,7 +117,7 @@ def _shared(left: list[int], right: list[int]) -> int:
 
 
 def row_size(tokens: int) -> int:
-    """A multiple of 64 up to 512, then one of four sizes between powers of two: at most a fifth is padding."""
+    """A multiple of 64 up to 512, then one of four sizes between powers of two, with at most a fifth of padding."""
     step = max(64, (1 << (tokens - 1).bit_length()) // 8)
     return -(-tokens // step) * step
 
