@@ -210,11 +210,11 @@ def load_exported(backend: str, directory: Path, batch_tokens: int | None, optio
     shared = {"pretrained": str(directory), "dtype": options["dtype"], "max_length": options["max_length"]}
     shared["add_bos_token"] = options["add_bos"]
     if backend == "hf":
-        import torch
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.models import huggingface
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness's default is cuda, present or not
-        lm = HFLM(**shared, device=device, batch_size=max(1, (batch_tokens or 8192) // ROW_TOKENS))
+        # The harness's default is cuda, present or not.
+        device = "cuda" if huggingface.torch.cuda.is_available() else "cpu"
+        lm = huggingface.HFLM(**shared, device=device, batch_size=max(1, (batch_tokens or 8192) // ROW_TOKENS))
     else:
         for name, value in VLLM.items():
             os.environ.setdefault(name, value)
