@@ -60,11 +60,11 @@ def test_ray_makes_the_same_bytes(tmp_path: Path) -> None:
     def run(*changes: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *changes], capture_output=True, text=True, cwd=tmp_path, env=environment)
 
-    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:-1], '{"id": 200, "text": ["no text"]}']))
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:-1], '{"id": 200, "text": {"no": "text"}}']))
     refused = run("executor=ray")
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.splitlines()[-1].startswith("error: input ")
-    assert "in.jsonl: line 200: field 'text' is a list, expected text" in refused.stderr.splitlines()[-1]
+    assert "in.jsonl: line 200: field 'text' is a dict, expected text" in refused.stderr.splitlines()[-1]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     ray = run("executor=ray", "output=again")
     assert ray.returncode == 0 and json.loads(ray.stdout)["documents"] == 200, ray.stderr
