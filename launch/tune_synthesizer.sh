@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tune SmolLM2-135M to write question-answer pairs for a text, and score it on vLLM against the untuned model.
 #
-#   launch/tune_synthesizer.sh [TRAIN [HELDOUT]]     less than two hours on two CPU cores, 10 GB of free memory
+#   launch/tune_synthesizer.sh [TRAIN [HELDOUT]]     about two hours on two CPU cores (estimate), 10 GB of memory
 #
 # TRAIN and HELDOUT are JSON Lines files of rows {id, context, qa: [{question, answer, options, rationale}]}.
 # Default: the two splits of FairytaleQA in ../shared/data. With TRAIN alone the model is tuned and not scored.
