@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the full pipeline in miniature on a laptop. No torch, no GPU, no network after the install.
 #
-#   launch/quickstart.sh        about 10 minutes on two CPU cores
+#   launch/quickstart.sh        about 7 minutes on two CPU cores after the install
 #
 # A synthetic world replaces the web corpus, and a two-layer model replaces Mistral-7B. Writes to out/quickstart.
 # Rerun to resume; finished steps are skipped.
